@@ -1,0 +1,50 @@
+# Each target makes the environment it needs in .venv first; with nothing changed that costs nothing.
+PYTHON ?= python3
+PORT ?= 5000
+PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export VIRTUAL_ENV := $(CURDIR)/.venv
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.PHONY: env repro test bench ui lint
+.DELETE_ON_ERROR:
+
+env: .venv/.run .venv/.develop
+
+# torch goes in first: the same command gives the CUDA build where that is what the index serves, and no
+# other package can pull a different torch afterwards.
+.venv/.run: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=<its path>")'
+	@test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	@echo "installing the packages of the pipeline into .venv (once, some minutes)"
+	@$(PIP) torch==2.13.0
+	@$(PIP) -e .
+	@touch $@
+
+.venv/.develop: .venv/.run
+	@echo "installing the packages of the tests into .venv"
+	@$(PIP) -e '.[huggingface,test,lint]'
+	@touch $@
+
+repro: .venv/.run
+	@test -e .git || dvc config --local core.no_scm true
+	dvc repro
+	@python -m stages.tracking sync  # waits for what the stages' mirrors are still sending
+	@echo
+	@echo "The report:    $(CURDIR)/report/index.html"
+	@echo "The runs:      make ui   (MLflow on http://127.0.0.1:$(PORT))"
+
+test: .venv/.develop
+	python -m pytest
+
+bench: .venv/.develop
+	python -m benchmarks
+
+ui: .venv/.run
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1 --host 127.0.0.1 --port $(PORT) \
+		--backend-store-uri sqlite:///mlflow.db
+
+lint: .venv/.develop
+	ruff check .
+	mypy

@@ -1,0 +1,1 @@
+"""Offramp: the stages that carry a sparse teacher and a small dense student from text to evidence."""

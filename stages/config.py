@@ -1,0 +1,31 @@
+"""Compose params.yaml and conf/ into resolved.yaml, the one file that the other stages read.
+
+dvc repro config                      # writes resolved.yaml
+python -m stages.config scale=gpu     # prints what it would be, changes nothing
+"""
+
+import os
+import sys
+
+from stages.artifacts import ROOT, Refusal, write_atomically
+from stages.settings import as_yaml, compose, validate
+
+HEADER = "# Written by stages/config.py from params.yaml and conf/: edit those, then dvc repro.\n"
+
+
+def main(overrides=()):
+    if any(override.startswith("-") for override in overrides):
+        raise Refusal(f"{' '.join(overrides)}: usage: python -m stages.config [key=value ...]")
+    plain = compose(overrides)
+    validate(plain)
+    if "DVC_STAGE" in os.environ:
+        write_atomically(ROOT / "resolved.yaml", HEADER + as_yaml(plain))
+    else:
+        print(as_yaml(plain), end="")  # by hand nothing of DVC's is touched
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except Refusal as refusal:
+        sys.exit(f"offramp: {refusal}")

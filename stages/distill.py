@@ -1,0 +1,73 @@
+"""Distils the teacher into the small dense student, and trains its control: the same student without a teacher.
+
+    dvc repro distill
+    python -m stages.distill -m distill.temperature=1,2,4           # a sweep over the teacher of record
+
+Student and control see the same tokens in the same order. Hinton et al. 2015: soft targets at temperature T,
+scaled by T², mixed with cross-entropy on the data.
+"""
+
+from collections.abc import Iterator
+
+from stages.artifacts import Refusal, read_json, write_json
+from stages.launching import launch, write_curves
+from stages.runs import Place, run_stage
+
+SECTIONS = ("sequence_tokens", "seed", "student", "distill", "optimizer", "trainer")
+INPUTS = ["artifacts/data", "artifacts/teacher"]
+
+
+def fits(settings, place: Place) -> Iterator:
+    from stages.models import build_student, load
+    from stages.moe_to_dense import initialise_student
+    from stages.shards import Tokens, Windows
+    from stages.training import Distillation, Fit, NextToken
+
+    recipe, data = settings.distill, place.read("artifacts/data")
+    vocab_size = read_json(data / "card.json")["vocab_size"]
+    teacher = load(place.read("artifacts/teacher"))
+    if teacher.shape.vocab_size != vocab_size:
+        raise Refusal(
+            f"artifacts/teacher speaks a vocabulary of {teacher.shape.vocab_size}, artifacts/data of {vocab_size}:"
+            " teacher and student must share a tokenizer; run dvc repro pretrain"
+        )
+    common = {
+        "steps": recipe.steps,
+        "batch_sequences": recipe.batch_sequences,
+        "learning_rate_scale": recipe.learning_rate_scale,
+        "validate_every_steps": recipe.validate_every_steps,
+        "validation_sequences": recipe.validation_sequences,
+    }
+    student = build_student(settings.student, vocab_size, settings.sequence_tokens, settings.seed)
+    copied = {}
+    if recipe.init == "teacher":
+        windows = Windows(Tokens(data, "train"), settings.sequence_tokens, settings.seed)
+        copied = initialise_student(student, teacher, [windows.batch(0, 0, 1, recipe.batch_sequences)])
+    yield Fit(
+        name="student",
+        model=student,
+        objective=Distillation(teacher, recipe.temperature, recipe.soft_weight, recipe.chunk_tokens),
+        out="artifacts/student",
+        notes={"copied": copied},
+        **common,
+    )
+    control = build_student(settings.student, vocab_size, settings.sequence_tokens, settings.seed)
+    yield Fit(name="control", model=control, objective=NextToken(), out="artifacts/control", **common)
+
+
+def main(settings, place: Place, run) -> None:
+    result = launch("distill", settings, place, INPUTS, run)
+    write_curves(place.write("plots/distill.csv"), result)
+    metrics = {
+        "validation_bits_per_byte": result["student"]["validation_bits_per_byte"],
+        "control_validation_bits_per_byte": result["control"]["validation_bits_per_byte"],
+        "tokens": settings.distill.steps * settings.distill.batch_sequences * settings.sequence_tokens,
+        "copied_from_teacher": result["student"]["notes"]["copied"],
+    }
+    write_json(place.write("metrics/distill.json"), metrics)
+    run.metrics({k: v for k, v in metrics.items() if k.endswith("bits_per_byte")})
+    run.model(place.write("artifacts/student"))
+
+
+if __name__ == "__main__":
+    run_stage(main, "distill", SECTIONS)

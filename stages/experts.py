@@ -1,0 +1,237 @@
+"""The mixture of experts: a float32 router, its balancing, and experts computed over sorted tokens.
+
+Shape legend: B sequences, T tokens of a sequence, N = B*T tokens, K experts per token, M = N*K routed rows,
+E experts, D width, F width of an expert.
+
+Routing is returned from forward and nothing is stored on the module, so running a block twice (activation
+checkpointing) cannot count a token twice.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stages.layers import SwiGLU, for_matmuls, gated_silu_backward
+
+
+class Routing(NamedTuple):
+    expert_index_NK: Tensor
+    load_E: Tensor  # float32 count of tokens that each expert received in this forward
+    balance_loss: Tensor  # scalar, 1 where the load is even; its weight is the caller's
+
+
+class Gates(NamedTuple):
+    weight_NK: Tensor  # float32, sums to route_scale over K
+    expert_index_NK: Tensor
+    score_NE: Tensor  # affinities before the bias
+
+
+def route(
+    x_ND: Tensor,
+    router_weight_ED: Tensor,
+    bias_E: Tensor,
+    experts_per_token: int,
+    gating: str,
+    route_scale: float,
+) -> Gates:
+    """Chooses experts_per_token experts for each token and their weights, in float32 even under autocast.
+
+    sigmoid (DeepSeek-V3, eq. 13-16): the bias takes part in the choice, never in the weight.
+    softmax (Shazeer et al. 2017, over all experts): no bias; balance comes from the auxiliary loss.
+    Both renormalise the chosen scores to sum to one, then multiply by route_scale.
+    """
+    with torch.autocast(x_ND.device.type, enabled=False):
+        logit_NE = F.linear(x_ND.float(), router_weight_ED.float())
+        if gating == "sigmoid":
+            score_NE = logit_NE.sigmoid()
+            index_NK = (score_NE.detach() + bias_E).topk(experts_per_token, dim=-1, sorted=False).indices
+            chosen_NK = score_NE.gather(-1, index_NK)
+        else:
+            score_NE = logit_NE.softmax(dim=-1)
+            chosen_NK, index_NK = score_NE.topk(experts_per_token, dim=-1, sorted=False)
+        # 1e-20 as in DeepSeek's own code: chosen sigmoids that all underflow must not divide by zero
+        weight_NK = chosen_NK / (chosen_NK.sum(dim=-1, keepdim=True) + 1e-20) * route_scale
+    return Gates(weight_NK, index_NK, score_NE)
+
+
+def load_and_balance(
+    index_NK: Tensor, score_NE: Tensor, sequences: int, gating: str
+) -> tuple[Tensor, Tensor]:
+    """Load of each expert, and the loss sum_e f_e P_e, where f is E/K times the share of tokens that chose e
+    and P is its mean score.
+
+    sigmoid: DeepSeek-V3 eq. 17-20, per sequence, then averaged; f counts the routing taken, bias included.
+    softmax: the classic loss of GShard and Switch, over the whole batch. Gradients flow through P alone.
+    """
+    experts = score_NE.shape[-1]
+    groups = sequences if gating == "sigmoid" else 1
+    chosen_GM = index_NK.reshape(groups, -1)
+    one = torch.ones((), dtype=torch.float32, device=index_NK.device)
+    count_GE = torch.zeros(groups, experts, device=index_NK.device).scatter_add_(
+        1, chosen_GM, one.expand_as(chosen_GM)
+    )
+    if gating == "sigmoid":
+        score_NE = score_NE / (score_NE.sum(dim=-1, keepdim=True) + 1e-20)
+    mean_GE = score_NE.view(groups, -1, experts).mean(dim=1)
+    share_GE = count_GE * (experts / chosen_GM.shape[1])
+    return count_GE.sum(dim=0), (share_GE * mean_GE).sum(dim=-1).mean()
+
+
+def balanced_bias(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:
+    """Auxiliary-loss-free balancing (Wang et al. 2024): a step up for the underloaded, down for the rest.
+
+    Centred, so that the biases cannot drift together: only their differences choose experts.
+    """
+    step_E = rate * torch.sign(load_E.mean() - load_E)
+    return bias_E + step_E - step_E.mean()
+
+
+# ---- experts over sorted rows ------------------------------------------------------------------------------
+# Two primitives carry all the work, forward and backward. Rows are sorted, so each expert owns one slice.
+# `loop` is fastest on CPU; `grouped`, for CUDA, is one kernel and never waits for counts to reach the host.
+
+
+def rows_times_experts(x_MI: Tensor, weight_EIO: Tensor, load_E: Tensor, kernel: str) -> Tensor:
+    """Each row of expert e times weight[e] -> [M, O]; the weight is cast to the rows' dtype."""
+    if kernel == "grouped":
+        return F.grouped_mm(x_MI, weight_EIO.to(x_MI.dtype), offs=load_E.cumsum(0).to(torch.int32))
+    out_MO = x_MI.new_empty(x_MI.shape[0], weight_EIO.shape[-1])
+    end = 0
+    for expert, count in enumerate(load_E.long().tolist()):
+        start, end = end, end + count
+        if (
+            count
+        ):  # casting inside the loop keeps the weight in cache, and decoding touches only the chosen experts
+            torch.mm(x_MI[start:end], weight_EIO[expert].to(x_MI.dtype), out=out_MO[start:end])
+    return out_MO
+
+
+def outer_per_expert(a_MO: Tensor, b_MI: Tensor, load_E: Tensor, dtype: torch.dtype, kernel: str) -> Tensor:
+    """The gradient of each expert's weight, a[rows of e]^T b[rows of e] -> [E, O, I]."""
+    if kernel == "grouped":
+        return F.grouped_mm(a_MO.t(), b_MI, offs=load_E.cumsum(0).to(torch.int32)).to(dtype)
+    out_EOI = torch.empty(len(load_E), a_MO.shape[1], b_MI.shape[1], dtype=dtype, device=a_MO.device)
+    end = 0
+    for expert, count in enumerate(load_E.long().tolist()):
+        start, end = end, end + count
+        if not count:
+            out_EOI[expert].zero_()
+        elif dtype == a_MO.dtype:
+            torch.mm(a_MO[start:end].t(), b_MI[start:end], out=out_EOI[expert])
+        else:
+            out_EOI[expert].copy_(a_MO[start:end].t() @ b_MI[start:end])
+    return out_EOI
+
+
+class SortedExperts(torch.autograd.Function):
+    """y[n] = sum_k weight[n, k] * SwiGLU_{index[n, k]}(x[n]).
+
+    The gate's weight multiplies the inner activation (F wide) and not the output (D wide): the same product,
+    less traffic. Kept for backward: x once per token (not once per routed row) and the inner pre-activations.
+    Both scatters are written as gathers through the inverse permutation, so sums have one order.
+    """
+
+    @staticmethod
+    def forward(ctx, x_ND, weight_NK, gate_up_E2FD, down_EDF, index_NK, load_E, kernel):
+        per_token = index_NK.shape[1]
+        order_M = index_NK.flatten().argsort(stable=True)
+        inverse_M = torch.empty_like(order_M)
+        inverse_M[order_M] = torch.arange(len(order_M), device=order_M.device)
+        x_MD = x_ND.index_select(0, order_M // per_token)
+        h_M2F = rows_times_experts(x_MD, gate_up_E2FD.transpose(1, 2), load_E, kernel)
+        gate, up = h_M2F.chunk(2, dim=-1)
+        weight_M1 = weight_NK.flatten()[order_M].unsqueeze(1).to(x_ND.dtype)
+        a_MF = F.silu(gate).mul_(up).mul_(weight_M1)
+        y_MD = rows_times_experts(a_MF, down_EDF.transpose(1, 2), load_E, kernel)
+        ctx.save_for_backward(x_ND, weight_M1, h_M2F, gate_up_E2FD, down_EDF, order_M, inverse_M, load_E)
+        ctx.kernel, ctx.per_token = kernel, per_token
+        return _sum_over_choices(y_MD, inverse_M, per_token)
+
+    @staticmethod
+    def backward(ctx, grad_ND):
+        x_ND, weight_M1, h_M2F, gate_up_E2FD, down_EDF, order_M, inverse_M, load_E = ctx.saved_tensors
+        kernel, token_M = ctx.kernel, order_M // ctx.per_token
+        needs_x, _, needs_gate_up, needs_down = ctx.needs_input_grad[:4]  # a frozen weight costs nothing
+        grad_gate_up = grad_down = grad_x_ND = None
+        grad_MD = grad_ND.to(x_ND.dtype).index_select(0, token_M)
+        gate, up = h_M2F.chunk(2, dim=-1)
+        a_MF = F.silu(gate).mul_(up)
+        grad_wa_MF = rows_times_experts(grad_MD, down_EDF, load_E, kernel)
+        grad_weight_M = torch.linalg.vecdot(grad_wa_MF, a_MF)
+        if needs_down:
+            grad_down = outer_per_expert(grad_MD, a_MF.mul_(weight_M1), load_E, down_EDF.dtype, kernel)
+        grad_h_M2F = gated_silu_backward(grad_wa_MF.mul_(weight_M1), h_M2F)
+        if needs_gate_up:
+            x_MD = x_ND.index_select(0, token_M)
+            grad_gate_up = outer_per_expert(grad_h_M2F, x_MD, load_E, gate_up_E2FD.dtype, kernel)
+        if needs_x:
+            grad_x_MD = rows_times_experts(grad_h_M2F, gate_up_E2FD, load_E, kernel)
+            grad_x_ND = _sum_over_choices(grad_x_MD, inverse_M, ctx.per_token)
+        grad_weight_NK = grad_weight_M[inverse_M].view(-1, ctx.per_token).float()
+        return grad_x_ND, grad_weight_NK, grad_gate_up, grad_down, None, None, None
+
+
+def _sum_over_choices(y_MD: Tensor, inverse_M: Tensor, per_token: int) -> Tensor:
+    return y_MD.index_select(0, inverse_M).view(-1, per_token, y_MD.shape[1]).sum(dim=1)
+
+
+def kernel_for(x_ND: Tensor, expert_width: int) -> str:
+    """grouped_mm reads 16 bytes at a time: an odd width left by pruning takes the loop."""
+    aligned = x_ND.shape[1] % 8 == 0 and expert_width % 8 == 0
+    return "grouped" if x_ND.is_cuda and x_ND.dtype == torch.bfloat16 and aligned else "loop"
+
+
+class MoE(nn.Module):
+    """DeepSeekMoE: shared experts for every token (one SwiGLU of their joint width) plus routed experts.
+
+    Weights lie as nn.Linear has them: gate_up [E, 2F, D] with the gate's rows first, down [E, D, F].
+    """
+
+    def __init__(
+        self,
+        width: int,
+        expert_width: int,
+        experts: int,
+        experts_per_token: int,
+        shared_experts: int,
+        gating: str,
+        route_scale: float,
+    ):
+        super().__init__()
+        self.router_weight = nn.Parameter(torch.empty(experts, width))
+        self.register_buffer("bias", torch.zeros(experts))
+        self.gate_up = nn.Parameter(torch.empty(experts, 2 * expert_width, width))
+        self.down = nn.Parameter(torch.empty(experts, width, expert_width))
+        self.shared = SwiGLU(width, shared_experts * expert_width) if shared_experts else None
+        self.experts_per_token = experts_per_token
+        self.gating = gating
+        self.route_scale = route_scale
+
+    def gates(self, x_ND: Tensor) -> Gates:
+        return route(
+            x_ND, self.router_weight, self.bias, self.experts_per_token, self.gating, self.route_scale
+        )
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing]:
+        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+        gates = self.gates(x_ND)
+        load_E, balance_loss = load_and_balance(
+            gates.expert_index_NK, gates.score_NE, x_BTD.shape[0], self.gating
+        )
+        x_ND = for_matmuls(x_ND)
+        y_ND = SortedExperts.apply(
+            x_ND,
+            gates.weight_NK,
+            self.gate_up,
+            self.down,
+            gates.expert_index_NK,
+            load_E,
+            kernel_for(x_ND, self.down.shape[-1]),
+        )
+        if self.shared is not None:
+            y_ND = y_ND + self.shared(x_ND)
+        return y_ND.view_as(x_BTD), Routing(gates.expert_index_NK, load_E, balance_loss)

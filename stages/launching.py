@@ -1,0 +1,109 @@
+"""Starts the ranks of a training stage through torchrun. The stage process itself is never a rank: it composes
+the settings once, and a Hydra sweep or a retry can never give two ranks different hyperparameters.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from stages.artifacts import Refusal, read_json, sha256_of, write_atomically
+
+
+def rank_count(accelerator: str, ranks: int | str) -> tuple[str, int]:
+    """The accelerator to use and how many ranks: two gloo processes on CPU, one rank per GPU over NCCL."""
+    import torch
+
+    if accelerator == "auto":
+        accelerator = "gpu" if torch.cuda.is_available() else "cpu"
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        raise Refusal("trainer.accelerator = gpu: this machine shows no CUDA device; use cpu or auto")
+    if ranks == "auto":
+        ranks = torch.cuda.device_count() if accelerator == "gpu" else 2
+    if accelerator == "gpu" and ranks > torch.cuda.device_count():
+        raise Refusal(f"trainer.ranks = {ranks}: this machine has {torch.cuda.device_count()} GPUs")
+    return accelerator, ranks
+
+
+def resume_key(stage: str, settings: dict, root: Path, inputs: list[Path]) -> str:
+    """Hash of all that the stage reads: settings, code, inputs. A changed input never meets stale state."""
+    import hashlib
+
+    digest = hashlib.sha256(json.dumps([stage, settings], sort_keys=True).encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")) + inputs:
+        digest.update(sha256_of(path).encode())
+    return digest.hexdigest()[:16]
+
+
+def launch(stage: str, settings, place, inputs: list[str], run) -> dict:
+    """Runs `stages.<stage>.fits` in every rank and returns rank zero's results by name of the fit.
+
+    A failure of any rank ends all of them; its one-line reason is raised here as a Refusal.
+    """
+    plain = {k: v for k, v in asdict(settings).items() if v is not None}
+    accelerator, ranks = rank_count(settings.trainer.accelerator, settings.trainer.ranks)
+    key = resume_key(stage, plain, place.root, [place.read(path) for path in inputs])
+    state = place.root / ".runs" / "resume" / f"{stage}-{key}"
+    state.mkdir(parents=True, exist_ok=True)
+    for name in ("error.txt", "result.json", "steps.jsonl"):
+        (state / name).unlink(missing_ok=True)
+    job = {"stage": stage, "settings": plain, "accelerator": accelerator, "ranks": ranks}
+    job |= {"root": str(place.root), "out": str(place.out), "state": str(state)}
+    write_atomically(state / "job.json", json.dumps(job))  # not write_json, which rounds: ranks get the exact settings
+
+    code = _run_ranks(state / "job.json", ranks, accelerator)
+    if code != 0:
+        error = state / "error.txt"
+        if error.exists():
+            raise Refusal(error.read_text().strip())
+        raise Refusal(f"a rank of {stage} ended with code {code}; its last words are in {state / 'ranks.log'}")
+    result = read_json(state / "result.json")
+    for line in (state / "steps.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        run.metrics({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+    shutil.rmtree(state)  # finished: the outs are the state now
+    return result
+
+
+def write_curves(path: Path, result: dict) -> None:
+    """The training curves of a stage's fits as CSV; an empty field where a step was not validated."""
+    lines = ["model,step,loss,validation_bits_per_byte"]
+    for name, fit in result.items():
+        for row in fit["curve"]:
+            bits = "" if row["validation_bits_per_byte"] is None else row["validation_bits_per_byte"]
+            lines.append(f"{name},{row['step']},{row['loss']},{bits}")
+    write_atomically(path, "\n".join(lines) + "\n")
+
+
+def _run_ranks(job: Path, ranks: int, accelerator: str) -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    threads = 1 if accelerator == "gpu" else max(1, len(os.sched_getaffinity(0)) // ranks)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]))
+    if accelerator == "cpu":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    command += ["--master-addr", "127.0.0.1", "--master-port", str(port), "-m", "stages.ranks", str(job)]
+    with (job.parent / "ranks.log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stderr=log, preexec_fn=_die_with_parent)
+        previous = {s: signal.signal(s, lambda number, _: process.send_signal(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            return process.wait()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def _die_with_parent() -> None:
+    """Linux: the kernel ends this process when its parent dies, even by SIGKILL, so no rank is orphaned."""
+    import ctypes
+
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)

@@ -1,0 +1,146 @@
+"""The parts that teacher and student share: RMSNorm, rotary positions, SwiGLU, attention, the decode cache.
+
+Shape legend: B sequences, T tokens of a sequence, N = B*T, D width, F width inside an MLP, H heads,
+R rotated dimensions of a head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_EPSILON = 1e-6  # what DeepSeek-V3 and Qwen3 use; their latent and head norms have it fixed in code
+INIT_STD = 0.02
+
+Rope = tuple[Tensor, Tensor]  # cosines and sines, each [T, R/2]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight (Zhang and Sennrich 2019), in float32 whatever autocast says."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, NORM_EPSILON)
+
+
+def for_matmuls(x: Tensor) -> Tensor:
+    """x in autocast's dtype, once: left alone, autocast casts it anew for each matmul that reads it."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def rope_table(start: int, tokens: int, rotated: int, theta: float, device: torch.device | None) -> Rope:
+    """Cosines and sines of positions start..start+tokens; computed each forward: no buffer to go stale."""
+    frequency_R = theta ** -(torch.arange(0, rotated, 2, dtype=torch.float32, device=device) / rotated)
+    position_T = torch.arange(start, start + tokens, dtype=torch.float32, device=device)
+    angle_TR = torch.outer(position_T, frequency_R)
+    return angle_TR.cos(), angle_TR.sin()
+
+
+def rotate(x_BTHR: Tensor, rope: Rope) -> Tensor:
+    """Turns the pair (i, i + R/2) of each head by its position's angle (Su et al. 2021, half-split)."""
+    cos_T1R, sin_T1R = (part.unsqueeze(1).to(x_BTHR.dtype) for part in rope)
+    first, second = x_BTHR.chunk(2, dim=-1)
+    return torch.cat([first * cos_T1R - second * sin_T1R, second * cos_T1R + first * sin_T1R], dim=-1)
+
+
+class GatedSilu(torch.autograd.Function):
+    """silu(gate) * up of h = [gate, up]. Keeps only h for backward; plain autograd keeps twice as much."""
+
+    @staticmethod
+    def forward(ctx, h_N2F: Tensor) -> Tensor:
+        ctx.save_for_backward(h_N2F)
+        gate, up = h_N2F.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad_NF: Tensor) -> Tensor:
+        (h_N2F,) = ctx.saved_tensors
+        return gated_silu_backward(grad_NF, h_N2F)
+
+
+def gated_silu_backward(grad_NF: Tensor, h_N2F: Tensor) -> Tensor:
+    gate, up = h_N2F.chunk(2, dim=-1)
+    grad_N2F = torch.empty_like(h_N2F)
+    grad_gate, grad_up = grad_N2F.chunk(2, dim=-1)
+    torch.mul(grad_NF, F.silu(gate), out=grad_up)
+    torch.ops.aten.silu_backward.grad_input(grad_NF * up, gate, grad_input=grad_gate)
+    return grad_N2F
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020); gate and up are one matrix, gate rows first."""
+
+    def __init__(self, width: int, mlp_width: int):
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * mlp_width, bias=False)
+        self.down = nn.Linear(mlp_width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(GatedSilu.apply(self.gate_up(x)))
+
+
+def attend(query_BHTd: Tensor, key_BHSd: Tensor, value_BHSv: Tensor, scale: float) -> Tensor:
+    """Causal attention of the last T of S positions -> [B, H, T, v].
+
+    PyTorch's fused kernels need key and value heads of one size: the narrower is padded with zeros, which
+    changes neither scores nor values.
+    """
+    key_dim, value_dim = key_BHSd.shape[-1], value_BHSv.shape[-1]
+    if value_dim < key_dim:
+        value_BHSv = F.pad(value_BHSv, (0, key_dim - value_dim))
+    elif value_dim > key_dim:
+        pad = (0, value_dim - key_dim)
+        query_BHTd, key_BHSd = F.pad(query_BHTd, pad), F.pad(key_BHSd, pad)
+    queries, keys = query_BHTd.shape[-2], key_BHSd.shape[-2]
+    mask = None
+    if 1 < queries < keys:  # a chunk that continues a cache
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query_BHTd.device).tril(keys - queries)
+    out = F.scaled_dot_product_attention(
+        query_BHTd, key_BHSd, value_BHSv, attn_mask=mask, is_causal=1 < queries == keys, scale=scale
+    )
+    return out[..., :value_dim]
+
+
+class LayerCache:
+    """What decoding keeps of one layer: buffers [B, capacity, ...], filled up to `length`."""
+
+    def __init__(self, *buffers: Tensor):
+        self.buffers = buffers
+        self.length = 0
+
+    def append(self, *new: Tensor) -> list[Tensor]:
+        """Writes the new positions and returns every position so far."""
+        end = self.length + new[0].shape[1]
+        if end > self.buffers[0].shape[1]:
+            raise ValueError(f"the cache holds {self.buffers[0].shape[1]} tokens; {end} were fed to it")
+        for buffer, part in zip(self.buffers, new, strict=True):
+            buffer[:, self.length : end] = part
+        self.length = end
+        return [buffer[:, :end] for buffer in self.buffers]
+
+
+def past_tokens(cache: list[LayerCache] | None) -> int:
+    return cache[0].length if cache else 0
+
+
+def initialise(model: nn.Module, layers: int, seed: int) -> None:
+    """Normal weights of std 0.02; matrices that write to the residual stream are scaled by 1/sqrt(2 layers).
+
+    The scale keeps the residual stream's variance independent of depth (GPT-2). The generator is the model's
+    own, so the weights depend on the seed alone and nobody else's random numbers are used up.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)  # norms
+                continue
+            residual = ".output." in name or name.removesuffix(".weight").endswith(".down")
+            parameter.normal_(0.0, INIT_STD / ((2 * layers) ** 0.5 if residual else 1.0), generator=generator)
+        for buffer in model.buffers():
+            buffer.zero_()

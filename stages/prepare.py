@@ -1,0 +1,331 @@
+"""prepare: a corpus becomes a tokenizer and checked token shards, split by document.
+
+    dvc repro prepare
+    python -m stages.prepare corpus=files 'corpus.paths=[texts/*.txt]'
+    python -m stages.prepare scale=tiny prepare.tokenizer=bytes
+
+A document's split is a function of its own text (SHA-256), so no document is in two splits, none moves when
+others come or go, and the order on disk is that of the checksums: any first n tokens are a fair sample.
+"""
+
+import hashlib
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from stages.artifacts import Refusal, sha256_of, write_atomically, write_json
+from stages.corpus import Corpus
+from stages.runs import run_stage
+from stages.shards import (
+    END_OF_TEXT,
+    SPLITS,
+    TOKENIZER,
+    BpeTokenizer,
+    BytesTokenizer,
+    token_dtype,
+    write_card,
+    write_split,
+)
+from stages.tracking import machine
+
+SECTIONS = ("corpus", "prepare", "sequence_tokens", "seed")
+BATCH_BYTES = 1 << 22  # of text, tokenized at once
+FEWEST = {"train": 1, "val": 1, "test": 2}  # documents; an interval over documents needs two
+FEWEST_HELD_OUT = 4  # documents of validation and of test that max_documents leaves
+
+
+def main(settings, place, run):
+    knobs, watch = settings.prepare, Stopwatch()
+    corpus = Corpus(
+        source=settings.corpus.source,
+        paths=tuple(settings.corpus.paths or ()),
+        text_field=settings.corpus.text_field,
+        dataset=settings.corpus.dataset,
+        subset=settings.corpus.subset,
+        split=settings.corpus.split,
+        max_bytes=settings.corpus.max_bytes,
+        root=place.root,
+    )
+    folder = empty_folder(place.write("artifacts/data"))
+
+    # The source is read once. Its texts wait in a file without a name, which a killed process cannot leave.
+    with tempfile.TemporaryFile(dir=folder) as spool:
+        with watch.phase("read"):
+            documents, duplicates = gather(corpus, spool)
+            splits = split_documents(documents, knobs.val_share, knobs.test_share)
+            splits = choose(splits, knobs.max_documents, knobs.val_share, knobs.test_share)
+            refuse_few(splits)
+
+        with watch.phase("train_tokenizer"):
+            tokenizer = train_tokenizer(knobs.tokenizer, knobs.vocab_size, texts(spool, splits["train"]))
+            write_atomically(folder / TOKENIZER, tokenizer.to_json())
+
+        with watch.phase("encode"):
+            parts = {}
+            for split in SPLITS:
+                encoded = encode(tokenizer, spool, splits[split], split)
+                parts[split] = write_split(folder, split, encoded, tokenizer, knobs.shard_tokens)
+                refuse_short(split, parts[split], settings.sequence_tokens)
+
+    card = {
+        "vocab_size": tokenizer.vocab_size,
+        "end_of_text": tokenizer.end_of_text,
+        "tokenizer": tokenizer.kind,
+        "tokenizer_sha256": sha256_of(folder / TOKENIZER),
+        "dtype": token_dtype(tokenizer.vocab_size),
+        "splits": parts,
+        "duplicates_dropped": duplicates,
+        "corpus": corpus.describe(),
+    }
+    write_atomically(folder / "CORPUS.md", corpus_card(card, knobs))
+    write_card(folder, card)
+
+    metrics = metrics_of(card, splits)
+    write_json(place.write("metrics/prepare.json"), metrics)
+    write_json(place.write("measurements/prepare.json"), measurements_of(watch, corpus.bytes, parts))
+    run.metrics(metrics)
+    run.artifact(folder / "CORPUS.md")
+    print(f"prepare: {summary(card)}", file=sys.stderr)
+
+
+def empty_folder(folder):
+    """The folder without a former run's files, card first: what a kill leaves is never taken for whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for pattern in ("card.json", "CORPUS.md", TOKENIZER, "*-?????.bin", "*-documents.npy", ".*.partial"):
+        for path in folder.glob(pattern):
+            path.unlink()
+    return folder
+
+
+# ---- reading
+
+
+class Document(NamedTuple):
+    digest: bytes  # SHA-256 of the text
+    start: int  # in the spool
+    size: int  # utf-8 bytes
+
+
+def gather(corpus, spool):
+    """Copy every text once into the spool; returns the documents and the number of duplicates dropped."""
+    documents, seen, position, duplicates = [], set(), 0, 0
+    with progress("reading", unit="B", unit_scale=True) as bar:
+        for text in corpus:
+            data = text.encode("utf-8")
+            bar.update(len(data))
+            digest = hashlib.sha256(data).digest()
+            if digest in seen:
+                duplicates += 1
+                continue
+            seen.add(digest)
+            spool.write(data)
+            documents.append(Document(digest, position, len(data)))
+            position += len(data)
+    spool.flush()
+    return documents, duplicates
+
+
+def texts(spool, documents):
+    """The texts of these documents, from the spool."""
+    for document in documents:
+        spool.seek(document.start)
+        yield spool.read(document.size).decode("utf-8")
+
+
+def progress(title, **how):
+    """A bar on a terminal, nothing in a log."""
+    quiet = not sys.stderr.isatty()
+    return tqdm(desc=f"prepare: {title}", file=sys.stderr, disable=quiet, leave=False, **how)
+
+
+# ---- splitting
+
+
+def split_documents(documents, val_share, test_share):
+    """Each document to the split that its checksum, read as a number in [0, 1), falls in."""
+    splits = {split: [] for split in SPLITS}
+    for document in sorted(documents):
+        fraction = int.from_bytes(document.digest[:8], "big") / 2**64
+        split = "test" if fraction < test_share else "val" if fraction < test_share + val_share else "train"
+        splits[split].append(document)
+    return splits
+
+
+def choose(splits, max_documents, val_share, test_share):
+    """The first documents by checksum, in each split its share of max_documents (0: all)."""
+    if not max_documents:
+        return splits
+    val = max(FEWEST_HELD_OUT, round(max_documents * val_share))
+    test = max(FEWEST_HELD_OUT, round(max_documents * test_share))
+    quota = {"train": max(1, max_documents - val - test), "val": val, "test": test}
+    return {split: documents[: quota[split]] for split, documents in splits.items()}
+
+
+def refuse_few(splits):
+    count = sum(map(len, splits.values()))
+    for split, documents in splits.items():
+        if len(documents) < FEWEST[split]:
+            cure = (
+                "give more documents" if split == "train" else f"give more, or a larger prepare.{split}_share"
+            )
+            raise Refusal(
+                f"the corpus is too small: {len(documents)} of its {count} documents fall in the {split} "
+                f"split, which needs {FEWEST[split]}; {cure}"
+            )
+
+
+def refuse_short(split, part, sequence_tokens):
+    if part["tokens"] < sequence_tokens + 1:
+        raise Refusal(
+            f"the corpus is too small: its {split} split has {part['tokens']} tokens in {part['documents']} "
+            f"documents, and a sequence is {sequence_tokens + 1}; give more text or lower sequence_tokens"
+        )
+
+
+# ---- tokens
+
+
+def train_tokenizer(kind, vocab_size, training_texts):
+    """Byte-level BPE with GPT-2's word pattern, from the training texts alone; or plain bytes, from none."""
+    if kind == "bytes":
+        return BytesTokenizer()
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < 257:
+        raise Refusal(
+            f"prepare.vocab_size ({vocab_size}) must be at least 257: every byte and the text's end"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,  # a pair met once is no pattern: a small corpus ends with fewer tokens than asked
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # all 256 bytes, so nothing is unknown
+        show_progress=False,
+    )
+    with progress("training the tokenizer", unit=" documents") as bar:
+        tokenizer.train_from_iterator(_counted(training_texts, bar), trainer)
+    return BpeTokenizer(tokenizer)
+
+
+def _counted(items, bar):
+    for item in items:
+        bar.update(1)
+        yield item
+
+
+def encode(tokenizer, spool, documents, split):
+    """(token ids, utf-8 bytes) of each document in order, tokenized a few megabytes at a time."""
+    batch, held = [], 0
+    with progress(f"encoding {split}", total=len(documents), unit=" documents") as bar:
+        for document, text in zip(documents, texts(spool, documents), strict=True):
+            batch.append((text, document.size))
+            held += document.size
+            if held >= BATCH_BYTES:
+                yield from _encoded(tokenizer, batch)
+                bar.update(len(batch))
+                batch, held = [], 0
+        yield from _encoded(tokenizer, batch)
+        bar.update(len(batch))
+
+
+def _encoded(tokenizer, batch):
+    ids = tokenizer.encode_batch([text for text, _ in batch])
+    return zip(ids, [size for _, size in batch], strict=True)
+
+
+# ---- telling
+
+
+def metrics_of(card, splits):
+    """What `dvc metrics` compares."""
+    digests = [document.digest for documents in splits.values() for document in documents]
+    numbers = ("documents", "bytes", "tokens", "bytes_per_token")
+    return {split: {key: card["splits"][split][key] for key in numbers} for split in SPLITS} | {
+        "vocab_size": card["vocab_size"],
+        "duplicates_dropped": card["duplicates_dropped"],
+        "documents_in_two_splits": len(digests) - len(set(digests)),
+    }
+
+
+def measurements_of(watch, bytes_read, parts):
+    """What depends on the machine and its clock, and therefore is no DVC out."""
+    tokens = sum(part["tokens"] for part in parts.values())
+    encoded = sum(part["bytes"] for part in parts.values())
+    return {
+        "seconds": watch.seconds,
+        "megabytes_per_second_read": bytes_read / 1e6 / watch.seconds["read"],
+        "megabytes_per_second_encoded": encoded / 1e6 / watch.seconds["encode"],
+        "tokens_per_second_encoded": tokens / watch.seconds["encode"],
+        "machine": machine(),
+    }
+
+
+class Stopwatch:
+    """Seconds of each phase."""
+
+    def __init__(self):
+        self.seconds = {}
+
+    @contextmanager
+    def phase(self, name):
+        begun = time.perf_counter()
+        yield
+        self.seconds[name] = max(time.perf_counter() - begun, 1e-9)
+
+
+def summary(card):
+    train = card["splits"]["train"]
+    documents = sum(part["documents"] for part in card["splits"].values())
+    return (
+        f"{documents} documents of {card['corpus']['name']}, {train['tokens']:,} training tokens of "
+        f"{train['bytes_per_token']:.2f} bytes, vocabulary {card['vocab_size']}"
+    )
+
+
+def corpus_card(card, knobs):
+    """The card for a reader."""
+    corpus = card["corpus"]
+    rows = []
+    for split, part in card["splits"].items():
+        counts = f"{part['documents']:,} | {part['bytes']:,} | {part['tokens']:,}"
+        rows.append(f"| {split} | {counts} | {part['bytes_per_token']:.3f} |")
+    notes = [
+        f"Source: {corpus['name']} (`corpus.source: {corpus['source']}`), {corpus['bytes_read']:,} bytes.",
+        f"Left out: {card['duplicates_dropped']:,} exact duplicates,",
+        f"{corpus['empty_documents_skipped']:,} empty documents,",
+        f"{corpus['undecodable_files_skipped']:,} files that are not UTF-8.",
+    ]
+    if corpus["reached_max_bytes"]:
+        notes.append("Reading stopped at `corpus.max_bytes`: the source holds more.")
+    if knobs.max_documents:
+        notes.append(f"Of the rest, `prepare.max_documents` ({knobs.max_documents}) were chosen by checksum.")
+    return "\n".join(
+        [
+            "# Corpus card",
+            "",
+            *notes,
+            "",
+            "| split | documents | bytes | tokens | bytes per token |",
+            "| --- | ---: | ---: | ---: | ---: |",
+            *rows,
+            "",
+            "The split is the SHA-256 of a document's text, read as a number from 0 to 1: test below",
+            f"{knobs.test_share:g}, validation below {knobs.test_share + knobs.val_share:g}, else training.",
+            "No document is in two splits.",
+            "",
+            f"Tokenizer: {card['tokenizer']}, {card['vocab_size']:,} tokens, from the training split only;",
+            f"`{END_OF_TEXT}` ({card['end_of_text']}) ends every document and counts no byte.",
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    run_stage(main, "prepare", SECTIONS)

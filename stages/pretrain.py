@@ -1,0 +1,50 @@
+"""Trains the mixture-of-experts teacher with Lightning DDP.
+
+    dvc repro pretrain                                              # the experiment of record
+    python -m stages.pretrain pretrain.steps=50                     # by hand, into outputs/
+    python -m stages.pretrain -m optimizer.muon_learning_rate=0.01,0.02
+"""
+
+from collections.abc import Iterator
+
+from stages.artifacts import read_json, write_json
+from stages.launching import launch, write_curves
+from stages.runs import Place, run_stage
+
+SECTIONS = ("sequence_tokens", "seed", "teacher", "pretrain", "optimizer", "trainer")
+
+
+def fits(settings, place: Place) -> Iterator:
+    """What every rank trains."""
+    from stages.models import build_teacher
+    from stages.training import Fit, NextToken
+
+    shape, recipe = settings.teacher, settings.pretrain
+    vocab_size = read_json(place.read("artifacts/data") / "card.json")["vocab_size"]
+    yield Fit(
+        name="teacher",
+        model=build_teacher(shape, vocab_size, settings.sequence_tokens, settings.seed),
+        objective=NextToken(shape.balance_loss_weight),
+        steps=recipe.steps,
+        batch_sequences=recipe.batch_sequences,
+        learning_rate_scale=recipe.learning_rate_scale,
+        validate_every_steps=recipe.validate_every_steps,
+        validation_sequences=recipe.validation_sequences,
+        out="artifacts/teacher",
+        bias_update_rate=shape.bias_update_rate,
+    )
+
+
+def main(settings, place: Place, run) -> None:
+    result = launch("pretrain", settings, place, ["artifacts/data"], run)
+    write_curves(place.write("plots/pretrain.csv"), result)
+    teacher = result["teacher"]
+    metrics = {k: teacher[k] for k in ("validation_bits_per_byte", "expert_load", "max_violation")}
+    metrics["tokens"] = settings.pretrain.steps * settings.pretrain.batch_sequences * settings.sequence_tokens
+    write_json(place.write("metrics/pretrain.json"), metrics)
+    run.metrics({"validation_bits_per_byte": teacher["validation_bits_per_byte"]})
+    run.model(place.write("artifacts/teacher"))
+
+
+if __name__ == "__main__":
+    run_stage(main, "pretrain", SECTIONS)

@@ -1,0 +1,263 @@
+"""One rank of a training stage: `python -m stages.ranks job.json`, started by torchrun (see stages.launching).
+
+Only ranks import Lightning, whose import alone costs seconds. The Trainer brings DDP, precision and devices;
+the sampler, the checkpoint and the two optimisers are ours, so that a resumed run gives the bytes of an
+uninterrupted one.
+"""
+
+import importlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import lightning
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from stages import models, settings
+from stages.artifacts import Refusal, read_json, write_atomically, write_json
+from stages.optimizers import learning_rate_factor, make_optimizers
+from stages.runs import Place
+from stages.shards import Tokens, Windows
+from stages.training import Fit, max_violation, validation_nats
+
+LOAD_WINDOW_STEPS = 20  # the expert load reported at the end is that of the last so many steps
+
+
+class Batches(IterableDataset):
+    """The batches of one rank from a step on: no state beyond the step."""
+
+    def __init__(self, windows: Windows, start: int, stop: int, rank: int, world_size: int, batch_sequences: int):
+        self.windows, self.steps = windows, range(start, stop)
+        self.rank, self.world_size, self.batch_sequences = rank, world_size, batch_sequences
+
+    def __iter__(self):
+        for step in self.steps:
+            yield self.windows.batch(step, self.rank, self.world_size, self.batch_sequences)
+
+
+class Progress:
+    """What rank zero saves and every rank resumes from: step, weights, optimisers, curve, loads."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.step, self.curve, self.recent_loads = 0, [], []
+
+    def load(self, model, optimizers) -> None:
+        if not self.path.exists():
+            return
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torn or altered: a restart of this fit costs time, a wrong resume costs the result
+            raise Refusal(f"{self.path}: the checkpoint is damaged ({type(error).__name__}); delete it to restart this fit") from None
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step, self.curve, self.recent_loads = state["step"], state["curve"], state["recent_loads"]
+
+    def save(self, model, optimizers) -> None:
+        state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+        state |= {"step": self.step, "curve": self.curve, "recent_loads": self.recent_loads}
+        temporary = self.path.with_suffix(".writing")
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path)
+
+
+class Training(lightning.LightningModule):
+    """A `Fit` as Lightning sees it: manual optimisation, because Muon and AdamW step together."""
+
+    def __init__(self, fit: Fit, job: "Job", progress: Progress, optimizers: list):
+        super().__init__()
+        self.automatic_optimization = False
+        self.model, self.fit, self.job, self.progress = fit.model, fit, job, progress
+        self.both = optimizers
+        self.started = self.saved = time.monotonic()
+        self.start = progress.step
+
+    def configure_optimizers(self):
+        return self.both
+
+    def training_step(self, tokens_BT1: Tensor, _):
+        progress, fit, job = self.progress, self.fit, self.job
+        factor = learning_rate_factor(progress.step, fit.steps, job.optimizer.warmup_share, job.optimizer.decay_share)
+        for optimizer in self.both:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            optimizer.zero_grad(set_to_none=True)
+        outcome = fit.objective(self.model, tokens_BT1)
+        self.manual_backward(outcome.loss)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), job.optimizer.clip_norm)
+
+        # One collective per step carries everything the ranks must agree on.
+        now = time.monotonic()
+        due = now - self.saved > job.checkpoint_every_seconds
+        parts = {"loss": outcome.loss.detach()} | outcome.parts
+        flags = torch.tensor([float(job.stop_requested), float(due and job.rank == 0)], device=norm.device)
+        message = torch.cat([torch.stack(list(parts.values())).float(), flags, *outcome.loads])
+        dist.all_reduce(message)
+        means = dict(zip(parts, (message[: len(parts)] / job.world_size).tolist(), strict=True))
+        stop, save = (message[len(parts) : len(parts) + 2] > 0).tolist()
+        if not math.isfinite(means["loss"]) or not math.isfinite(norm.item()):
+            kept = f"the checkpoint of an earlier step is kept in {progress.path}" if progress.path.exists() else "no step was saved yet"
+            raise Refusal(
+                f"{fit.name}: loss or gradient is not finite at step {progress.step} (loss {means['loss']}, gradient norm"
+                f" {norm.item()}); {kept}. Lower optimizer.*_learning_rate or {job.stage}.learning_rate_scale"
+            )
+        for optimizer in self.optimizers():
+            optimizer.step()
+        self._balance(message[len(parts) + 2 :])
+        progress.step += 1
+        self._record(means | {"gradient_norm": norm.item()}, now)
+        if save or stop:
+            if job.rank == 0:
+                progress.save(self.model, self.both)
+            self.saved = time.monotonic()
+        if stop:
+            raise Refusal(f"{fit.name}: interrupted after step {progress.step} of {fit.steps}; the same command continues from there")
+
+    def _balance(self, loads: Tensor) -> None:
+        if loads.numel():
+            loads = loads.view(-1, self.model.shape.experts)
+            self.model.balance(list(loads), self.fit.bias_update_rate)
+            self.progress.recent_loads = [*self.progress.recent_loads, loads.tolist()][-LOAD_WINDOW_STEPS:]
+
+    def _record(self, figures: dict, now: float) -> None:
+        progress, fit, job = self.progress, self.fit, self.job
+        validate = progress.step % fit.validate_every_steps == 0 or progress.step == fit.steps
+        if validate:
+            figures["validation_bits_per_byte"] = job.validate(self.model, fit)
+        if progress.step % job.log_every_steps == 0 or validate:
+            row = {"step": progress.step, "loss": round(figures["loss"], 5)}
+            row["validation_bits_per_byte"] = round(figures["validation_bits_per_byte"], 5) if validate else None
+            progress.curve.append(row)
+            done = (progress.step - self.start) * fit.batch_sequences * job.sequence_tokens
+            figures["tokens_per_second"] = done / max(now - self.started, 1e-9)
+            if progress.recent_loads:
+                figures["max_violation"] = max(max_violation(load) for load in torch.tensor(progress.recent_loads[-1]))
+            job.log(fit.name, progress.step, figures, validate, fit.steps)
+
+
+class Job:
+    """What a rank knows: its job file, its place among the ranks, and the data."""
+
+    def __init__(self, path: Path):
+        job = read_json(path)
+        self.stage, self.state = job["stage"], Path(job["state"])
+        self.place = Place(Path(job["root"]), Path(job["out"]))
+        self.settings = settings.validate(job["settings"], list(job["settings"]))
+        self.optimizer, self.sequence_tokens = self.settings.optimizer, self.settings.sequence_tokens
+        self.checkpoint_every_seconds = self.settings.trainer.checkpoint_every_seconds
+        self.log_every_steps = self.settings.trainer.log_every_steps
+        self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.accelerator = job["accelerator"]
+        data = self.place.read("artifacts/data")
+        self.windows = Windows(Tokens(data, "train"), self.sequence_tokens, self.settings.seed)
+        self.validation_tokens = Tokens(data, "val")
+        self.stop_requested = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+
+    def _stop(self, *_) -> None:
+        self.stop_requested = True
+
+    def validate(self, model, fit: Fit) -> float:
+        """Bits per byte of the first validation windows, shared out among the ranks."""
+        T = self.sequence_tokens
+        n = min(fit.validation_sequences, (len(self.validation_tokens) - 1) // T)
+        own = [torch.from_numpy(self.validation_tokens.window(i * T, T + 1)) for i in range(self.rank, n, self.world_size)]
+        batches = [torch.stack(own[i : i + 8]) for i in range(0, len(own), 8)]
+        nats = validation_nats(model, batches).to(model.head.weight.device, torch.float32)
+        dist.all_reduce(nats)
+        return nats.item() / math.log(2) / (n * T * self.validation_tokens.bytes_per_token)
+
+    def log(self, name: str, step: int, figures: dict, validated: bool, steps: int) -> None:
+        if self.rank != 0:
+            return
+        row = {"step": step} | {f"{name}/{k}": v for k, v in figures.items()}
+        with (self.state / "steps.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if validated:
+            print(
+                f"{name}: step {step}/{steps}  loss {figures['loss']:.4f}  validation {figures['validation_bits_per_byte']:.4f}"
+                f" bits/byte  {figures['tokens_per_second']:,.0f} tokens/s",
+                flush=True,
+            )
+
+
+def precision_plugin(precision: str, accelerator: str) -> str:
+    """bfloat16 autocast where the matrix units have it: detected, not assumed."""
+    if precision == "auto":
+        fast = torch.cuda.is_bf16_supported() if accelerator == "gpu" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        precision = "bfloat16" if fast else "float32"
+    return "bf16-mixed" if precision == "bfloat16" else "32-true"
+
+
+def run_fit(fit: Fit, job: Job) -> dict:
+    """Trains one fit to its end (from its checkpoint, if there is one) and writes the model."""
+    optimizers = make_optimizers(fit.model, job.optimizer, fit.learning_rate_scale)
+    progress = Progress(job.state / f"{fit.name}.pt")
+    progress.load(fit.model, optimizers)
+    if progress.step < fit.steps:
+        fit.model.train()
+        trainer = lightning.Trainer(
+            accelerator=job.accelerator,
+            devices=job.world_size,
+            strategy=lightning.pytorch.strategies.DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True),
+            precision=precision_plugin(job.settings.trainer.precision, job.accelerator),
+            max_epochs=1,
+            use_distributed_sampler=False,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            barebones=False,
+            num_sanity_val_steps=0,
+        )
+        batches = Batches(job.windows, progress.step, fit.steps, job.rank, job.world_size, fit.batch_sequences)
+        training = Training(fit, job, progress, optimizers)
+        trainer.fit(training, DataLoader(batches, batch_size=None))
+        if job.rank == 0:
+            progress.save(fit.model, optimizers)
+    fit.model.cpu()
+    if job.rank == 0:
+        models.save(fit.model, job.place.write(fit.out))
+    loads = torch.tensor(progress.recent_loads).sum(0) if progress.recent_loads else torch.zeros(0)
+    return {
+        "validation_bits_per_byte": progress.curve[-1]["validation_bits_per_byte"],
+        "expert_load": [(load / load.sum()).tolist() for load in loads],
+        "max_violation": [max_violation(load) for load in loads],
+        "curve": progress.curve,
+        "notes": fit.notes,
+    }
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore", module="lightning")
+    job = Job(Path(sys.argv[1]))
+    torch.manual_seed(job.settings.seed)
+    results = {}
+    try:
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if job.accelerator == "gpu" else "gloo")
+        for fit in importlib.import_module(f"stages.{job.stage}").fits(job.settings, job.place):
+            results[fit.name] = run_fit(fit, job)
+        if job.rank == 0:
+            write_json(job.state / "result.json", results)
+    except Refusal as refusal:
+        if job.rank == 0 or not (job.state / "error.txt").exists():
+            write_atomically(job.state / "error.txt", str(refusal))
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

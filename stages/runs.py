@@ -1,0 +1,242 @@
+"""How a stage is entered: by DVC with its sections of resolved.yaml, or by hand with Hydra.
+
+dvc repro distill                                # reads resolved.yaml, writes DVC's outs
+python -m stages.distill distill.temperature=2   # composes, writes into outputs/distill/<time>/
+python -m stages.distill -m distill.temperature=1,2,4   # a sweep in multirun/distill/<time>/<job>/
+"""
+
+import contextlib
+import fcntl
+import os
+import signal
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from stages.artifacts import ROOT, Refusal, read_json, write_atomically
+from stages.settings import as_yaml, offer_sheet, one_line_errors, validate
+
+LOCK_SECONDS = 30  # a stage whose dvc was killed needs a moment to die
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a stage reads and where it writes; paths such as "artifacts/teacher" are the same in both."""
+
+    root: Path
+    out: Path
+
+    def read(self, path: str) -> Path:
+        return self.root / path
+
+    def write(self, path: str) -> Path:
+        (self.out / path).parent.mkdir(parents=True, exist_ok=True)
+        return self.out / path
+
+
+@dataclass
+class Job:
+    """One job of a Hydra run or sweep, for the table at its end."""
+
+    number: str
+    overrides: list[str]
+    folder: Path
+    metrics: dict[str, float]
+    failure: str = ""
+
+
+def run_stage(main, name: str, sections) -> None:
+    """Run `main(settings, place, run)`; a Refusal, or what Hydra refuses, is one line and exit code 1."""
+    try:
+        if "DVC_STAGE" in os.environ:
+            _run_under_dvc(main, name, tuple(sections))
+        else:
+            _run_by_hand(main, name, tuple(sections))
+    except Refusal as refusal:
+        _say(refusal)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _say("interrupted; the same command continues where it can")
+        sys.exit(130)
+
+
+def _run_under_dvc(main, name, sections):
+    if sys.argv[1:]:
+        raise Refusal(f"{' '.join(sys.argv[1:])}: under DVC a stage takes its settings from params.yaml only")
+    _die_with_parent()
+    with _only_copy(name, ROOT):
+        plain = _resolved(ROOT / "resolved.yaml", sections)
+        _run_tracked(main, name, plain, sections, Place(ROOT, ROOT), sweep=None)
+
+
+def _resolved(path, sections):
+    try:
+        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Refusal("resolved.yaml is missing: run dvc repro config") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise Refusal("resolved.yaml is damaged: delete it and run dvc repro config") from None
+    if not isinstance(plain, dict) or any(section not in plain for section in sections):
+        raise Refusal(f"resolved.yaml lacks one of {', '.join(sections)}: run dvc repro config")
+    return {section: plain[section] for section in sections}
+
+
+def _run_tracked(main, name, plain, sections, place, sweep):
+    settings = validate(plain, sections)
+    from stages.tracking import start_run  # late: a refused setting should not wait for MLflow's import
+
+    with start_run(stage=name, settings=plain, out=place.out, root=place.root, sweep=sweep) as run:
+        return main(settings, place, run)
+
+
+def _die_with_parent():
+    """Linux: the kernel ends this stage when its dvc dies, even by SIGKILL; else a second one would start."""
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it died just before
+        sys.exit(1)
+
+
+@contextlib.contextmanager
+def _only_copy(name, root):
+    """Two copies of a stage must not write the same outs; the kernel frees the lock however a stage ends."""
+    path = root / ".runs" / f"{name}.lock"
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "a") as lock:
+        deadline, told = time.monotonic() + LOCK_SECONDS, False
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise Refusal(f"{name} is already running here: wait for its end, then repeat") from None
+                if not told:
+                    told = True
+                    _say(f"{name}: another copy is still running; waiting up to {LOCK_SECONDS} s for its end")
+                time.sleep(0.2)
+        yield
+
+
+def _run_by_hand(main, name, sections):
+    jobs = []
+    debug = os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+    def work(cfg):
+        os.environ.pop("HYDRA_FULL_ERROR", None)
+        return _run_job(main, name, sections, cfg, jobs)
+
+    work.__module__ = f"stages.{name}"  # Hydra names the job, and so its folder, after this
+    arguments = sys.argv[1:]
+    offer_sheet(arguments)
+    import hydra
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing: it becomes one line here
+    try:
+        with contextlib.nullcontext() if debug else one_line_errors():
+            hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")(work)()
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR", None)
+        if jobs and jobs[0].number:
+            print(table_of(jobs), flush=True)
+    failed = [job for job in jobs if job.failure]
+    if failed and failed[0].number:
+        count = f"{len(failed)} of {len(jobs)} jobs failed"
+        raise Refusal(f"{count}, first job {failed[0].number}: {failed[0].failure}")
+    if failed:
+        raise Refusal(failed[0].failure)
+
+
+def _run_job(main, name, sections, cfg, jobs):
+    """One job in its own folder; in a sweep a failing job leaves the others running."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+
+    hydra_cfg = HydraConfig.get()
+    sweeping = hydra_cfg.mode == RunMode.MULTIRUN
+    job = Job(
+        number=str(hydra_cfg.job.num) if sweeping else "",
+        overrides=list(hydra_cfg.overrides.task),
+        folder=Path(hydra_cfg.runtime.output_dir),
+        metrics={},
+    )
+    jobs.append(job)
+    if sweeping:
+        _say(f"{name} job {job.number}: {' '.join(job.overrides)}")
+    try:
+        with one_line_errors():
+            plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        validate(plain)  # all of it: a typo in a section of another stage is still a typo
+        write_atomically(job.folder / "resolved.yaml", as_yaml(plain))
+        sweep = Path(hydra_cfg.sweep.dir).resolve() if sweeping else None
+        own = {section: plain[section] for section in sections}
+        _run_tracked(main, name, own, sections, Place(ROOT, job.folder), sweep)
+        job.metrics = _headline(job.folder / "metrics" / f"{name}.json")
+        _say(f"{name} wrote {os.path.relpath(job.folder)}")
+    except Refusal as refusal:
+        job.failure = str(refusal)
+        if sweeping:
+            _say(refusal)
+    except Exception as error:
+        if not sweeping:
+            raise
+        traceback.print_exc()
+        job.failure = f"{type(error).__name__}: {error}".split("\n")[0]
+    score = best_key([job])
+    return job.metrics[score] if score else float("inf")  # what a sweeper such as Optuna minimises
+
+
+def _headline(path):
+    if not path.exists():
+        return {}
+    numbers = read_json(path).items()
+    return {k: v for k, v in numbers if isinstance(v, (int, float)) and not isinstance(v, bool)}
+
+
+def best_key(jobs: list[Job]) -> str | None:
+    """The metric that ranks jobs: bits per byte, of the student where several models have one."""
+    keys = {key for job in jobs for key in job.metrics if "bits_per_byte" in key}
+
+    def rank(key):
+        return ("validation" not in key, not key.startswith("validation"), "student" not in key, key)
+
+    return min(keys, key=rank, default=None)
+
+
+def table_of(jobs: list[Job], columns: int = 4) -> str:
+    """The jobs of a sweep, aligned, and the best of them."""
+    score = best_key(jobs)
+    keys = list(dict.fromkeys(key for job in jobs for key in job.metrics))
+    keys.sort(key=lambda key: (key != score, "bits_per_byte" not in key))
+    keys = keys[:columns]
+    rows = [["job", "overrides", *keys]]
+    for job in jobs:
+        numbers = [f"{job.metrics[key]:.6g}" if key in job.metrics else "-" for key in keys]
+        rows.append([job.number, " ".join(job.overrides) or "-", *numbers])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    for i, job in enumerate(jobs, start=1):
+        lines[i] = f"{lines[i]}  {job.failure}"
+    ranked = [job for job in jobs if score in job.metrics]
+    if score and ranked:
+        best = min(ranked, key=lambda job: job.metrics[score])
+        lines.append(
+            f"best: job {best.number} ({' '.join(best.overrides)}), {score} {best.metrics[score]:.6g}"
+        )
+        lines.append(f"      in {os.path.relpath(best.folder)}")
+    return "\n".join(["", *(line.rstrip() for line in lines)])
+
+
+def _say(message):
+    """One line to the person, whatever the terminal can encode."""
+    line = " ".join(f"offramp: {message}".split())
+    print(line.encode("utf-8", "backslashreplace").decode("utf-8"), file=sys.stderr, flush=True)

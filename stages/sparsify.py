@@ -1,0 +1,72 @@
+"""Makes teacher and student physically smaller, then recovers them by distillation from the unpruned model.
+
+    dvc repro sparsify
+    python -m stages.sparsify -m sparsify.teacher.keep_neurons=0.4,0.6,0.8
+
+Nothing is merely zeroed: heads, neurons and experts leave the tensors. Beside each sparse model stands its control,
+the dense model trained on for the same extra tokens, since recovery alone also improves a model.
+"""
+
+from collections.abc import Iterator
+
+from stages.artifacts import write_json
+from stages.launching import launch, write_curves
+from stages.runs import Place, run_stage
+
+SECTIONS = ("sequence_tokens", "seed", "sparsify", "optimizer", "trainer")
+INPUTS = ["artifacts/data", "artifacts/teacher", "artifacts/student"]
+
+
+def fits(settings, place: Place) -> Iterator:
+    from stages import models
+    from stages.pruning import importance, prune
+    from stages.shards import Tokens, Windows
+    from stages.training import Distillation, Fit, NextToken, validation_nats
+
+    recipe, data = settings.sparsify.recovery, place.read("artifacts/data")
+    windows = Windows(Tokens(data, "train"), settings.sequence_tokens, settings.seed + 1)
+    calibration = [windows.batch(i, 0, 1, 8) for i in range(settings.sparsify.calibration_sequences // 8)]
+    held_out = [windows.batch(len(calibration), 0, 1, 8)]
+    common = {
+        "steps": recipe.steps,
+        "batch_sequences": recipe.batch_sequences,
+        "learning_rate_scale": recipe.learning_rate_scale,
+        "validate_every_steps": recipe.validate_every_steps,
+        "validation_sequences": recipe.validation_sequences,
+    }
+    for name in ("teacher", "student"):
+        keep = getattr(settings.sparsify, name)
+        dense = models.load(place.read(f"artifacts/{name}"))
+        sparse = prune(dense, keep, importance(dense, calibration))
+        before, after = (validation_nats(model, held_out).item() for model in (dense, sparse))
+        yield Fit(
+            name=f"sparse_{name}",
+            model=sparse,
+            objective=Distillation(dense, recipe.temperature, recipe.soft_weight, recipe.chunk_tokens),
+            out=f"artifacts/sparse_{name}",
+            notes={"one_shot_loss_ratio": after / before},
+            **common,
+        )
+        yield Fit(
+            name=f"continued_{name}",
+            model=models.load(place.read(f"artifacts/{name}")),
+            objective=NextToken(),
+            out=f"artifacts/continued_{name}",
+            **common,
+        )
+
+
+def main(settings, place: Place, run) -> None:
+    result = launch("sparsify", settings, place, INPUTS, run)
+    write_curves(place.write("plots/sparsify.csv"), result)
+    metrics = {f"{name}_validation_bits_per_byte": fit["validation_bits_per_byte"] for name, fit in result.items()}
+    for name in ("sparse_teacher", "sparse_student"):
+        metrics[f"{name}_one_shot_loss_ratio"] = result[name]["notes"]["one_shot_loss_ratio"]
+    write_json(place.write("metrics/sparsify.json"), metrics)
+    run.metrics(metrics)
+    for name in ("sparse_teacher", "sparse_student"):
+        run.model(place.write(f"artifacts/{name}"))
+
+
+if __name__ == "__main__":
+    run_stage(main, "sparsify", SECTIONS)

@@ -1,0 +1,19 @@
+"""What all tests share: one thread per process, no network, no trace of an enclosing DVC, tiny settings."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: two cores are shared by ranks and tests
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+for name in ("DVC_STAGE", "DVC_ROOT", "HYDRA_FULL_ERROR"):
+    os.environ.pop(name, None)
+
+import pytest  # noqa: E402
+
+from stages import settings  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny_settings() -> settings.Settings:
+    """The real configuration, composed at the scale that is made for tests."""
+    return settings.validate(settings.compose(["scale=tiny", "corpus=stdlib"]))

@@ -1,0 +1,230 @@
+"""Experts: the router's choice, its balance, and the sorted experts against a slow loop."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.experts import MoE, SortedExperts, balanced_bias, kernel_for, load_and_balance, route
+
+GATINGS = ("sigmoid", "softmax")
+
+
+def moe(
+    gating="sigmoid", width=16, expert_width=8, experts=6, per_token=2, shared=1, route_scale=1.5, seed=0
+):
+    torch.manual_seed(seed)
+    layer = MoE(width, expert_width, experts, per_token, shared, gating, route_scale)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    torch.nn.init.normal_(layer.bias, std=0.1)
+    return layer
+
+
+def slow_moe(layer, x_BTD):
+    """The definition, one token and one expert at a time, through plain autograd."""
+    rows = []
+    for x_D in x_BTD.flatten(0, 1):
+        logit_E = layer.router_weight @ x_D
+        score_E = logit_E.sigmoid() if layer.gating == "sigmoid" else logit_E.softmax(-1)
+        choice_E = score_E + layer.bias if layer.gating == "sigmoid" else score_E
+        chosen = choice_E.argsort(descending=True)[: layer.experts_per_token]
+        total = score_E[chosen].sum()
+        y_D = torch.zeros_like(x_D)
+        for expert in chosen:
+            gate_F, up_F = (layer.gate_up[expert] @ x_D).chunk(2)
+            weight = score_E[expert] / total * layer.route_scale
+            y_D = y_D + weight * (layer.down[expert] @ (F.silu(gate_F) * up_F))
+        if layer.shared is not None:
+            gate_F, up_F = (layer.shared.gate_up.weight @ x_D).chunk(2)
+            y_D = y_D + layer.shared.down.weight @ (F.silu(gate_F) * up_F)
+        rows.append(y_D)
+    return torch.stack(rows).view_as(x_BTD)
+
+
+@given(
+    tokens=st.integers(1, 40),
+    experts=st.integers(1, 12),
+    data=st.data(),
+    gating=st.sampled_from(GATINGS),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=40, deadline=None)
+def test_router_sends_each_token_to_exactly_k_experts(tokens, experts, data, gating, seed):
+    per_token = data.draw(st.integers(1, experts))
+    layer = moe(gating, experts=experts, per_token=per_token, seed=seed)
+    _, routing = layer(torch.randn(1, tokens, 16))
+    assert routing.expert_index_NK.shape == (tokens, per_token)
+    assert all(len(set(row)) == per_token for row in routing.expert_index_NK.tolist())
+    assert torch.equal(
+        routing.load_E, torch.bincount(routing.expert_index_NK.flatten(), minlength=experts).float()
+    )
+    assert routing.load_E.sum() == tokens * per_token
+
+
+@pytest.mark.parametrize("gating", GATINGS)
+def test_gate_weights_are_positive_and_sum_to_the_route_scale(gating):
+    layer = moe(gating, route_scale=2.5)
+    gates = layer.gates(torch.randn(50, 16))
+    assert (gates.weight_NK > 0).all()
+    torch.testing.assert_close(gates.weight_NK.sum(-1), torch.full((50,), 2.5))
+
+
+def test_softmax_scores_are_a_distribution_over_all_experts():
+    score_NE = moe("softmax").gates(torch.randn(50, 16)).score_NE
+    torch.testing.assert_close(score_NE.sum(-1), torch.ones(50))
+
+
+def test_the_bias_chooses_experts_but_never_weighs_them():
+    x_ND, router_ED = torch.randn(20, 16), torch.randn(4, 16)
+    bias_E = torch.tensor([10.0, 10.0, 0.0, 0.0])
+    gates = route(x_ND, router_ED, bias_E, 2, "sigmoid", 1.0)
+    assert set(gates.expert_index_NK.flatten().tolist()) == {0, 1}
+    score_NK = (x_ND @ router_ED.T).sigmoid().gather(1, gates.expert_index_NK)
+    torch.testing.assert_close(gates.weight_NK, score_NK / score_NK.sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("gating", GATINGS)
+@pytest.mark.parametrize("shared", [0, 2])
+@pytest.mark.parametrize("kernel", ["loop", "grouped"])
+def test_sorted_experts_equal_a_loop_over_experts_in_values_and_gradients(
+    gating, shared, kernel, monkeypatch
+):
+    monkeypatch.setattr("stages.experts.kernel_for", lambda x_ND, expert_width: kernel)
+    layer = moe(gating, shared=shared)
+    grad_BTD = torch.randn(3, 7, 16)
+    results = []
+    for compute in (lambda x: layer(x)[0], lambda x: slow_moe(layer, x)):
+        layer.zero_grad()
+        x_BTD = torch.randn(3, 7, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y_BTD = compute(x_BTD)
+        y_BTD.backward(grad_BTD)
+        results.append(
+            [y_BTD.detach(), x_BTD.grad, *(parameter.grad.clone() for parameter in layer.parameters())]
+        )
+    for fast, slow in zip(*results, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
+
+
+def test_sorted_experts_pass_a_numerical_gradient_check():
+    generator = torch.Generator().manual_seed(0)
+    x, w, gate_up, down = (
+        torch.randn(size, dtype=torch.float64, generator=generator).requires_grad_()
+        for size in [(5, 4), (5, 2), (3, 6, 4), (3, 4, 3)]
+    )
+    index_NK = torch.tensor([[0, 1], [1, 0], [0, 1], [1, 0], [0, 1]])  # expert 2 receives nothing
+    load_E = torch.tensor([5.0, 5.0, 0.0])
+
+    def experts(x, w, gate_up, down):
+        return SortedExperts.apply(x, w, gate_up, down, index_NK, load_E, "loop")
+
+    torch.autograd.gradcheck(experts, (x, w, gate_up, down))
+
+
+@pytest.mark.parametrize("gating", GATINGS)
+def test_an_expert_without_tokens_gets_a_zero_gradient(gating):
+    layer = moe(gating, experts=12, per_token=1)
+    y_BTD, routing = layer(torch.randn(1, 2, 16))
+    y_BTD.sum().backward()
+    idle = routing.load_E == 0
+    assert idle.any() and (layer.down.grad[idle] == 0).all() and (layer.gate_up.grad[idle] == 0).all()
+
+
+def test_the_router_stays_in_float32_under_autocast():
+    layer = moe()
+    x_BTD = torch.randn(2, 64, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        y_BTD, routing = layer(x_BTD)
+        gates = layer.gates(x_BTD.flatten(0, 1))
+    plain = layer.gates(x_BTD.flatten(0, 1))
+    assert y_BTD.dtype == torch.bfloat16
+    assert gates.score_NE.dtype == torch.float32 and torch.equal(gates.score_NE, plain.score_NE)
+    assert torch.equal(routing.expert_index_NK, plain.expert_index_NK)
+
+
+def test_bfloat16_experts_stay_close_to_float32_and_give_float32_gradients():
+    layer = moe(width=32, expert_width=16)
+    x_BTD = torch.randn(4, 32, 32)
+    exact_BTD, _ = layer(x_BTD)
+    exact_grads = torch.autograd.grad(exact_BTD.square().mean(), list(layer.parameters()))
+    with torch.autocast("cpu", torch.bfloat16):
+        y_BTD, _ = layer(x_BTD)
+    grads = torch.autograd.grad(y_BTD.float().square().mean(), list(layer.parameters()))
+    assert (y_BTD - exact_BTD).norm() < 0.02 * exact_BTD.norm()
+    for grad, exact in zip(grads, exact_grads, strict=True):
+        assert grad.dtype == torch.float32
+        assert (grad - exact).norm() < 0.03 * exact.norm()
+
+
+@pytest.mark.parametrize("gating", GATINGS)
+def test_balance_loss_is_one_for_an_even_load_and_grows_with_skew(gating):
+    even_NK = torch.arange(8).view(4, 2).repeat(2, 1)  # two sequences of four tokens over eight experts
+    flat_NE = torch.full((8, 8), 0.5 if gating == "sigmoid" else 1 / 8)
+    load_E, loss = load_and_balance(even_NK, flat_NE, 2, gating)
+    assert load_E.tolist() == [2.0] * 8
+    torch.testing.assert_close(loss, torch.tensor(1.0))
+    skewed_NE = torch.full((8, 8), 0.01)
+    skewed_NE[:, :2] = 0.47
+    _, skewed = load_and_balance(torch.tensor([[0, 1]]).expand(8, 2), skewed_NE, 2, gating)
+    assert skewed > 2
+
+
+def test_sigmoid_balance_is_judged_per_sequence_and_softmax_balance_over_the_batch():
+    index_NK = torch.tensor([[0], [0], [1], [1]])  # even over the batch, skewed in each sequence
+    score_NE = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.1, 0.9], [0.1, 0.9]])
+    assert load_and_balance(index_NK, score_NE, 2, "sigmoid")[1] == pytest.approx(1.8)
+    assert load_and_balance(index_NK, score_NE, 2, "softmax")[1] == pytest.approx(1.0)
+
+
+def test_bias_updates_even_out_a_skewed_load():
+    generator = torch.Generator().manual_seed(0)
+    x_ND, router_ED = (
+        torch.randn(512, 16, generator=generator) + 0.5,
+        torch.randn(8, 16, generator=generator) * 0.3,
+    )
+    router_ED[0] += 0.3  # everybody's favourite
+    bias_E = torch.zeros(8)
+    worst = []
+    for _ in range(300):
+        index_NK = route(x_ND, router_ED, bias_E, 2, "sigmoid", 1.0).expert_index_NK
+        load_E = torch.bincount(index_NK.flatten(), minlength=8).float()
+        worst.append((load_E.max() / load_E.mean() - 1).item())
+        bias_E = balanced_bias(bias_E, load_E, rate=0.01)
+    assert worst[0] > 1 and worst[-1] < 0.3
+    assert bias_E.sum().abs() < 1e-4  # centred
+
+
+def test_running_a_layer_twice_changes_nothing_in_it():
+    layer = moe()
+    before = {name: part.clone() for name, part in layer.state_dict().items()}
+    attributes = dict(vars(layer))
+    x_BTD = torch.randn(2, 5, 16)
+    first, second = layer(x_BTD), layer(x_BTD)
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1].load_E, second[1].load_E)
+    assert all(torch.equal(before[name], part) for name, part in layer.state_dict().items())
+    assert attributes == vars(layer)
+
+
+def test_activation_checkpointing_gives_the_same_gradients_and_loads():
+    layer = moe()
+    x_BTD = torch.randn(2, 9, 16)
+    grads, loads = [], []
+    for wrap in (
+        lambda x: layer(x),
+        lambda x: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False),
+    ):
+        y_BTD, routing = wrap(x_BTD)
+        grads.append(
+            torch.autograd.grad(y_BTD.square().sum() + routing.balance_loss, list(layer.parameters()))
+        )
+        loads.append(routing.load_E)
+    assert torch.equal(*loads)
+    assert all(torch.equal(plain, again) for plain, again in zip(*grads, strict=True))
+
+
+def test_the_grouped_kernel_is_for_aligned_bfloat16_on_cuda_only():
+    assert kernel_for(torch.zeros(1, 16, dtype=torch.bfloat16), 8) == "loop"
+    if torch.cuda.is_available():
+        x_ND = torch.zeros(1, 16, dtype=torch.bfloat16, device="cuda")
+        assert kernel_for(x_ND, 8) == "grouped" and kernel_for(x_ND, 9) == "loop"

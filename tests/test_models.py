@@ -1,0 +1,218 @@
+"""Models on disk: equal to transformers' own classes, byte-identical, and refused when damaged."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_student import SHAPE as STUDENT
+from test_teacher import SHAPE as TEACHER
+
+from stages import models
+from stages.artifacts import Refusal
+
+TEACHERS = [
+    TEACHER,
+    replace(TEACHER, route_scale=2.5, rope_theta=500000.0, shared_experts=2, dense_layers=2),
+    replace(
+        TEACHER, heads=5, value_head_dim=7, expert_width=11, dense_width=29, experts=5, experts_per_token=3
+    ),
+]
+STUDENTS = [STUDENT, replace(STUDENT, heads=3, kv_heads=1, head_dim=10, mlp_width=19, rope_theta=500000.0)]
+
+
+def random_model(shape, seed=0):
+    """Every weight away from its initial value: norms, biases and large matrices too."""
+    model = models.new_model(shape, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for part in model.state_dict().values():
+            part.add_(torch.randn(part.shape, generator=generator), alpha=0.1)
+    return model.eval()
+
+
+def largest_difference_from_transformers(model, folder, name):
+    # transformers' default kernel refuses widths that are no multiple of 16 bytes; its eager one takes any
+    transformers = pytest.importorskip("transformers")
+    models.save(model, folder, end_of_text=3)
+    theirs, report = getattr(transformers, name).from_pretrained(
+        folder,
+        output_loading_info=True,
+        **({"experts_implementation": "eager"} if "Deepseek" in name else {}),
+    )
+    assert not any(report.values()), report
+    assert theirs.config.eos_token_id == 3
+    tokens_BT = torch.randint(0, 40, (3, 17), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        ours_BTV, theirs_BTV = model(tokens_BT), theirs.eval()(tokens_BT).logits
+    assert ours_BTV.std() > 0.1
+    return (ours_BTV - theirs_BTV).abs().max().item()
+
+
+@pytest.mark.parametrize("shape", TEACHERS)
+def test_a_saved_teacher_gives_the_same_logits_in_transformers(shape, tmp_path):
+    assert largest_difference_from_transformers(random_model(shape), tmp_path, "DeepseekV3ForCausalLM") < 1e-4
+
+
+@pytest.mark.parametrize("shape", STUDENTS)
+def test_a_saved_student_gives_the_same_logits_in_transformers(shape, tmp_path):
+    assert largest_difference_from_transformers(random_model(shape), tmp_path, "Qwen3ForCausalLM") < 1e-4
+
+
+def test_transformers_refuses_a_softmax_teacher_instead_of_applying_a_sigmoid(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    models.save(random_model(replace(TEACHER, gating="softmax")), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["scoring_func"] == "softmax"
+    with pytest.raises((ValueError, KeyError)):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "shape", [*TEACHERS, replace(TEACHER, gating="softmax", shared_experts=0), *STUDENTS]
+)
+def test_loading_gives_back_the_same_model(shape, tmp_path):
+    model = random_model(shape)
+    models.save(model, tmp_path)
+    loaded = models.load(tmp_path)
+    assert loaded.shape == shape and not loaded.training
+    state = loaded.state_dict()
+    assert all(torch.equal(part, state[name]) for name, part in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+
+
+@pytest.mark.parametrize("shape", [TEACHER, STUDENT])
+def test_saving_the_same_model_twice_gives_the_same_bytes(shape, tmp_path):
+    models.save(random_model(shape), tmp_path / "a")
+    models.save(models.load(tmp_path / "a"), tmp_path / "b")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_loaded_model_can_be_trained_on(tmp_path):
+    models.save(random_model(TEACHER), tmp_path)
+    model = models.load(tmp_path).train()
+    model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
+    assert model.head.weight.grad is not None
+
+
+def test_building_takes_the_shape_from_the_settings_and_ignores_training_knobs():
+    section = SimpleNamespace(**vars(TEACHER), bias_update_rate=0.1, balance_loss_weight=0.1)
+    model = models.build_teacher(section, vocab_size=50, sequence_tokens=20, seed=1)
+    assert model.shape == replace(TEACHER, vocab_size=50, sequence_tokens=20)
+    assert models.build_student(SimpleNamespace(**vars(STUDENT)), 40, 32, 1).shape == STUDENT
+
+
+@pytest.mark.parametrize(
+    ("shape", "rule"),
+    [
+        (replace(TEACHER, experts_per_token=7), r"experts_per_token \(7\) must not exceed experts \(6\)"),
+        (replace(TEACHER, gating="tanh"), r"gating \(tanh\) must be sigmoid or softmax"),
+        (replace(TEACHER, rope_head_dim=3), r"rope_head_dim \(3\) must be even"),
+        (replace(TEACHER, heads=0), r"heads \(0\) is too small"),
+        (replace(STUDENT, heads=3), r"heads \(3\) must be divisible by kv_heads \(2\)"),
+    ],
+)
+def test_an_impossible_shape_is_refused(shape, rule):
+    with pytest.raises(Refusal, match=rule):
+        models.new_model(shape, 0)
+
+
+def refusal_of(folder):
+    with pytest.raises(Refusal) as caught:
+        models.load(folder)
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    models.save(random_model(TEACHER), tmp_path)
+    return tmp_path
+
+
+def test_missing_files_are_refused(saved):
+    (saved / "model.safetensors").unlink()
+    assert "is missing" in refusal_of(saved)
+    (saved / "config.json").unlink()
+    assert "is missing" in refusal_of(saved)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, 0.5, 0.999])
+def test_a_truncated_weights_file_is_refused(saved, keep):
+    weights = saved / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[: keep if isinstance(keep, int) else int(keep * len(content))])
+    assert "damaged" in refusal_of(saved)
+
+
+def test_a_single_changed_byte_is_refused(saved):
+    weights = saved / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 1
+    weights.write_bytes(content)
+    assert "SHA-256 differs" in refusal_of(saved)
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def edit_weights(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    edit_config(folder, weights_sha256=None)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda t: t["model.norm.weight"].fill_(float("nan")), "model.norm.weight holds a non-finite number"),
+        (lambda t: t.pop("model.norm.weight"), r"lacks model.norm.weight \(1 missing\)"),
+        (lambda t: t.update(extra=torch.ones(1)), r"has extra \(1 unknown\)"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(3)}),
+            r"model.norm.weight is \[3\].*says \[32\]",
+        ),
+        (lambda t: t.update({"model.norm.weight": torch.ones(32).int()}), "expected floating point"),
+    ],
+)
+def test_wrong_weights_are_refused_by_name(saved, change, told):
+    edit_weights(saved, change)
+    with pytest.raises(Refusal, match=told):
+        models.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"model_type": "llama"}, "model_type 'llama' is neither"),
+        ({"hidden_size": "wide"}, "hidden_size is 'wide', expected int"),
+        ({"hidden_size": 48}, "config.json says"),
+        ({"q_lora_rank": 8}, "q_lora_rank is 8, only None is supported"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "scaled rotary positions"),
+        ({"num_experts_per_tok": 99}, "must not exceed experts"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(saved, changes, told):
+    edit_config(saved, **changes)
+    assert told in refusal_of(saved)
+
+
+def test_bfloat16_weights_without_a_recorded_hash_are_loaded_as_float32(saved):
+    edit_weights(saved, lambda t: t.update({name: part.bfloat16() for name, part in t.items()}))
+    assert all(part.dtype == torch.float32 for part in models.load(saved).state_dict().values())
+
+
+def test_a_diverged_model_is_not_saved(tmp_path):
+    model = random_model(STUDENT)
+    with torch.no_grad():
+        model.head.weight[0, 0] = float("inf")
+    with pytest.raises(Refusal, match="lm_head.weight holds a non-finite number"):
+        models.save(model, tmp_path)
+    assert not list(tmp_path.iterdir())

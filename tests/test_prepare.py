@@ -1,0 +1,202 @@
+"""prepare end to end on real text: nothing leaks, nothing depends on chance, too little is refused early."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from stages.artifacts import Refusal, sha256_of
+from stages.prepare import SECTIONS, main, train_tokenizer
+from stages.runs import Place
+from stages.settings import compose, validate
+from stages.shards import SPLITS, Tokens, load_tokenizer
+from stages.tracking import Run
+
+ROOT = Path(__file__).parent.parent
+TINY = (
+    "scale=tiny",
+    "corpus=files",
+    "corpus.paths=[texts/*.txt]",
+    "prepare.max_documents=0",
+    "sequence_tokens=16",
+)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A folder with 120 small documents, among them duplicates; each has a word of its own."""
+    root = tmp_path_factory.mktemp("root")
+    (root / "texts").mkdir()
+    for number in range(120):
+        word = (
+            hashlib.sha256(str(number).encode())
+            .hexdigest()[:12]
+            .translate(str.maketrans("0123456789", "ghijklmnop"))
+        )
+        text = f"Document {number} speaks of {word}.\n" + f"The {word} sees a {word}, ünd so on.\n" * 12
+        (root / "texts" / f"{number:03d}.txt").write_text(text, encoding="utf-8")
+        if number % 20 == 0:
+            (root / "texts" / f"{number:03d}-again.txt").write_text(text, encoding="utf-8")
+    (root / "texts" / "blank.txt").write_text("\n")
+    return root
+
+
+def prepare(root, out, *overrides):
+    plain = compose([*TINY, *overrides])
+    main(validate({section: plain[section] for section in SECTIONS}, SECTIONS), Place(root, out), Run())
+    return out / "artifacts/data"
+
+
+@pytest.fixture(scope="module")
+def folder(corpus, tmp_path_factory):
+    return prepare(corpus, tmp_path_factory.mktemp("out"))
+
+
+def texts_of(folder, split):
+    tokens, tokenizer = Tokens(folder, split), load_tokenizer(folder)
+    return [
+        tokenizer.decode(tokens.window(start, count - 1).tolist()) for start, count, _ in tokens.documents
+    ]
+
+
+def source_texts(corpus):
+    return {path.read_bytes().decode() for path in corpus.glob("texts/*.txt") if path.name != "blank.txt"}
+
+
+@pytest.mark.parametrize("kind", ["bpe", "bytes"])
+def test_every_document_comes_back_whole_in_exactly_one_split(corpus, tmp_path, kind):
+    folder = prepare(corpus, tmp_path, f"prepare.tokenizer={kind}")
+    counted = Counter(text for split in SPLITS for text in texts_of(folder, split))
+    assert set(counted) == source_texts(corpus)
+    assert set(counted.values()) == {1}
+
+
+def test_card_and_metrics_say_what_is_on_disk(folder):
+    card = json.loads((folder / "card.json").read_text())
+    metrics = json.loads((folder.parents[1] / "metrics/prepare.json").read_text())
+    assert card["duplicates_dropped"] == metrics["duplicates_dropped"] == 6
+    assert metrics["documents_in_two_splits"] == 0
+    assert card["corpus"]["empty_documents_skipped"] == 1
+    assert card["vocab_size"] == load_tokenizer(folder).vocab_size <= 512
+    assert card["tokenizer_sha256"] == sha256_of(folder / "tokenizer.json")
+    for split in SPLITS:
+        tokens, part = Tokens(folder, split), card["splits"][split]
+        assert part["tokens"] == len(tokens) == sum(shard["tokens"] for shard in part["shards"])
+        assert part["documents"] == len(tokens.documents)
+        assert part["bytes"] == sum(len(text.encode()) for text in texts_of(folder, split))
+        assert all(
+            tokens.window(start + count - 1, 1)[0] == card["end_of_text"]
+            for start, count, _ in tokens.documents
+        )
+    assert "| train |" in (folder / "CORPUS.md").read_text()
+    assert (
+        json.loads((folder.parents[1] / "measurements/prepare.json").read_text())["tokens_per_second_encoded"]
+        > 0
+    )
+
+
+def test_tokenizer_is_trained_on_the_training_split_only(folder):
+    again = train_tokenizer("bpe", 512, texts_of(folder, "train"))
+    assert again.to_json() == (folder / "tokenizer.json").read_text()
+    everything = train_tokenizer("bpe", 512, [text for split in SPLITS for text in texts_of(folder, split)])
+    assert everything.to_json() != again.to_json()
+
+
+def test_same_corpus_gives_the_same_bytes_in_another_process_and_place(corpus, folder, tmp_path):
+    script = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "from pathlib import Path; from test_prepare import prepare\n"
+        "prepare(Path(sys.argv[1]), Path(sys.argv[2]))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script, str(corpus), str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=120)
+    assert sha256_of(tmp_path / "artifacts/data") == sha256_of(folder)
+    assert sha256_of(tmp_path / "metrics") == sha256_of(folder.parents[1] / "metrics")
+
+
+def test_outs_name_no_folder_of_this_machine(corpus, folder):
+    written = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    assert str(corpus).encode() not in written and str(Path.home()).encode() + b"/" not in written
+
+
+def test_document_stays_in_its_split_when_others_come_or_go(corpus, folder, tmp_path):
+    fewer = prepare(corpus, tmp_path / "fewer", "prepare.max_documents=40")
+    part = prepare(corpus, tmp_path / "part", "corpus.paths=[texts/0*.txt]")
+    for split in SPLITS:
+        whole = texts_of(folder, split)
+        assert set(texts_of(fewer, split)) < set(whole) or split != "train"
+        assert set(texts_of(fewer, split)) <= set(whole)
+        assert set(texts_of(part, split)) <= set(whole)
+    assert sum(len(texts_of(fewer, split)) for split in SPLITS) <= 40
+
+
+def test_seed_changes_nothing_here(corpus, folder, tmp_path):
+    assert sha256_of(prepare(corpus, tmp_path, "seed=5")) == sha256_of(folder)
+
+
+def test_files_of_a_former_run_do_not_stay(corpus, folder, tmp_path):
+    prepare(corpus, tmp_path, "prepare.shard_tokens=500")
+    assert len(list((tmp_path / "artifacts/data").glob("train-*.bin"))) > 1
+    assert sha256_of(prepare(corpus, tmp_path)) == sha256_of(folder)
+
+
+def test_run_that_fails_leaves_no_card_of_an_earlier_one(corpus, tmp_path):
+    folder = prepare(corpus, tmp_path)
+    with pytest.raises(Refusal):
+        prepare(corpus, tmp_path, "sequence_tokens=100000")
+    assert not (folder / "card.json").exists()
+    with pytest.raises(Refusal, match=r"card\.json is missing"):
+        Tokens(folder, "train")
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["corpus.paths=[texts/00*.txt]"], r"documents fall in the \w+ split, which needs"),
+        (["sequence_tokens=100000"], r"its train split has \d+ tokens .* a sequence is 100001"),
+        (["prepare.vocab_size=100"], "vocab_size"),
+        (["corpus.paths=[nowhere/*.txt]"], r"nowhere/\*\.txt matches no file"),
+    ],
+)
+def test_too_little_is_refused_in_one_line(corpus, tmp_path, overrides, words):
+    with pytest.raises(Refusal, match=words) as caught:
+        prepare(corpus, tmp_path, *overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_huggingface_dataset_goes_all_the_way(corpus, folder, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = {"text": [path.read_bytes().decode() for path in sorted(corpus.glob("texts/*.txt"))]}
+    datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "saved"))
+    saved = prepare(corpus, tmp_path, "corpus=huggingface", f"corpus.dataset={tmp_path / 'saved'}")
+    for split in SPLITS:  # the same texts from another source are the same tokens
+        assert sha256_of(saved / f"{split}-00000.bin") == sha256_of(folder / f"{split}-00000.bin")
+    assert str(tmp_path) not in (saved / "card.json").read_text()
+
+
+def test_command_of_a_user_refuses_a_missing_file_in_one_line(tmp_path):
+    for name in ("stages", "conf"):  # a tree of its own, so that the failed run is not recorded in this one
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    command = [
+        sys.executable,
+        "-m",
+        "stages.prepare",
+        "scale=tiny",
+        "corpus=files",
+        "corpus.paths=[no/such.txt]",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    for name in ("DVC_STAGE", "MLFLOW_TRACKING_URI"):
+        environment.pop(name, None)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    lines = [line for line in done.stderr.splitlines() if "no/such.txt" in line]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert len(lines) == 1 and lines[0].startswith("offramp: ")

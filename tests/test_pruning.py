@@ -1,0 +1,221 @@
+"""Pruning removes the right structures, and what is left computes what it computed before."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from stages.artifacts import Refusal
+from stages.models import load, new_model, save
+from stages.pruning import Importance, Keep, importance, most_important, prune, pruned_shape
+from stages.student import StudentShape
+from stages.teacher import TeacherShape
+
+TEACHER = TeacherShape(
+    vocab_size=61, sequence_tokens=16, layers=3, dense_layers=1, width=32, heads=4, nope_head_dim=6,
+    rope_head_dim=4, value_head_dim=8, latent_width=12, dense_width=48, experts=8, experts_per_token=3,
+    shared_experts=2, expert_width=16, gating="sigmoid", route_scale=1.5, rope_theta=10000.0,
+)
+STUDENT = StudentShape(
+    vocab_size=61, sequence_tokens=16, layers=2, width=32, heads=6, kv_heads=3, head_dim=8, mlp_width=40,
+    rope_theta=10000.0,
+)
+SHAPES = pytest.mark.parametrize("shape", [TEACHER, STUDENT], ids=["teacher", "student"])
+
+
+def a_model(shape, seed=3):
+    """Weights ten times the usual size, so that every structure visibly matters, and uneven router biases."""
+    model = new_model(shape, seed).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(10)
+        for buffer in model.buffers():
+            buffer.normal_(0.0, 0.1, generator=generator)
+    return model
+
+
+def batches(count=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(61, (4, 17), generator=generator) for _ in range(count)]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(batches(1, seed=9)[0][:, :-1])
+
+
+def parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@SHAPES
+def test_keeping_everything_gives_identical_logits_in_a_model_of_its_own(shape):
+    model = a_model(shape)
+    kept = prune(model, Keep(), importance(model, batches()))
+    assert torch.equal(logits(kept), logits(model))
+    assert {p.data_ptr() for p in kept.parameters()}.isdisjoint(p.data_ptr() for p in model.parameters())
+
+
+@SHAPES
+def test_a_pruned_model_is_physically_smaller_trains_and_survives_saving(shape, tmp_path):
+    model = a_model(shape)
+    before = logits(model)
+    smaller = prune(model, Keep(0.67, 0.5, 0.5, 0.67), importance(model, batches()))
+    assert type(smaller) is type(model)
+    assert smaller.shape == pruned_shape(shape, Keep(0.67, 0.5, 0.5, 0.67))
+    assert parameters(smaller) < 0.75 * parameters(model)
+    smaller(batches(1)[0]).square().mean().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in smaller.parameters())
+    save(smaller, tmp_path)
+    assert torch.equal(logits(load(tmp_path)), logits(smaller))
+    assert torch.equal(logits(model), before), "the dense model must be left alone"
+
+
+def test_teacher_shapes_shrink_uniformly_and_keep_their_invariants():
+    shape = pruned_shape(TEACHER, Keep(0.75, 0.6, 0.25, 1.0))
+    assert (shape.heads, shape.experts, shape.experts_per_token) == (3, 2, 2), "k <= experts left"
+    assert shape.dense_width == 32, "29 neurons, to a multiple of 8"
+    assert shape.expert_width == 10, "small widths are not rounded"
+    assert pruned_shape(TEACHER, Keep(0.01, 0.01, 0.01, 0.01)).heads == 1, "never a whole layer"
+    student = pruned_shape(STUDENT, Keep(keep_heads=0.67, keep_neurons=0.5))
+    assert (student.kv_heads, student.heads, student.mlp_width) == (2, 4, 24)
+
+
+@pytest.mark.parametrize("share", [0.0, -0.5, 1.5])
+def test_an_impossible_share_is_refused_by_name(share):
+    with pytest.raises(Refusal, match="keep_heads"):
+        pruned_shape(TEACHER, Keep(keep_heads=share))
+
+
+def test_no_calibration_batch_is_refused():
+    with pytest.raises(Refusal, match="calibration"):
+        importance(a_model(STUDENT), [])
+
+
+@SHAPES
+def test_a_head_that_writes_nothing_ranks_last_and_leaves_without_a_trace(shape):
+    model, units = a_model(shape), 4 if shape is TEACHER else 3
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attention.output.weight.unflatten(1, (units, -1))[:, 1] = 0
+    scores = importance(model, batches())
+    assert all(score.argmin() == 1 and score[1] == 0 for score in scores.heads)
+    smaller = prune(model, Keep(keep_heads=(units - 1) / units), scores)
+    torch.testing.assert_close(logits(smaller), logits(model))
+
+
+@SHAPES
+def test_neurons_that_write_nothing_leave_without_a_trace(shape):
+    model = a_model(shape)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("down.weight") or name.endswith(".down"):
+                weight[..., ::2] = 0  # every second neuron of dense MLP, shared and routed experts
+    smaller = prune(model, Keep(keep_neurons=0.5), importance(model, batches()))
+    assert parameters(smaller) < parameters(model)
+    torch.testing.assert_close(logits(smaller), logits(model))
+
+
+def test_a_silent_neuron_ranks_last_even_with_a_large_output_weight():
+    model = a_model(STUDENT)
+    with torch.no_grad():
+        model.blocks[0].mlp.gate_up.weight[5] = 0
+        model.blocks[0].mlp.down.weight[:, 5] = 100
+    assert importance(model, batches()).neurons[0]["mlp"].argmin() == 5
+
+
+@pytest.mark.parametrize("gating", ["sigmoid", "softmax"])
+def test_an_expert_nobody_chooses_ranks_last_and_leaves_without_a_trace(gating):
+    model = a_model(replace(TEACHER, gating=gating))
+    with torch.no_grad():
+        for block in model.blocks[1:]:
+            if gating == "sigmoid":
+                block.mlp.bias[2] = -100  # the bias decides, and must be sliced with the rows
+            else:
+                model.embedding.weight[:, 0] = 50  # a constant channel that the router reads
+                block.mlp.router_weight[:, 0] = 0
+                block.mlp.router_weight[2, 0] = -50
+    scores = importance(model, batches())
+    assert all(score.argmin() == 2 and score[2] == 0 for score in scores.experts[1:])
+    assert scores.experts[0] is None
+    smaller = prune(model, Keep(keep_experts=7 / 8), scores)
+    assert smaller.blocks[1].mlp.router_weight.shape[0] == len(smaller.blocks[1].mlp.bias) == 7
+    if gating == "sigmoid":
+        assert torch.equal(smaller.blocks[1].mlp.bias, model.blocks[1].mlp.bias[[0, 1, 3, 4, 5, 6, 7]])
+    torch.testing.assert_close(logits(smaller), logits(model))
+
+
+def test_expert_importance_equals_a_plain_loop_over_tokens():
+    model, seen = a_model(TEACHER), {}
+    moe = model.blocks[1].mlp
+    hook = moe.register_forward_pre_hook(lambda _, inputs: seen.update(x_ND=inputs[0].flatten(0, 1)))
+    tokens = batches(1)
+    with torch.no_grad():
+        model(tokens[0][:, :-1])
+    hook.remove()
+    gates, found = moe.gates(seen["x_ND"]), {expert: [] for expert in range(8)}
+    for n, x_D in enumerate(seen["x_ND"]):
+        for g, expert in zip(gates.weight_NK[n], gates.expert_index_NK[n].tolist(), strict=True):
+            gate, up = (moe.gate_up[expert] @ x_D).chunk(2)
+            output_D = moe.down[expert] @ (F.silu(gate) * up)
+            found[expert].append((g * output_D.norm()).item())
+    expected = torch.tensor([sum(v) / max(len(v), 1) for v in found.values()], dtype=torch.float64)
+    torch.testing.assert_close(importance(model, tokens).experts[1], expected, rtol=1e-4, atol=1e-6)
+
+
+@SHAPES
+def test_head_importance_equals_gradient_times_activation(shape):
+    model, tokens_BT1 = a_model(shape), batches(1)[0][:1]
+    units, kept = (4 if shape is TEACHER else 3), {}
+
+    def keep(_, inputs):
+        kept["x"] = inputs[0]
+        inputs[0].retain_grad()
+
+    model.blocks[1].attention.output.register_forward_pre_hook(keep)
+    loss = F.cross_entropy(model(tokens_BT1[:, :-1]).flatten(0, 1), tokens_BT1[:, 1:].flatten())
+    loss.backward()
+    taylor = (kept["x"] * kept["x"].grad).unflatten(-1, (units, -1)).sum(dim=(0, 1, 3)).abs().double()
+    found = importance(model, [tokens_BT1]).heads[1]
+    torch.testing.assert_close(found, (taylor / taylor.norm()).detach(), rtol=1e-3, atol=1e-5)
+
+
+@SHAPES
+def test_measuring_twice_gives_the_same_bits_and_changes_nothing(shape):
+    model = a_model(shape).train()
+    before = {name: part.clone() for name, part in model.state_dict().items()}
+    first, second = importance(model, batches()), importance(model, batches())
+    assert all(torch.equal(a, b) for a, b in zip(first.heads, second.heads, strict=True))
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(first.neurons, second.neurons, strict=True) for k in a)
+    assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert all(torch.equal(part, before[name]) for name, part in model.state_dict().items())
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_fewer_experts_per_token_keep_the_first_choices_renormalised():
+    model = a_model(TEACHER)
+    smaller = prune(model, Keep(keep_experts_per_token=0.67), importance(model, batches()))
+    x_ND = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    many, few = model.blocks[1].mlp.gates(x_ND), smaller.blocks[1].mlp.gates(x_ND)
+    assert few.expert_index_NK.shape == (5, 2)
+    for n in range(5):
+        assert set(few.expert_index_NK[n].tolist()) <= set(many.expert_index_NK[n].tolist())
+    torch.testing.assert_close(few.weight_NK.sum(dim=1), torch.full((5,), 1.5))
+
+
+def test_ties_keep_the_first_and_the_old_order():
+    assert most_important(torch.tensor([1.0, 3.0, 1.0, 5.0, 1.0]), 3).tolist() == [0, 1, 3]
+
+
+def test_importance_of_planted_scores_is_what_prune_obeys():
+    model = a_model(STUDENT)
+    scores = importance(model, batches())
+    planted = Importance([torch.tensor([0.1, 3.0, 2.0])] * 2, scores.neurons, scores.experts)
+    smaller = prune(model, Keep(keep_heads=0.67), planted)
+    few, many = smaller.blocks[0].attention, model.blocks[0].attention
+    assert torch.equal(few.key.weight, many.key.weight[8:])
+    assert torch.equal(few.query.weight, many.query.weight[16:]), "two query heads go with their group"
+    assert torch.equal(few.output.weight, many.output.weight[:, 16:])

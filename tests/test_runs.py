@@ -1,0 +1,171 @@
+"""How a stage is entered: the commands a person types, on a toy stage in a copy of the repository."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stages.artifacts import ROOT, read_json
+
+ROOMS = ("__init__", "artifacts", "settings", "config", "runs")
+TOY = """
+import os, sys, time
+from stages.artifacts import Refusal, write_json
+from stages.runs import run_stage
+
+def main(settings, place, run):
+    assert settings.teacher is None
+    if settings.seed == 13:
+        raise Refusal("seed 13 is unlucky")
+    if settings.seed == 99:
+        write_json(place.root / "pid.json", os.getpid())
+        time.sleep(60)
+    run.metrics({"seed": 1.0})
+    t = settings.distill.temperature
+    write_json(place.write("metrics/distill.json"),
+               {"validation_bits_per_byte": abs(t - 2) + 1, "steps": 3, "curve": [1]})
+
+if __name__ == "__main__":
+    run_stage(main, "distill", ("distill", "seed"))
+"""
+TRACKING = """
+import contextlib
+
+class Run:
+    def metrics(self, values, step=None):
+        pass
+
+@contextlib.contextmanager
+def start_run(stage, settings, out, root, sweep):
+    assert set(settings) == {"distill", "seed"}
+    yield Run()
+"""
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """The real entry and settings around a toy stage, without MLflow."""
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    shutil.copy(ROOT / "params.yaml", tmp_path / "params.yaml")
+    (tmp_path / "stages").mkdir()
+    for room in ROOMS:
+        shutil.copy(ROOT / f"stages/{room}.py", tmp_path / f"stages/{room}.py")
+    (tmp_path / "stages/distill.py").write_text(TOY)
+    (tmp_path / "stages/tracking.py").write_text(TRACKING)
+    return tmp_path
+
+
+def typed(repository, *words, stage="distill", dvc=False):
+    environment = os.environ | ({"DVC_STAGE": stage} if dvc else {})
+    command = [sys.executable, "-m", f"stages.{stage}", *words]
+    return subprocess.run(
+        command, cwd=repository, env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+def jobs_in(folder):
+    return sorted(path.parent for path in folder.rglob("resolved.yaml"))
+
+
+def test_a_run_by_hand_writes_into_its_own_folder_with_its_settings(repository):
+    done = typed(repository, "distill.temperature=3")
+    assert done.returncode == 0, done.stderr
+    (job,) = jobs_in(repository / "outputs/distill")
+    assert read_json(job / "metrics/distill.json")["validation_bits_per_byte"] == 2
+    assert yaml.safe_load((job / "resolved.yaml").read_text())["distill"]["temperature"] == 3
+    assert not (repository / "metrics").exists() and not (repository / "resolved.yaml").exists()
+    assert done.stderr.splitlines() == [f"offramp: distill wrote {job.relative_to(repository)}"]
+
+
+@pytest.mark.parametrize("words", [("-m", "distill.temperature=1,2,4"), ("distill.temperature=1,2,4", "-m")])
+def test_a_sweep_prints_a_table_and_the_best_job(repository, words):
+    done = typed(repository, *words)
+    assert done.returncode == 0, done.stderr
+    assert len(jobs_in(repository / "multirun/distill")) == 3
+    lines = done.stdout.strip().splitlines()
+    assert lines[0].split() == ["job", "overrides", "validation_bits_per_byte", "steps"]
+    assert [line.split()[:3] for line in lines[1:4]] == [
+        ["0", "distill.temperature=1", "2"],
+        ["1", "distill.temperature=2", "1"],
+        ["2", "distill.temperature=4", "3"],
+    ]
+    assert lines[4] == "best: job 1 (distill.temperature=2), validation_bits_per_byte 1"
+    assert (repository / lines[5].removeprefix("      in ") / "resolved.yaml").exists()
+
+
+def test_a_sweep_over_presets_is_composed_for_each_job(repository):
+    assert typed(repository, "-m", "scale=tiny,demo").returncode == 0
+    steps = [
+        yaml.safe_load((job / "resolved.yaml").read_text())["sequence_tokens"]
+        for job in jobs_in(repository / "multirun")
+    ]
+    assert steps == [64, 256]
+
+
+def test_a_refusing_job_leaves_the_others_running_and_the_sweep_fails(repository):
+    done = typed(repository, "-m", "seed=1,13,2")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "seed 13 is unlucky" in done.stdout and len(list(repository.rglob("metrics/distill.json"))) == 2
+    assert done.stderr.splitlines()[-1] == "offramp: 1 of 3 jobs failed, first job 1: seed 13 is unlucky"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["seed=13"], "offramp: seed 13 is unlucky"),
+        (["teacher.experts_per_token=999"], "offramp: teacher.experts_per_token = 999: must be at most"),
+        (["distill.temprature=2"], "offramp: distill.temprature: no such setting; did you mean"),
+        (["scale=dmeo"], "offramp: scale = dmeo: must be one of"),
+        (["-m", "scale=tiny,dmeo"], "offramp: scale = dmeo: must be one of"),
+        (["seed=="], "offramp: "),
+        (["distill.temperature=1,2"], "offramp: Ambiguous value"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(repository, words, line):
+    done = typed(repository, *words)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith(line)
+
+
+def test_under_dvc_a_stage_reads_its_sections_of_resolved_yaml_and_writes_the_outs(repository):
+    assert "run dvc repro config" in typed(repository, dvc=True).stderr
+    assert typed(repository, stage="config", dvc=True).returncode == 0
+    plain = yaml.safe_load((repository / "resolved.yaml").read_text())
+    (repository / "resolved.yaml").write_text(yaml.safe_dump({"distill": plain["distill"], "seed": 7}))
+    done = typed(repository, dvc=True)
+    assert done.returncode == 0, done.stderr
+    assert (repository / "metrics/distill.json").exists() and not (repository / "outputs").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
+def test_a_stage_dies_with_its_dvc_and_the_next_copy_waits_for_its_lock(repository):
+    typed(repository, stage="config", dvc=True)
+    resolved = yaml.safe_load((repository / "resolved.yaml").read_text())
+    (repository / "resolved.yaml").write_text(yaml.safe_dump(resolved | {"seed": 99}))
+    starter = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'stages.distill'])"  # for dvc
+    environment = os.environ | {"DVC_STAGE": "distill"}
+    dvc = subprocess.Popen([sys.executable, "-c", starter], cwd=repository, env=environment)
+    deadline = time.monotonic() + 30
+    while not (repository / "pid.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    stage = read_json(repository / "pid.json")
+    (repository / "resolved.yaml").write_text(yaml.safe_dump(resolved))
+    second = subprocess.Popen(
+        [sys.executable, "-m", "stages.distill"],
+        cwd=repository,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert "another copy is still running" in second.stderr.readline()
+    dvc.send_signal(signal.SIGKILL)
+    dvc.wait()
+    assert second.wait(20) == 0
+    status = Path(f"/proc/{stage}/status")  # a dead process may wait there as a zombie for a lazy init
+    assert not status.exists() or "State:\tZ" in status.read_text()

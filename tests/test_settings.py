@@ -1,0 +1,262 @@
+"""What may be set: everything shipped is valid, every mistake is one line that names key, value and rule."""
+
+import copy
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import settings as effort
+from hypothesis import strategies as st
+
+from stages.artifacts import ROOT, Refusal, read_json, sha256_of, write_json
+from stages.settings import SECTIONS, Settings, as_yaml, compose, leaves, validate
+
+SCALES = sorted(file.stem for file in (ROOT / "conf/scale").glob("*.yaml"))
+CORPORA = sorted(file.stem for file in (ROOT / "conf/corpus").glob("*.yaml"))
+TINY = compose(["scale=tiny", "corpus=stdlib"])
+
+
+def changed(key, value):
+    plain = copy.deepcopy(TINY)
+    *path, last = key.split(".")
+    inner = plain
+    for name in path:
+        inner = inner[name]
+    inner[last] = value
+    return plain
+
+
+@pytest.fixture
+def sheet(tmp_path):
+    """A copy of params.yaml and conf/ to spoil."""
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    shutil.copy(ROOT / "params.yaml", tmp_path / "params.yaml")
+    return tmp_path
+
+
+def test_the_four_scales_are_shipped():
+    assert SCALES == ["demo", "gpu", "node", "tiny"]
+
+
+@pytest.mark.parametrize("corpus", CORPORA)
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_scale_and_corpus_composes_and_validates(scale, corpus):
+    files = ["corpus.paths=[a.txt]"] if corpus == "files" else []
+    settings = validate(compose([f"scale={scale}", f"corpus={corpus}", *files]))
+    assert settings.corpus.source == corpus
+
+
+def test_the_sheet_as_shipped_validates():
+    assert isinstance(validate(compose()), Settings)
+
+
+def test_sections_limit_what_is_read_and_needed():
+    settings = validate({"seed": 3, "trainer": TINY["trainer"]}, ["seed", "trainer"])
+    assert settings.seed == 3 and settings.teacher is None
+
+
+def test_settings_survive_a_round_trip_through_plain_values_and_yaml(tiny_settings):
+    assert validate(dataclasses.asdict(tiny_settings)) == tiny_settings
+    assert validate(yaml.safe_load(as_yaml(TINY))) == tiny_settings
+
+
+MISTAKES = [
+    ("teacher.experts_per_token", 9, "teacher.experts_per_token = 9: must be at most teacher.experts (8)"),
+    ("teacher.dense_layers", 4, "teacher.dense_layers = 4: must be at most teacher.layers (3)"),
+    ("teacher.rope_head_dim", 7, "teacher.rope_head_dim = 7: must be even: rotation works on pairs"),
+    ("teacher.gating", "sigmod", "teacher.gating = sigmod: must be sigmoid or softmax"),
+    ("teacher.expert", 3, "teacher.expert: no such setting; did you mean teacher.experts?"),
+    ("teacher.temperature", 3, "teacher.temperature: no such setting; did you mean distill.temperature?"),
+    ("student.kv_heads", 3, "student.heads = 4: must be a multiple of student.kv_heads (3)"),
+    ("distill.temperature", -1, "distill.temperature = -1: must be above 0"),
+    ("distill.temperature", float("nan"), "distill.temperature = nan: must be a finite number"),
+    ("distill.temperature", "hot", "distill.temperature = hot: must be a number"),
+    ("distill.soft_weight", 1.5, "distill.soft_weight = 1.5: must be at most 1"),
+    ("sparsify.student.keep_neurons", 0, "sparsify.student.keep_neurons = 0: must be above 0"),
+    ("pretrain.steps", 3.0, "pretrain.steps = 3.0: must be a whole number"),
+    ("pretrain.steps", True, "pretrain.steps = True: must be a whole number"),
+    ("pretrain.steps", None, "pretrain.steps = None: must be a whole number"),
+    ("trainer.ranks", 3, "pretrain.batch_sequences = 8: must be a multiple of trainer.ranks (3)"),
+    ("trainer.ranks", "many", "trainer.ranks = many: must be auto or a number"),
+    ("prepare.vocab_size", 257, "prepare.vocab_size = 257: must be at least 258"),
+    ("prepare.val_share", 0.6, "prepare.val_share = 0.6: must be at most 0.5"),
+    ("optimizer.decay_share", 0.99, "optimizer.decay_share = 0.99: must be at most 1 - "),
+    ("evaluate.checkpoint_every_blocks", [], "evaluate.checkpoint_every_blocks = []: must name at least one"),
+    ("evaluate.checkpoint_every_blocks", [0], "evaluate.checkpoint_every_blocks = 0: must be at least 1"),
+    ("corpus.source", "huggingface", "corpus.dataset = None: must name a dataset"),
+    ("corpus.paths", "a.txt", "corpus.paths = a.txt: must be a list"),
+    ("teacher", 3, "teacher = 3: must be a mapping of settings"),
+    ("sede", 3, "sede: no such setting; did you mean seed?"),
+    ("seed", 10**5000, "seed = a very large int: must be at most"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "line"), MISTAKES, ids=[line[:40] for _, _, line in MISTAKES])
+def test_a_mistake_is_one_line_naming_key_value_and_rule(key, value, line):
+    with pytest.raises(Refusal) as refusal:
+        validate(changed(key, value))
+    assert str(refusal.value).startswith(line) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("key", [*leaves(), *SECTIONS])
+def test_every_setting_is_needed(key):
+    plain = changed(key, 0)
+    *path, last = key.split(".")
+    inner = plain
+    for name in path:
+        inner = inner[name]
+    del inner[last]
+    with pytest.raises(Refusal, match=f"^{key}: missing"):
+        validate(plain)
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.binary(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@effort(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([*leaves(), *SECTIONS]), anything), min_size=1, max_size=3))
+def test_arbitrary_values_give_settings_or_one_refusal(edits):
+    plain = copy.deepcopy(TINY)
+    for key, value in edits:
+        *path, last = key.split(".")
+        inner = plain
+        for name in path:
+            inner = inner[name] if isinstance(inner, dict) and name in inner else {}
+        if isinstance(inner, dict):
+            inner[last] = value
+    accepted_or_refused_in_one_line(plain)
+
+
+@effort(max_examples=100, deadline=None)
+@given(anything, st.dictionaries(st.sampled_from(SECTIONS) | st.text() | st.integers(), anything, max_size=4))
+def test_arbitrary_structures_give_settings_or_one_refusal(whole, extra):
+    accepted_or_refused_in_one_line(whole)
+    accepted_or_refused_in_one_line({**TINY, **extra})
+
+
+def accepted_or_refused_in_one_line(plain):
+    try:
+        validate(plain)
+    except Refusal as refusal:
+        assert len(str(refusal).splitlines()) == 1 and len(str(refusal)) < 600
+
+
+SPOILED = [
+    ("scale: demo", "scale: dmeo", "params.yaml: scale = dmeo: must be one of demo, gpu, node, tiny"),
+    ("scale: demo", "scale: 3", "params.yaml: scale = 3: must be one of"),
+    ("scale: demo", "", "params.yaml: scale: missing; write one of"),
+    ("scale: demo", "scale: demo\nspeed: fast", "speed: no such setting"),
+    ("seed: 1", "seed: 1\nseed: 2", "params.yaml, line "),
+    ("seed: 1", "seed: [1", "params.yaml, line "),
+    ("seed: 1", "", "seed: missing"),
+    ("seed: 1", "seed: 1\nhydra: {run: {dir: /}}", "hydra: no such setting"),
+    ("seed: 1", "seed: 1\ndefaults: [x]", "defaults: no such setting"),
+    ("seed: 1", "seed: 2026-01-01", "seed = "),
+    ("seed: 1", "seed: " + "[" * 5000, "params.yaml"),
+    ("seed: 1", "seed: ???", "seed: Missing mandatory value"),
+    ("seed: 1", "seed: ${nowhere}", "seed: Interpolation key 'nowhere' not found"),
+    ("seed: 1", "seed: 1\nteacher: {layers: 2}", "teacher.layers is set in params.yaml and in conf/scale/"),
+    ("seed: 1", "seed: 1\noptimizer: muon", "optimizer is set in params.yaml and in conf/common.yaml"),
+    ("seed: 1", "seed: 1\nsequence_tokens: 9", "sequence_tokens is set in params.yaml and in conf/scale/"),
+]
+
+
+@pytest.mark.parametrize(("before", "after", "line"), SPOILED, ids=range(len(SPOILED)))
+def test_a_spoiled_sheet_is_refused_in_one_line(sheet, before, after, line):
+    text = (sheet / "params.yaml").read_text()
+    (sheet / "params.yaml").write_text(text.replace(before, after, 1))
+    with pytest.raises(Refusal) as refusal:
+        validate(compose(root=sheet))
+    assert str(refusal.value).startswith(line) and "\n" not in str(refusal.value)
+
+
+@effort(max_examples=25, deadline=None)
+@given(st.data())
+def test_an_arbitrarily_edited_sheet_gives_settings_or_one_refusal(tmp_path_factory, data):
+    root = tmp_path_factory.mktemp("sheet")
+    shutil.copytree(ROOT / "conf", root / "conf")
+    raw = (ROOT / "params.yaml").read_bytes()
+    cut = data.draw(st.integers(0, len(raw)))
+    end = data.draw(st.integers(cut, min(len(raw), cut + 40)))
+    (root / "params.yaml").write_bytes(raw[:cut] + data.draw(st.binary(max_size=12)) + raw[end:])
+    try:
+        validate(compose(root=root))
+    except Refusal as refusal:
+        assert len(str(refusal).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("scale=dmeo", "scale = dmeo: must be one of demo, gpu, node, tiny; did you mean demo?"),
+        ("distill.temprature=2", "distill.temprature: no such setting; did you mean distill.temperature?"),
+        ("+distill.warmth=2", "distill.warmth: no such setting"),
+        ("seed==[", "Error parsing override"),
+        ("seed=1,2", "Ambiguous value"),
+    ],
+)
+def test_a_mistyped_override_is_refused_in_one_line(override, line):
+    with pytest.raises(Refusal) as refusal:
+        validate(compose([override]))
+    assert str(refusal.value).startswith(line) and "\n" not in str(refusal.value)
+
+
+def test_the_config_stage_writes_the_same_bytes_each_time_without_machine_paths(tmp_path):
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    shutil.copytree(ROOT / "stages", tmp_path / "stages", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "params.yaml", tmp_path / "params.yaml")
+    sums = set()
+    for seed in ("1", "2"):
+        environment = os.environ | {"DVC_STAGE": "config", "PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-m", "stages.config"], cwd=tmp_path, env=environment, check=True)
+        sums.add(sha256_of(tmp_path / "resolved.yaml"))
+    text = (tmp_path / "resolved.yaml").read_text()
+    assert len(sums) == 1 and str(tmp_path) not in text and str(Path.home()) not in text
+    assert list(yaml.safe_load(text)) == sorted(SECTIONS)
+
+
+def test_the_config_stage_by_hand_only_prints():
+    before = (ROOT / "resolved.yaml").exists() and sha256_of(ROOT / "resolved.yaml")
+    command = [sys.executable, "-m", "stages.config", "scale=gpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert yaml.safe_load(done.stdout)["sequence_tokens"] == 2048
+    assert before == ((ROOT / "resolved.yaml").exists() and sha256_of(ROOT / "resolved.yaml"))
+
+
+def test_the_config_stage_imports_no_torch():
+    code = "import sys, stages.config; stages.config.main(); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+
+
+def test_json_is_canonical_whole_and_rounded(tmp_path):
+    write_json(tmp_path / "a.json", {"b": 1 / 3, "a": [1e-9 / 7, True, None], "n": float("nan")})
+    write_json(tmp_path / "b.json", {"n": float("nan"), "a": (1e-9 / 7, True, None), "b": 0.33333299})
+    assert sha256_of(tmp_path / "a.json") == sha256_of(tmp_path / "b.json")
+    assert read_json(tmp_path / "a.json")["b"] == 0.333333
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "b.json"]
+
+
+def test_the_checksum_of_a_folder_depends_on_names_and_contents(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/x").write_text("1")
+    first = sha256_of(tmp_path / "a")
+    (tmp_path / "a/x").rename(tmp_path / "a/y")
+    assert sha256_of(tmp_path / "a") != first
+
+
+def test_damaged_json_is_refused(tmp_path):
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(Refusal, match="not JSON"):
+        read_json(tmp_path / "a.json")
+    with pytest.raises(Refusal, match="missing"):
+        read_json(tmp_path / "b.json")

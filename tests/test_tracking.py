@@ -1,0 +1,268 @@
+"""The record of a run survives what befalls the tracker, and reaches MLflow complete and once."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from stages import tracking
+from stages.artifacts import ROOT, sha256_of
+
+mlflow = pytest.importorskip("mlflow")
+SECRET = "hunter2"
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """No store, experiment or DVC from outside."""
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "DVC_STAGE", "DVC_ROOT", "DVC_EXP_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+@pytest.fixture
+def no_mirror(monkeypatch):
+    monkeypatch.setattr(tracking, "_start_mirror", lambda folder, store: None)
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory):
+    """A store with its tables made, which takes MLflow seconds."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def made(tmp_path, empty_store):
+    """A root whose store is made already."""
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    return tmp_path
+
+
+def record(root, stage="distill", out=None, sweep=None):
+    """A stage that says something of every kind; returns its folder."""
+    (root / "picture.svg").write_text("<svg/>")
+    settings = {"seed": 1, stage: {"temperature": 2.0}, "corpus": {"path": f"https://me:{SECRET}@host/data"}}
+    with tracking.start_run(stage, settings, out or root, root, sweep) as run:
+        for step in range(700):
+            run.metrics({"loss": 5.0 - step / 700, "grad_norm": 1.0}, step=step)
+        run.metrics({"bits_per_byte": 1.75, "note": "not a number"})
+        run.text("samples.txt", "def main(): pass")
+        run.artifact(root / "picture.svg")
+        run.tag("engine", "gloo x 2")
+    return run.folder
+
+
+def sync(root, *words, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "stages.tracking", "sync", "--root", str(root), *map(str, words)],
+        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120,
+    )
+
+
+def runs_in(root):
+    client = mlflow.MlflowClient(f"sqlite:///{root}/mlflow.db")
+    experiment = client.get_experiment_by_name("offramp")
+    runs = client.search_runs([experiment.experiment_id], max_results=100)
+    return client, {run.data.tags["offramp.kind"]: run for run in runs}, runs
+
+
+def test_a_run_reaches_the_local_store_whole_and_a_second_sync_adds_nothing(tmp_path, no_mirror):
+    folder = record(tmp_path)
+    first = sync(tmp_path)
+    assert first.returncode == 0, first.stderr
+    client, by_kind, runs = runs_in(tmp_path)
+    child, parent = by_kind["distill"], by_kind["pipeline"]
+    assert len(runs) == 2
+    assert child.info.status == "FINISHED" and child.info.run_name == "distill"
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert child.data.params["distill.temperature"] == "2.0"
+    assert child.data.tags["engine"] == "gloo x 2" and "machine.cores" in child.data.tags
+    assert child.data.metrics["bits_per_byte"] == 1.75 and "note" not in child.data.metrics
+    curve = client.get_metric_history(child.info.run_id, "loss")
+    assert [point.step for point in curve] == list(range(700))
+    names = {item.path for item in client.list_artifacts(child.info.run_id)}
+    assert names == {"settings.yaml", "samples.txt", "picture.svg"}
+
+    (folder / "sent.json").unlink()  # as if killed between sending and remembering
+    assert sync(tmp_path).returncode == 0
+    client, _, runs = runs_in(tmp_path)
+    assert len(runs) == 2
+    assert len(client.get_metric_history(child.info.run_id, "loss")) == 700
+    assert sync(tmp_path).stdout == "everything is sent\n"
+
+
+def test_stages_of_one_pipeline_share_a_parent_and_a_run_by_hand_has_none(made, no_mirror):
+    record(made, "pretrain")
+    record(made, "evaluate")
+    (made / "outputs").mkdir()
+    record(made, "sparsify", out=made / "outputs")
+    assert sync(made).returncode == 0
+    _, by_kind, runs = runs_in(made)
+    assert len(runs) == 4
+    parent = by_kind["pipeline"]
+    assert by_kind["pretrain"].data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert by_kind["evaluate"].data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert "mlflow.parentRunId" not in by_kind["sparsify"].data.tags
+    assert parent.data.metrics == {"bits_per_byte": 1.75}  # of evaluate, so that pipelines compare
+
+
+def test_jobs_of_a_sweep_stand_under_one_parent_named_by_their_overrides(made, no_mirror):
+    sweep = made / "multirun/distill/20260101"
+    for job, temperature in enumerate((1, 2)):
+        (sweep / f"{job}/.hydra").mkdir(parents=True)
+        (sweep / f"{job}/.hydra/overrides.yaml").write_text(f"- distill.temperature={temperature}\n")
+        record(made, out=sweep / str(job), sweep=sweep)
+    assert sync(made).returncode == 0
+    _, _, runs = runs_in(made)
+    assert {run.info.run_name for run in runs} == {
+        "sweep distill 20260101", "distill temperature=1", "distill temperature=2"}
+
+
+def test_an_unreachable_server_neither_raises_nor_slows_and_nothing_is_lost(made, monkeypatch, capfd):
+    with socket.socket() as closed:  # a port that nothing listens on
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{SECRET}@127.0.0.1:{port}")
+    started = time.monotonic()
+    folder = record(made)
+    assert time.monotonic() - started < 5  # most of it the 700 steps and git
+    waited = ""
+    while "sync" not in waited and time.monotonic() - started < 60:
+        time.sleep(0.2)
+        waited += capfd.readouterr().err
+    assert "the run is kept" in waited and "python -m stages.tracking sync" in waited
+    assert SECRET not in waited
+    assert len(tracking.read_lines(folder / "events.jsonl")) > 700
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert sync(made).returncode == 0  # later, to a store that is there
+    assert len(runs_in(made)[2]) == 2
+
+
+def test_the_mirror_that_a_stage_starts_fills_the_store(made):
+    record(made)  # by hand on the local store: the stage waits for its mirror
+    sync(made)  # or this waits for it, where the machine is slow
+    assert len(runs_in(made)[2]) == 2
+
+
+def test_a_killed_stage_is_sent_as_killed_with_what_it_had_said(made):
+    script = (
+        "import sys, os, signal; from pathlib import Path; from stages.tracking import start_run\n"
+        "root = Path(sys.argv[1])\n"
+        "with start_run('distill', {'seed': 1}, root, root) as run:\n"
+        "    run.metrics({'loss': 3.0}, step=1)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(made)], cwd=ROOT, timeout=60)
+    folder = tracking.unsent(made)[0]
+    with open(folder / "events.jsonl", "a") as file:
+        file.write('{"kind": "metrics", "values": {"lo')  # and a line cut short
+    assert sync(made).returncode == 0
+    child = runs_in(made)[1]["distill"]
+    assert child.info.status == "KILLED" and child.data.metrics == {"loss": 3.0}
+    assert tracking.unsent(made) == []
+
+
+def test_a_failing_stage_is_recorded_as_failed_and_its_error_goes_through(tmp_path, no_mirror):
+    with pytest.raises(ValueError, match="the stage's own"):
+        with tracking.start_run("distill", {}, tmp_path, tmp_path) as run:
+            raise ValueError("the stage's own")
+    events = tracking.read_lines(run.folder / "events.jsonl")
+    assert events[-1]["status"] == "FAILED" and any("the stage's own" in str(event) for event in events)
+
+
+def test_a_record_that_cannot_be_written_leaves_the_stage_alone(tmp_path, capsys, no_mirror):
+    (tmp_path / ".runs").write_text("a file where the folder should be")
+    with tracking.start_run("distill", {}, tmp_path, tmp_path) as run:
+        run.metrics({"loss": 1.0}, step=0)
+        run.artifact(tmp_path / "missing")
+        run.model(tmp_path / "missing")
+        run.text("samples.txt", "text")
+    assert capsys.readouterr().err.count("not recorded") == 1
+
+
+def test_secrets_never_reach_the_record(tmp_path, no_mirror):
+    folder = record(tmp_path)
+    said = (folder / "events.jsonl").read_text()
+    assert SECRET not in said and "https://***@host/data" in said
+    database = tracking.redacted("postgresql://u:p@ss@host/db?password=x&a=1")
+    assert database == "postgresql://***@host/db?password=***&a=1"
+    flat = tracking.flat({"store": {"api_key": "x", "end_of_text": 3}})
+    assert flat == {"store.api_key": "***", "store.end_of_text": 3}
+
+
+def test_mirrors_at_once_on_one_new_store_lose_nothing(tmp_path, no_mirror):
+    folders = [record(tmp_path) for _ in range(3)]
+    words = [sys.executable, "-m", "stages.tracking", "sync", "--root", str(tmp_path)]
+    processes = [subprocess.Popen([*words, str(folder)], cwd=ROOT) for folder in folders]
+    assert [process.wait(120) for process in processes] == [0, 0, 0]
+    client, _, runs = runs_in(tmp_path)
+    children = [run for run in runs if run.data.tags["offramp.kind"] == "distill"]
+    assert len(children) == 3 and len(runs) == 4
+    assert all(len(client.get_metric_history(run.info.run_id, "loss")) == 700 for run in children)
+
+
+def test_the_logged_model_generates_the_text_that_the_saved_one_does(made, no_mirror, monkeypatch):
+    from stages import generation, models, shards
+    from stages.student import StudentShape
+
+    tokenizer = shards.BytesTokenizer()
+    data, folder = made / "artifacts/data", made / "artifacts/student"
+    data.mkdir(parents=True)
+    (data / "tokenizer.json").write_text(tokenizer.to_json())
+    shards.write_card(data, {
+        "tokenizer": "bytes", "tokenizer_sha256": sha256_of(data / "tokenizer.json"),
+        "vocab_size": tokenizer.vocab_size, "end_of_text": tokenizer.end_of_text, "splits": {}})
+    shape = StudentShape(vocab_size=tokenizer.vocab_size, sequence_tokens=64, layers=1, width=16, heads=2,
+                         kv_heads=1, head_dim=8, mlp_width=16, rope_theta=10000.0)
+    models.save(models.new_model(shape, seed=1), folder)
+    with tracking.start_run("distill", {"seed": 1}, made, made) as run:
+        run.model(folder)
+    links = run.folder / "files"
+    weights = folder / "model.safetensors"
+    assert any(os.path.samefile(weights, path) for path in links.rglob("model.safetensors"))
+    expected = tokenizer.decode(generation.generate(
+        models.load(folder), tokenizer.encode("def "), 12, end_of_text=tokenizer.end_of_text))
+    shutil.rmtree(folder)  # as DVC does before the stage runs again
+    assert sync(made).returncode == 0
+
+    client, by_kind, _ = runs_in(made)
+    logged = client.search_logged_models([by_kind["distill"].info.experiment_id])
+    assert [model.name for model in logged] == ["student"]
+    assert by_kind["distill"].info.status == "FINISHED"
+    assert not any(links.rglob("model.safetensors"))  # sent, so no longer kept
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{made}/mlflow.db")
+    mlflow.set_tracking_uri(f"sqlite:///{made}/mlflow.db")
+    served = mlflow.pyfunc.load_model(f"models:/{logged[0].model_id}")
+    assert served.predict(["def "], params={"new_tokens": 12}) == [expected]
+    assert not list((made / "mlartifacts").rglob("*.pkl"))
+
+
+def test_stage_imports_of_tracking_stay_free_of_mlflow_and_torch():
+    script = "import sys, stages.tracking; print(*({'mlflow', 'torch', 'pandas'} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", script], cwd=ROOT, text=True).strip() == ""
+
+
+def test_data_that_dvc_yaml_names_is_recorded_by_its_hash(made, no_mirror):
+    data = made / "artifacts/data"
+    data.mkdir(parents=True)
+    card = {"corpus": "stdlib", "splits": {"train": {"documents": 2, "tokens": 9, "shards": []}}}
+    (data / "card.json").write_text(json.dumps(card))
+    (made / "dvc.yaml").write_text(
+        "stages:\n  distill:\n    deps: [stages/distill.py, artifacts/data]\n    outs: [artifacts/student]\n"
+        "    metrics: [metrics/distill.json: {cache: false}]\n")
+    (made / "metrics").mkdir()
+    (made / "metrics/distill.json").write_text("{}")
+    record(made)
+    assert sync(made).returncode == 0
+    child = runs_in(made)[1]["distill"]
+    assert {"in.artifacts/data", "out.metrics/distill.json"} <= set(child.data.tags)
+    assert child.inputs.dataset_inputs[0].dataset.name == "stdlib"
+    assert Path(data / "card.json").exists()
