@@ -61,6 +61,7 @@ def main(settings, place: Place, run) -> None:
     metrics = {
         "validation_bits_per_byte": result["student"]["validation_bits_per_byte"],
         "control_validation_bits_per_byte": result["control"]["validation_bits_per_byte"],
+        "temperature": settings.distill.temperature,
         "tokens": settings.distill.steps * settings.distill.batch_sequences * settings.sequence_tokens,
         "copied_from_teacher": result["student"]["notes"]["copied"],
     }

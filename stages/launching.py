@@ -9,10 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
-from stages.artifacts import Refusal, read_json, sha256_of, write_atomically
+from stages.artifacts import Refusal, read_json, sha256_of, write_atomically, write_json
 
 
 def rank_count(accelerator: str, ranks: int | str) -> tuple[str, int]:
@@ -25,9 +26,9 @@ def rank_count(accelerator: str, ranks: int | str) -> tuple[str, int]:
         raise Refusal("trainer.accelerator = gpu: this machine shows no CUDA device; use cpu or auto")
     if ranks == "auto":
         ranks = torch.cuda.device_count() if accelerator == "gpu" else 2
-    if accelerator == "gpu" and ranks > torch.cuda.device_count():
+    if accelerator == "gpu" and int(ranks) > torch.cuda.device_count():
         raise Refusal(f"trainer.ranks = {ranks}: this machine has {torch.cuda.device_count()} GPUs")
-    return accelerator, ranks
+    return accelerator, int(ranks)
 
 
 def resume_key(stage: str, settings: dict, root: Path, inputs: list[Path]) -> str:
@@ -56,6 +57,7 @@ def launch(stage: str, settings, place, inputs: list[str], run) -> dict:
     job |= {"root": str(place.root), "out": str(place.out), "state": str(state)}
     write_atomically(state / "job.json", json.dumps(job))  # not write_json, which rounds: ranks get the exact settings
 
+    started = time.monotonic()
     code = _run_ranks(state / "job.json", ranks, accelerator)
     if code != 0:
         error = state / "error.txt"
@@ -63,9 +65,13 @@ def launch(stage: str, settings, place, inputs: list[str], run) -> dict:
             raise Refusal(error.read_text().strip())
         raise Refusal(f"a rank of {stage} ended with code {code}; its last words are in {state / 'ranks.log'}")
     result = read_json(state / "result.json")
+    speeds: dict[str, float] = {}
     for line in (state / "steps.jsonl").read_text().splitlines():
         row = json.loads(line)
-        run.metrics({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+        run.metrics(row["figures"], step=row["step"], at=row["time"])
+        speeds |= {k: v for k, v in row["figures"].items() if k.endswith("tokens_per_second")}
+    clock = {"seconds": time.monotonic() - started, "ranks": ranks, "accelerator": accelerator}
+    write_json(place.write(f"measurements/{stage}.json"), clock | speeds)
     shutil.rmtree(state)  # finished: the outs are the state now
     return result
 
@@ -86,14 +92,18 @@ def _run_ranks(job: Path, ranks: int, accelerator: str) -> int:
         port = probe.getsockname()[1]
     threads = 1 if accelerator == "gpu" else max(1, len(os.sched_getaffinity(0)) // ranks)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]))
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")])
+    )
     if accelerator == "cpu":
         environment["GLOO_SOCKET_IFNAME"] = "lo"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     command += ["--master-addr", "127.0.0.1", "--master-port", str(port), "-m", "stages.ranks", str(job)]
     with (job.parent / "ranks.log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stderr=log, preexec_fn=_die_with_parent)
-        previous = {s: signal.signal(s, lambda number, _: process.send_signal(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+        previous = {
+            s: signal.signal(s, lambda number, _: process.send_signal(number)) for s in (signal.SIGTERM, signal.SIGINT)
+        }
         try:
             return process.wait()
         finally:

@@ -52,9 +52,11 @@ def send(folders, root, quiet=False):
             folders = [folder for folder in folders if not tracking.is_sent(folder, uri)]
             if not folders:
                 return 0
-            client = _Client(uri, root)
+            with _hushed():
+                client = _Client(uri, root)
             for folder in folders:
-                client.send(folder)
+                with _hushed():
+                    client.send(folder)
                 if not quiet:
                     print(f"sent {folder.name}")
     except Timeout:
@@ -64,6 +66,13 @@ def send(folders, root, quiet=False):
         tracking._say(f"MLflow at {uri} was not reached ({type(error).__name__}: {reason}); {KEPT}")
         return 1
     return 0
+
+
+@contextlib.contextmanager
+def _hushed():
+    """MLflow's links, progress bars and advice would fall into the output of whatever stage runs by then."""
+    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+        yield
 
 
 def _require_connection(uri):
@@ -241,8 +250,8 @@ class _Client:
         if not weights.exists():  # sent to another store before; the original will do if it is still the same
             weights, tokenizer = Path(event["folder"]), Path(event["tokenizer"])
             if not weights.exists() or sha256_of(weights) != event["sha256"]:
-                tracking._say(f"{event['folder']} was replaced since; its run is sent without the model")
-                return
+                note = "the model was replaced before it could be sent"
+                return self.client.set_tag(run_id, _key(f"missing.{event['name']}"), note)
         packages = ("torch", "tokenizers", "safetensors", "numpy")
         with tempfile.TemporaryDirectory() as staging, self.mlflow.start_run(run_id=run_id):
             small = Path(staging) / "tokenizer"
@@ -267,7 +276,7 @@ def _signature():
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
-    text = Schema([ColSpec(DataType.string, "text")])
+    text = Schema([ColSpec(DataType.string)])
     options = [ParamSpec("new_tokens", DataType.long, 64), ParamSpec("temperature", DataType.double, 0.0),
                ParamSpec("seed", DataType.long, 0)]
     return ModelSignature(text, Schema([ColSpec(DataType.string)]), ParamSchema(options))

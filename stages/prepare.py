@@ -32,7 +32,7 @@ from stages.shards import (
 )
 from stages.tracking import machine
 
-SECTIONS = ("corpus", "prepare", "sequence_tokens", "seed")
+SECTIONS = ("corpus", "prepare", "sequence_tokens")
 BATCH_BYTES = 1 << 22  # of text, tokenized at once
 FEWEST = {"train": 1, "val": 1, "test": 2}  # documents; an interval over documents needs two
 FEWEST_HELD_OUT = 4  # documents of validation and of test that max_documents leaves

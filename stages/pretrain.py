@@ -1,8 +1,8 @@
 """Trains the mixture-of-experts teacher with Lightning DDP.
 
-    dvc repro pretrain                                              # the experiment of record
-    python -m stages.pretrain pretrain.steps=50                     # by hand, into outputs/
-    python -m stages.pretrain -m optimizer.muon_learning_rate=0.01,0.02
+dvc repro pretrain                                              # the experiment of record
+python -m stages.pretrain pretrain.steps=50                     # by hand, into outputs/
+python -m stages.pretrain -m optimizer.muon_learning_rate=0.01,0.02
 """
 
 from collections.abc import Iterator

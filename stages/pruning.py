@@ -121,7 +121,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 class ExpertSums(NamedTuple):
-    """Sums over the tokens that chose each expert, float64. The gates g are the model's own, with its bias."""
+    """Sums over the tokens that chose each expert, float64. The gates g are the model's own, bias and all."""
 
     tokens_E: Tensor
     gate_E: Tensor  # g, route_scale included
@@ -159,7 +159,8 @@ class _Meter:
         dense = {"mlp": mlp} if self.moe is None else {"shared": self.moe.shared}
         self.dense = {name: part for name, part in dense.items() if part is not None}
         self.activation = {k: torch.zeros(v.down.in_features).double() for k, v in self.dense.items()}
-        self.tokens, self.routed = 0, None
+        self.tokens = 0
+        self.routed: ExpertSums | None = None
 
     def hooks(self) -> list:
         found = [v.down.register_forward_pre_hook(self._see_dense(k)) for k, v in self.dense.items()]
@@ -186,14 +187,14 @@ class _Meter:
             name: self.activation[name] / max(self.tokens, 1) * column_norms(part.down.weight)
             for name, part in self.dense.items()
         }
-        if self.moe is not None:
+        if self.moe is not None and self.routed is not None:
             mean_EF = self.routed.activation_EF / self.routed.tokens_E.clamp(min=1)[:, None]
             found["experts"] = mean_EF * column_norms(self.moe.down)
         return found
 
     def experts(self) -> Tensor | None:
         """REAP: E[g ||f(x)|| | chosen] (Lasby et al. 2025). An expert that nobody chose has 0."""
-        return self.routed.output_E / self.routed.tokens_E.clamp(min=1) if self.moe is not None else None
+        return None if self.routed is None else self.routed.output_E / self.routed.tokens_E.clamp(min=1)
 
 
 # ---- a smaller model ---------------------------------------------------------------------------------------
@@ -218,7 +219,7 @@ def prune(model: Teacher | Student, keep: Keep, scores: Importance) -> Teacher |
             parts[name] = block.get_parameter(name).clone()
         state |= {f"blocks.{index}.{name}": part for name, part in parts.items()}
     with torch.device("meta"):  # no memory and no random numbers for weights that are overwritten
-        smaller = type(model)(shape)
+        smaller = Teacher(shape) if isinstance(shape, TeacherShape) else Student(shape)
     smaller.load_state_dict(state, strict=True, assign=True)
     return smaller.requires_grad_().train(model.training)
 

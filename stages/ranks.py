@@ -48,7 +48,9 @@ class Progress:
 
     def __init__(self, path: Path):
         self.path = path
-        self.step, self.curve, self.recent_loads = 0, [], []
+        self.step = 0
+        self.curve: list[dict] = []
+        self.recent_loads: list[list[list[float]]] = []
 
     def load(self, model, optimizers) -> None:
         if not self.path.exists():
@@ -56,7 +58,9 @@ class Progress:
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
         except Exception as error:  # torn or altered: a restart of this fit costs time, a wrong resume costs the result
-            raise Refusal(f"{self.path}: the checkpoint is damaged ({type(error).__name__}); delete it to restart this fit") from None
+            raise Refusal(
+                f"{self.path}: the checkpoint is damaged ({type(error).__name__}); delete it to restart this fit"
+            ) from None
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -108,10 +112,14 @@ class Training(lightning.LightningModule):
         means = dict(zip(parts, (message[: len(parts)] / job.world_size).tolist(), strict=True))
         stop, save = (message[len(parts) : len(parts) + 2] > 0).tolist()
         if not math.isfinite(means["loss"]) or not math.isfinite(norm.item()):
-            kept = f"the checkpoint of an earlier step is kept in {progress.path}" if progress.path.exists() else "no step was saved yet"
+            kept = (
+                f"the checkpoint of an earlier step is kept in {progress.path}"
+                if progress.path.exists()
+                else "no step was saved yet"
+            )
             raise Refusal(
-                f"{fit.name}: loss or gradient is not finite at step {progress.step} (loss {means['loss']}, gradient norm"
-                f" {norm.item()}); {kept}. Lower optimizer.*_learning_rate or {job.stage}.learning_rate_scale"
+                f"{fit.name}: not finite at step {progress.step}: loss {means['loss']}, gradient norm {norm.item()};"
+                f" {kept}. Lower optimizer.*_learning_rate or {job.stage}.learning_rate_scale"
             )
         for optimizer in self.optimizers():
             optimizer.step()
@@ -123,7 +131,10 @@ class Training(lightning.LightningModule):
                 progress.save(self.model, self.both)
             self.saved = time.monotonic()
         if stop:
-            raise Refusal(f"{fit.name}: interrupted after step {progress.step} of {fit.steps}; the same command continues from there")
+            raise Refusal(
+                f"{fit.name}: interrupted after step {progress.step} of {fit.steps};"
+                " the same command continues from there"
+            )
 
     def _balance(self, loads: Tensor) -> None:
         if loads.numel():
@@ -174,7 +185,9 @@ class Job:
         """Bits per byte of the first validation windows, shared out among the ranks."""
         T = self.sequence_tokens
         n = min(fit.validation_sequences, (len(self.validation_tokens) - 1) // T)
-        own = [torch.from_numpy(self.validation_tokens.window(i * T, T + 1)) for i in range(self.rank, n, self.world_size)]
+        own = [
+            torch.from_numpy(self.validation_tokens.window(i * T, T + 1)) for i in range(self.rank, n, self.world_size)
+        ]
         batches = [torch.stack(own[i : i + 8]) for i in range(0, len(own), 8)]
         nats = validation_nats(model, batches).to(model.head.weight.device, torch.float32)
         dist.all_reduce(nats)
@@ -183,13 +196,14 @@ class Job:
     def log(self, name: str, step: int, figures: dict, validated: bool, steps: int) -> None:
         if self.rank != 0:
             return
-        row = {"step": step} | {f"{name}/{k}": v for k, v in figures.items()}
+        row = {"step": step, "time": time.time(), "figures": {f"{name}/{k}": v for k, v in figures.items()}}
         with (self.state / "steps.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
         if validated:
             print(
-                f"{name}: step {step}/{steps}  loss {figures['loss']:.4f}  validation {figures['validation_bits_per_byte']:.4f}"
-                f" bits/byte  {figures['tokens_per_second']:,.0f} tokens/s",
+                f"{name}: step {step}/{steps}  loss {figures['loss']:.4f}"
+                f"  validation {figures['validation_bits_per_byte']:.4f} bits/byte"
+                f"  {figures['tokens_per_second']:,.0f} tokens/s",
                 flush=True,
             )
 

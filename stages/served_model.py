@@ -17,10 +17,11 @@ class ServedModel(PythonModel):
         self.model = models.load(context.artifacts["model"])
         self.tokenizer = shards.load_tokenizer(context.artifacts["tokenizer"])
 
+    # MLflow asks for type hints here, but with them it drops the options from the signature.
     def predict(self, context, model_input, params=None):
         from stages.generation import generate
 
-        if hasattr(model_input, "iloc"):  # a table of one column, as the scoring server sends it
+        if hasattr(model_input, "iloc"):  # MLflow makes a table of a list
             model_input = model_input.iloc[:, 0].tolist()
         prompts = [model_input] if isinstance(model_input, str) else list(model_input)
         options = {"new_tokens": 64, "temperature": 0.0, "seed": 0, **(params or {})}

@@ -63,14 +63,14 @@ class Run:
         self._file = self._alive = None
         self._torn = False
 
-    def metrics(self, values, step=None):
-        """Numbers by name; with a step they make a curve, without one they are a result."""
+    def metrics(self, values, step=None, at=None):
+        """Numbers by name; with a step they make a curve, without one they are a result. `at`: Unix seconds."""
         numbers = {}
         for name, value in flat(values).items():
             with contextlib.suppress(TypeError, ValueError):
                 numbers[name] = float(value)
         if numbers:
-            self._event("metrics", values=numbers, step=step)
+            self._event("metrics", values=numbers, step=step, **({} if at is None else {"time": at}))
 
     def text(self, name, text):
         """A small text shown beside the run, such as generated samples."""
@@ -192,6 +192,7 @@ def start_run(stage, settings, out, root, sweep=None):
                         run.tag(f"out.{path}", sha256_of(out / path))
                 if stage == "prepare":
                     _record_data(run, out)
+                _record_results(run, stage, out)
         run._event("end", status=status)
         run._close()
         with run._quietly():
@@ -317,6 +318,15 @@ def _record_data(run, root):
                    digest=sha256_of(card_path)[:32], profile=profile)
 
 
+def _record_results(run, stage, out):
+    """The curves, and the clock's numbers (tokens per second, seconds), which no DVC out may hold."""
+    if (out / f"plots/{stage}.csv").exists():
+        run.artifact(out / f"plots/{stage}.csv")
+    measured = out / f"measurements/{stage}.json"
+    if measured.exists():
+        run.metrics(flat(json.loads(measured.read_text()), "measured."))
+
+
 def _git(root, *words):
     words = ("git", "-C", str(root), *words)
     try:
@@ -391,7 +401,7 @@ def main(words):
 
     parser = argparse.ArgumentParser(prog="python -m stages.tracking", description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=["sync"])
-    parser.add_argument("folder", nargs="?", type=Path, help="a record in .runs/tracking; default: all unsent")
+    parser.add_argument("folder", nargs="?", type=Path, help="a record; default: all unsent")
     parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
     parser.add_argument("--mirror", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args(words)

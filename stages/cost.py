@@ -1,0 +1,166 @@
+"""What a forward pass costs: floating-point operations per token, by formula and by counting, and parameters.
+
+Two independent roads that the tests hold equal: `flops_per_token` reads the shape of the model, and
+`counted_flops_per_token` watches the operations it really runs. A multiply-add is two operations. Attention
+is counted where the causal mask allows it: position t sees t + 1 keys, (T + 1) / 2 on average over T.
+Elementwise work (norms, rotations, activations) is in neither count.
+
+Letters: D width, H heads, T context tokens, E experts, K experts per token, N tokens, V vocabulary.
+"""
+
+import math
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+aten = torch.ops.aten
+
+
+def flops_per_token(shape, context_tokens: int) -> dict[str, float]:
+    """Forward operations per token, averaged over the positions of a context of so many tokens."""
+    keys = (context_tokens + 1) / 2
+    D = shape.width
+    if hasattr(shape, "experts"):
+        key_dim = shape.nope_head_dim + shape.rope_head_dim
+        attention = 2 * D * shape.heads * key_dim
+        attention += 2 * D * (shape.latent_width + shape.rope_head_dim)
+        attention += 2 * shape.latent_width * shape.heads * (shape.nope_head_dim + shape.value_head_dim)
+        attention += 4 * shape.heads * max(key_dim, shape.value_head_dim) * keys  # the narrower is padded
+        attention += 2 * shape.heads * shape.value_head_dim * D
+        moe_layers = shape.layers - shape.dense_layers
+        shared_width = shape.shared_experts * shape.expert_width
+        mlp = 6 * D * (shape.dense_layers * shape.dense_width + moe_layers * shared_width)
+        experts = 6 * D * moe_layers * shape.experts_per_token * shape.expert_width
+        router = 2 * D * moe_layers * shape.experts
+    else:
+        queries, groups = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        attention = 2 * D * (queries + 2 * groups) + 4 * queries * keys + 2 * queries * D
+        mlp = 6 * D * shape.layers * shape.mlp_width
+        experts = router = 0
+    parts = {
+        "attention": shape.layers * attention,
+        "mlp": mlp,
+        "experts": experts,
+        "router": router,
+        "head": 2 * D * shape.vocab_size,
+    }
+    return {name: float(value) for name, value in parts.items()} | {"total": float(sum(parts.values()))}
+
+
+@torch.no_grad()
+def counted_flops_per_token(model: nn.Module, context_tokens: int) -> float:
+    """Operations that a real forward pass over one context runs, per token."""
+    device = next(model.parameters()).device
+    tokens_BT = (torch.arange(context_tokens, device=device) % model.shape.vocab_size)[None]
+    with Counter() as counter:
+        model(tokens_BT)
+    return counter.get_total_flops() / context_tokens
+
+
+class Counter(FlopCounterMode):
+    """torch's counter, taught what it gets wrong (2.13): zero for attention on CPU and for grouped matmul,
+    and the whole square where attention is causal."""
+
+    def __init__(self):
+        mapping = {kernel: _attention_formula(kernel, 0, products=2) for kernel in ATTENTION_FORWARD}
+        # Backward: scores once more, then the gradients of values, scores, queries and keys.
+        mapping |= {kernel: _attention_formula(kernel, 1, products=5) for kernel in ATTENTION_BACKWARD}
+        mapping |= {operation: _grouped_matmul for operation in GROUPED_MATMUL}
+        super().__init__(display=False, custom_mapping=mapping)
+
+
+def _named(*names: str) -> list:
+    return [getattr(aten, name) for name in names if hasattr(aten, name)]
+
+
+ATTENTION_FORWARD = _named(
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+)
+ATTENTION_BACKWARD = _named(
+    "_scaled_dot_product_flash_attention_for_cpu_backward",
+    "_scaled_dot_product_flash_attention_backward",
+    "_scaled_dot_product_efficient_attention_backward",
+    "_scaled_dot_product_cudnn_attention_backward",
+)
+GROUPED_MATMUL = _named("_grouped_mm")
+
+
+def _attention_formula(kernel, queries_at: int, products: int):
+    """Operations of an attention kernel: two products forward (scores, mixed values), five backward.
+
+    Queries [B, H, S, d], keys [B, G, T, d], values [B, G, T, v]; where `is_causal` stands differs by kernel.
+    """
+    causal_at = [argument.name for argument in kernel.default._schema.arguments].index("is_causal")
+
+    def formula(*shapes, out_shape=None, **named) -> int:
+        (B, H, S, d), (_, _, T, _), (_, _, _, v) = shapes[queries_at : queries_at + 3]
+        causal = named.get("is_causal", shapes[causal_at] if len(shapes) > causal_at else False)
+        pairs = S * (S + 1) // 2 if causal and S == T else S * T
+        return B * H * pairs * (d + v) * products
+
+    return formula
+
+
+def _grouped_matmul(a, b, *rest, out_shape=None, **named) -> int:
+    """Rows of `a` meet their group's matrix in `b`; in the backward pass groups lie along the inner side."""
+    if len(a) == 3 and len(b) == 2:
+        return 2 * a[1] * a[2] * b[1]
+    return 2 * math.prod(a) * b[-1]
+
+
+def total_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def active_parameters(model: nn.Module) -> int:
+    """Parameters that one token meets: of the routed experts, only the K that it is sent to."""
+    idle = 0
+    for block in model.blocks:
+        moe = block.mlp
+        if hasattr(moe, "router_weight"):
+            n_experts = len(moe.router_weight)
+            routed = moe.gate_up.numel() + moe.down.numel()
+            idle += routed // n_experts * (n_experts - moe.experts_per_token)
+    return total_parameters(model) - idle
+
+
+def interleaved_seconds(actions: dict[str, Callable[[], object]], repetitions: int) -> dict[str, np.ndarray]:
+    """Seconds of each action, one of each in turn, so that a busy moment of the machine hits all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for repetition in range(repetitions + 1):
+        for name, action in actions.items():
+            _wait_for_device()
+            start = time.perf_counter()
+            action()
+            _wait_for_device()
+            if repetition:  # the first time warms up
+                seconds[name].append(time.perf_counter() - start)
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def median_and_quartiles(name: str, values: np.ndarray) -> dict[str, float]:
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return {name: float(middle), f"{name}_quartile_low": float(low), f"{name}_quartile_high": float(high)}
+
+
+def ratio_of_medians(
+    above: np.ndarray, below: np.ndarray, seed: int, resamples: int = 1000
+) -> tuple[float, float, float]:
+    """How many times longer `above` takes, with a 95% interval: repetitions are resampled as pairs."""
+    generator = np.random.Generator(np.random.PCG64(seed))
+    drawn = generator.integers(0, len(above), size=(resamples, len(above)))
+    resampled = np.median(above[drawn], axis=1) / np.median(below[drawn], axis=1)
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return float(np.median(above) / np.median(below)), float(low), float(high)

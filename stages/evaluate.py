@@ -1,0 +1,344 @@
+"""Evaluates every model on the test split and measures what each costs.
+
+    dvc repro evaluate
+    python -m stages.evaluate evaluate.test_tokens=20000      # a quick look, into outputs/evaluate/
+
+Quality in bits per byte and top-1 accuracy with 95% intervals by a paired bootstrap over documents, the words
+of the claims (quality kept, gap closed, quality lost), parameters, operations per token, activation
+checkpointing, samples. What hangs on the clock goes to measurements/evaluate.json, which DVC does not keep.
+Scoring is in float32 in one process; its progress is saved, and an interrupted evaluation ends with the same
+bytes.
+"""
+
+import hashlib
+import io
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from stages import cost, memory, models, scoring
+from stages.artifacts import Refusal, sha256_of, write_atomically, write_json
+from stages.experts import load_and_balance, route
+from stages.generation import generate
+from stages.losses import next_token
+from stages.runs import Place, run_stage
+from stages.shards import Tokens, load_tokenizer
+
+SECTIONS = ("evaluate", "sequence_tokens", "seed")
+MODELS = (
+    "teacher", "student", "control",
+    "sparse_teacher", "sparse_student", "continued_teacher", "continued_student",
+)  # fmt: skip
+SAMPLE_PROMPT_TOKENS, SAMPLE_NEW_TOKENS, SAMPLE_TEMPERATURE = 32, 96, 0.7  # greedy text of small models loops
+
+
+def main(settings, place: Place, run) -> None:
+    e, T = settings.evaluate, settings.sequence_tokens
+    started = time.perf_counter()
+    tokens = Tokens(place.read("artifacts/data"), "test")
+    loaded = load_models(place, tokens.vocab_size)
+    stream = scoring.read_stream(tokens, tokens.end_of_text, e.test_tokens)
+    n_tokens, n_documents = len(stream.document_of), len(stream.document_bytes)
+    print(f"evaluate: {n_tokens:,} tokens of {n_documents} test documents", flush=True)
+
+    state = place.root / ".runs" / "resume" / "evaluate" / resume_key(settings, place)
+    tables = scoring.score(
+        loaded, stream, T, e.batch_sequences, "teacher", state / "progress", on_batch=tell_progress
+    )
+    for name, table in tables.items():
+        save_table(place.write(f"artifacts/scores/{name}.npy"), table)
+        print(f"evaluate: {name} {scoring.bits_per_byte(table):.4f} bits per byte", flush=True)
+    scored = time.perf_counter()
+
+    bootstrap = scoring.Bootstrap(n_documents, e.bootstrap_resamples, settings.seed)
+    figures = {
+        name: quality(bootstrap, tables[name], name != "teacher") | size(model, T)
+        for name, model in loaded.items()
+    }
+    policies = memory.policies(e.checkpoint_every_blocks, len(loaded["teacher"].blocks))
+    loss_of = training_loss(loaded["teacher"], stream, e.checkpoint_batch_sequences, T)
+    metrics: dict[str, Any] = {
+        "test": {"documents": n_documents, "tokens": n_tokens, "bytes": int(stream.document_bytes.sum())},
+        "models": figures,
+        "comparisons": comparisons(bootstrap, tables, figures),
+        "checkpointing": memory.compare_policies(loaded["teacher"], policies, loss_of),
+        "samples": samples(loaded, stream, load_tokenizer(place.read("artifacts/data")), settings.seed),
+    }
+    write_json(place.write("metrics/evaluate.json"), metrics)
+    write_atomically(place.write("plots/quality.csv"), quality_csv(figures))
+    counted = time.perf_counter()
+
+    teacher, repetitions = loaded["teacher"], e.timing_repetitions
+    measurements = {
+        "latency": latency(loaded, stream, e.prefill_tokens, e.decode_tokens, repetitions),
+        "checkpointing": checkpointing_time(teacher, policies, loss_of, repetitions, settings.seed),
+        "router": router_time(
+            e.router_tokens, teacher.shape, e.router_experts, e.router_experts_per_token,
+            repetitions, settings.seed,
+        ),
+        "machine": {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": device_name()},
+        "seconds": {
+            "scoring": scored - started,
+            "counting": counted - scored,
+            "timing": time.perf_counter() - counted,
+        },
+    }  # fmt: skip
+    write_json(place.write("measurements/evaluate.json"), measurements)
+    run.metrics(headline(metrics))
+    for name, text in metrics["samples"].items():
+        run.text(f"samples/{name}.txt", text)
+    shutil.rmtree(state, ignore_errors=True)  # finished: the outs are the state now
+
+
+def tell_progress(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\revaluate: window {done:,} of {total:,}", end="" if done < total else "\n", file=sys.stderr)
+
+
+def load_models(place: Place, vocab_size: int) -> dict:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = {}
+    for name in MODELS:
+        model = models.load(place.read(f"artifacts/{name}"))
+        if model.shape.vocab_size != vocab_size:
+            raise Refusal(
+                f"artifacts/{name} speaks a vocabulary of {model.shape.vocab_size}, artifacts/data of"
+                f" {vocab_size}: they come of different runs; run dvc repro"
+            )
+        loaded[name] = model.to(device)
+    return loaded
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def resume_key(settings, place: Place) -> str:
+    """Of all that the scores depend on: progress under another key is never looked at."""
+    read = [asdict(settings.evaluate), settings.sequence_tokens, settings.seed]
+    read += [torch.__version__, torch.get_num_threads(), device_name()]
+    read += [sha256_of(place.read(f"artifacts/{name}")) for name in MODELS]
+    read += [sha256_of(place.read("artifacts/data") / "card.json")]
+    rooms = ("scoring", "models", "teacher", "student", "experts", "layers", "shards")
+    read += [sha256_of(Path(__file__).parent / f"{room}.py") for room in rooms]
+    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def save_table(path: Path, table: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, table)
+    write_atomically(path, buffer.getvalue())
+
+
+# ---- quality
+
+
+def quality(bootstrap: scoring.Bootstrap, table: np.ndarray, beside_teacher: bool) -> dict:
+    tokens = table[:, scoring.TOKENS].sum()
+    bits = scoring.estimate(scoring.bits_per_byte(table), bootstrap.bits_per_byte(table))
+    figures = bits.named("bits_per_byte")
+    columns = {"top1_accuracy": scoring.CORRECT}
+    if beside_teacher:
+        columns |= {"agreement_with_teacher": scoring.AGREEMENT, "kl_to_teacher_nats": scoring.KL}
+    for name, column in columns.items():
+        resampled = bootstrap.ratio(table, column, scoring.TOKENS)
+        figures |= scoring.estimate(table[:, column].sum() / tokens, resampled).named(name)
+    return figures
+
+
+def size(model, sequence_tokens: int) -> dict:
+    return {
+        "parameters": cost.total_parameters(model),
+        "active_parameters": cost.active_parameters(model),
+        "flops_per_token": cost.flops_per_token(model.shape, sequence_tokens)["total"],
+        "counted_flops_per_token": cost.counted_flops_per_token(model, sequence_tokens),
+    }
+
+
+def comparisons(bootstrap: scoring.Bootstrap, tables: dict, figures: dict) -> dict:
+    """The claims in our words; each stands beside its control."""
+    teacher, student, control = tables["teacher"], tables["student"], tables["control"]
+    closed, reason = scoring.gap_closed(bootstrap, teacher, student, control)
+    gap, gap_error = scoring.difference(bootstrap, control, teacher)
+    gain, gain_error = scoring.difference(bootstrap, control, student)
+    found = {
+        "student": {
+            **scoring.quality_kept(bootstrap, teacher, student).named("quality_kept"),
+            **scoring.quality_kept(bootstrap, teacher, control).named("control_quality_kept"),
+            **closed.named("gap_closed"),
+            "gap_closed_reason": reason or None,
+            "parameters_share": figures["student"]["parameters"] / figures["teacher"]["parameters"],
+        },
+        "teacher_over_control": {**gap.named("difference"), "standard_error": gap_error},
+        "student_over_control": {**gain.named("difference"), "standard_error": gain_error},
+    }
+    for name in ("teacher", "student"):
+        dense, sparse, continued = tables[name], tables[f"sparse_{name}"], tables[f"continued_{name}"]
+        found[f"sparse_{name}"] = {
+            **scoring.quality_lost(bootstrap, dense, sparse).named("quality_lost"),
+            **scoring.quality_lost(bootstrap, dense, continued).named("continued_quality_lost"),
+            "flops_cut": 1 - figures[f"sparse_{name}"]["flops_per_token"] / figures[name]["flops_per_token"],
+        }
+    return found
+
+
+def quality_csv(figures: dict) -> str:
+    lines = ["model,flops_per_token,bits_per_byte,low,high"]
+    for name, model in figures.items():
+        numbers = [model[key] for key in ("bits_per_byte", "bits_per_byte_low", "bits_per_byte_high")]
+        shown = ["" if number is None or np.isnan(number) else f"{number:.6g}" for number in numbers]
+        lines.append(",".join([name, f"{model['flops_per_token']:.0f}", *shown]))
+    return "\n".join(lines) + "\n"
+
+
+def samples(loaded: dict, stream: scoring.Stream, tokenizer, seed: int) -> dict[str, str]:
+    """One prompt, the opening of the first test document that is longer, continued by each model."""
+    lengths = np.bincount(stream.document_of)
+    document = int(np.argmax(lengths > SAMPLE_PROMPT_TOKENS))
+    start = 1 + int(lengths[:document].sum())
+    prompt = stream.tokens[start : start + min(SAMPLE_PROMPT_TOKENS, max(1, int(lengths[document]) - 1))]
+    prompt, end, texts = prompt.tolist(), tokenizer.end_of_text, {}
+    for name, model in loaded.items():
+        ids = generate(model, prompt, SAMPLE_NEW_TOKENS, True, SAMPLE_TEMPERATURE, seed, end)
+        texts[name] = tokenizer.decode(prompt + ids)
+    return texts
+
+
+def headline(metrics: dict) -> dict[str, float]:
+    """What a person compares runs by."""
+    values = {f"{name}_bits_per_byte": model["bits_per_byte"] for name, model in metrics["models"].items()}
+    compared = metrics["comparisons"]
+    values["quality_kept"] = compared["student"]["quality_kept"]
+    values["gap_closed"] = compared["student"]["gap_closed"]
+    for name in ("teacher", "student"):
+        values[f"sparse_{name}_quality_lost"] = compared[f"sparse_{name}"]["quality_lost"]
+        values[f"sparse_{name}_flops_cut"] = compared[f"sparse_{name}"]["flops_cut"]
+    return {name: value for name, value in values.items() if value is not None}
+
+
+# ---- what hangs on the clock
+
+
+def training_loss(model, stream: scoring.Stream, batch_sequences: int, sequence_tokens: int):
+    """A training step's loss, as pretraining has it, on the opening of the test stream."""
+    needed = batch_sequences * (sequence_tokens + 1)
+    tokens_BT1 = torch.from_numpy(np.resize(stream.tokens, needed).reshape(batch_sequences, -1))
+    tokens_BT1 = tokens_BT1.to(next(model.parameters()).device)
+
+    def loss_of():
+        x_BTD, _ = model.features(tokens_BT1[:, :-1])
+        return next_token(x_BTD.flatten(0, 1), model.head.weight, tokens_BT1[:, 1:].reshape(-1))
+
+    return loss_of
+
+
+@torch.no_grad()
+def latency(
+    loaded: dict, stream: scoring.Stream, prefill_tokens: int, decode_tokens: int, repetitions: int
+) -> dict:
+    """One sequence: reading a prompt, then writing with the cache. The models take turns."""
+    prompt = np.resize(stream.tokens, prefill_tokens)
+    prefills: dict[str, Callable] = {}
+    decodes: dict[str, Callable] = {}
+    peaks = {}
+    for name, model in loaded.items():
+        prompt_1T = torch.from_numpy(prompt)[None].to(next(model.parameters()).device)
+        cache = model.new_cache(1, prefill_tokens + decode_tokens)
+        model.features(prompt_1T, cache)
+
+        def prefill(model=model, prompt_1T=prompt_1T):
+            model.head(model.features(prompt_1T)[0][:, -1])
+
+        def decode(model=model, token_11=prompt_1T[:, :1], cache=cache):
+            for layer in cache:
+                layer.length = prefill_tokens  # forget what the repetition before wrote
+            for _ in range(decode_tokens):
+                model.head(model.features(token_11, cache)[0])
+
+        prefills[name], decodes[name] = prefill, decode
+        live = memory.LiveBytes(model)
+        with live, live.record():
+            prefill()
+        weights = sum(parameter.nbytes for parameter in model.parameters())
+        peaks[name] = {"weight_bytes": weights, "prefill_peak_bytes": weights + live.peak}
+    prefilled = cost.interleaved_seconds(prefills, repetitions)
+    decoded = cost.interleaved_seconds(decodes, repetitions)
+    return {
+        name: cost.median_and_quartiles("prefill_seconds", prefilled[name])
+        | cost.median_and_quartiles("decode_seconds_per_token", decoded[name] / decode_tokens)
+        | peaks[name]
+        for name in loaded
+    }
+
+
+def checkpointing_time(model, policies: list[str], loss_of, repetitions: int, seed: int) -> dict:
+    """Forward and backward under each policy against none; the optimiser, the same for all, is left out."""
+
+    def step(policy):
+        with memory.checkpointed(model, policy):
+            loss_of().backward()
+        model.zero_grad(set_to_none=True)
+
+    seconds = cost.interleaved_seconds({name: partial(step, name) for name in policies}, repetitions)
+    rows = {}
+    for name in policies:
+        ratio, low, high = cost.ratio_of_medians(seconds[name], seconds["none"], seed)
+        rows[name] = scoring.Estimate(ratio, low, high).named("step_seconds_ratio")
+        rows[name] |= cost.median_and_quartiles("step_seconds", seconds[name])
+        if torch.cuda.is_available():
+            rows[name]["allocator_peak_bytes"] = memory.device_peak_bytes(model, name, loss_of)
+    return rows
+
+
+@torch.no_grad()
+def router_time(tokens: int, shape, experts: int, per_token: int, repetitions: int, seed: int) -> dict:
+    """Our router against the plain one: same tokens and weights, from hidden states to rows by expert."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = torch.Generator().manual_seed(seed)
+    x_ND = torch.randn(tokens, shape.width, generator=generator).to(device)
+    router_ED = (torch.randn(experts, shape.width, generator=generator) * shape.width**-0.5).to(device)
+    bias_E = torch.zeros(experts, device=device)
+
+    def plain():
+        return plain_router(x_ND, router_ED, per_token)
+
+    def ours():
+        gates = route(x_ND, router_ED, bias_E, per_token, shape.gating, shape.route_scale)
+        load_E, _ = load_and_balance(gates.expert_index_NK, gates.score_NE, 1, shape.gating)
+        return gates.expert_index_NK.flatten().argsort(stable=True) // per_token, load_E
+
+    seconds = cost.interleaved_seconds({"plain": plain, "ours": ours}, max(repetitions, 5))
+    ratio, low, high = cost.ratio_of_medians(seconds["plain"], seconds["ours"], seed)
+    return {
+        "plain_microseconds": float(np.median(seconds["plain"]) * 1e6),
+        "ours_microseconds": float(np.median(seconds["ours"]) * 1e6),
+        **scoring.Estimate(ratio, low, high).named("ratio"),
+        "tokens": tokens,
+        "experts": experts,
+        "experts_per_token": per_token,
+        "width": shape.width,
+    }
+
+
+def plain_router(x_ND, router_ED, per_token: int):
+    """softmax, top-k, and dispatch through a one-hot mask: the rows of one expert after another."""
+    score_NE = F.linear(x_ND, router_ED).softmax(dim=-1)
+    weight_NK, index_NK = score_NE.topk(per_token, dim=-1)
+    weight_NK = weight_NK / weight_NK.sum(dim=-1, keepdim=True)
+    mask_EKN = F.one_hot(index_NK, len(router_ED)).permute(2, 1, 0)
+    rows = [torch.where(mask_KN) for mask_KN in mask_EKN]
+    return weight_NK, rows
+
+
+if __name__ == "__main__":
+    run_stage(main, "evaluate", SECTIONS)

@@ -1,0 +1,151 @@
+"""The pipeline at `scale: tiny` as a user runs it: real stages, real two-process DDP, in a clone of its own."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DVC = [sys.executable, "-m", "dvc"]
+
+
+def clone(target: Path) -> Path:
+    """A git checkout of the working tree with `scale: tiny`, so that no test touches the experiment of record."""
+    for name in ("dvc.yaml", "params.yaml", "conf", "stages", ".dvcignore", ".gitignore", "pyproject.toml"):
+        source = ROOT / name
+        copy = shutil.copytree if source.is_dir() else shutil.copy2
+        copy(source, target / name)
+    (target / ".dvc").mkdir()
+    for name in ("config", ".gitignore"):
+        shutil.copy2(ROOT / ".dvc" / name, target / ".dvc" / name)
+    sheet = target / "params.yaml"
+    sheet.write_text(sheet.read_text().replace("scale: demo", "scale: tiny"))
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
+    subprocess.run([*git, "init", "-q"], cwd=target, check=True)
+    subprocess.run([*git, "add", "-A"], cwd=target, check=True)
+    subprocess.run([*git, "commit", "-qm", "tiny"], cwd=target, check=True)
+    return target
+
+
+def user_types(tree: Path, *command: str, check: bool = True) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(tree), "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    environment["DVC_SITE_CACHE_DIR"] = str(tree / ".dvc" / "site")
+    environment.pop("DVC_STAGE", None)
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    assert not check or done.returncode == 0, f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """The clone after its first `dvc repro`."""
+    target = clone(tmp_path_factory.mktemp("clone"))
+    user_types(target, *DVC, "repro")
+    return target
+
+
+def test_a_second_repro_does_nothing(tree):
+    lock = (tree / "dvc.lock").read_bytes()
+    output = user_types(tree, *DVC, "repro").stdout
+    assert "Running stage" not in output and "up to date" in output
+    assert (tree / "dvc.lock").read_bytes() == lock
+
+
+def test_the_report_is_there_and_states_the_metrics(tree):
+    page = (tree / "report" / "index.html").read_text()
+    metrics = json.loads((tree / "metrics" / "evaluate.json").read_text())
+    for name, model in metrics["models"].items():
+        assert f"{model['bits_per_byte']:.3f}" in page, name
+
+
+def test_sparse_models_are_physically_smaller(tree):
+    for name in ("teacher", "student"):
+        sizes = [(tree / f"artifacts/{kind}{name}/model.safetensors").stat().st_size for kind in ("", "sparse_")]
+        assert sizes[1] < 0.9 * sizes[0]
+
+
+def test_a_hydra_sweep_runs_every_job_and_leaves_dvc_clean(tree):
+    done = user_types(tree, sys.executable, "-m", "stages.distill", "-m", "distill.temperature=1,2", "distill.steps=4")
+    assert "distill.temperature=1" in done.stdout and "distill.temperature=2" in done.stdout
+    jobs = sorted((tree / "multirun" / "distill").glob("*/*/metrics/distill.json"))
+    assert len(jobs) == 2
+    assert jobs[0].read_bytes() != jobs[1].read_bytes()
+    assert "up to date" in user_types(tree, *DVC, "status").stdout
+
+
+def test_an_edit_reruns_exactly_the_stages_that_read_it(tree):
+    sheet = tree / "params.yaml"
+    before = sheet.read_text()
+    sheet.write_text(before.replace("temperature: 1.0     # T", "temperature: 3.0     # T"))
+    try:
+        planned = user_types(tree, *DVC, "repro", "--dry").stdout
+        assert "Running stage 'config'" in planned
+        user_types(tree, *DVC, "repro", "config")
+        stale = user_types(tree, *DVC, "status").stdout
+        assert "distill:" in stale and "pretrain:" not in stale and "prepare:" not in stale
+    finally:
+        sheet.write_text(before)
+        user_types(tree, *DVC, "repro", "config")
+
+
+def test_a_typo_is_refused_in_one_line_before_any_work(tree):
+    done = user_types(tree, sys.executable, "-m", "stages.distill", "distill.temprature=2", check=False)
+    assert done.returncode != 0
+    assert "temprature" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_training_interrupted_and_resumed_gives_the_bytes_of_an_uninterrupted_run(tree):
+    """SIGTERM in the middle of pretrain, then the same command again."""
+    whole = (tree / "artifacts/teacher/model.safetensors").read_bytes()
+    environment = os.environ | {"PYTHONPATH": str(tree), "DVC_STAGE": "pretrain"}
+    command = [sys.executable, "-m", "stages.pretrain"]
+    process = subprocess.Popen(command, cwd=tree, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list((tree / ".runs/resume").glob("pretrain-*/steps.jsonl")):  # the first steps are done
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate()
+    assert process.returncode != 0 and "interrupted after step" in said and "Traceback" not in said
+    assert list((tree / ".runs/resume").glob("pretrain-*/teacher.pt"))
+    subprocess.run(command, cwd=tree, env=environment, check=True, capture_output=True)
+    assert (tree / "artifacts/teacher/model.safetensors").read_bytes() == whole
+
+
+def test_two_ddp_ranks_equal_one_process_on_the_same_global_batch(tree):
+    from safetensors.torch import load_file
+
+    weights = []
+    for ranks in (1, 2):
+        out = tree / "outputs" / f"ranks-{ranks}"
+        words = [f"trainer.ranks={ranks}", "trainer.precision=float32", "pretrain.steps=5", f"hydra.run.dir={out}"]
+        user_types(tree, sys.executable, "-m", "stages.pretrain", *words)
+        weights.append(load_file(out / "artifacts/teacher/model.safetensors"))
+    one, two = weights
+    assert one.keys() == two.keys()
+    for name in one:
+        # Muon orthogonalises in bfloat16: a last-bit difference of the gradients may move an update by 2^-8 of itself
+        assert (one[name] - two[name]).abs().max() < 0.02 * 5 * 0.02, name
+
+
+def test_a_loss_that_is_not_finite_is_refused_and_no_model_is_written(tree):
+    out = tree / "outputs" / "broken"
+    words = ["optimizer.adamw_learning_rate=1e38", "pretrain.steps=10", f"hydra.run.dir={out}"]
+    done = user_types(tree, sys.executable, "-m", "stages.pretrain", *words, check=False)
+    assert done.returncode != 0
+    assert "not finite at step" in done.stderr and "Traceback" not in done.stderr
+    assert not (out / "artifacts/teacher/model.safetensors").exists()
+
+
+def test_a_forced_rerun_gives_identical_bytes(tree):
+    """The last test of the clone: DDP on, every out hashed by DVC, outs rebuilt from nothing."""
+    lock = (tree / "dvc.lock").read_bytes()
+    user_types(tree, *DVC, "repro", "-f")
+    assert (tree / "dvc.lock").read_bytes() == lock

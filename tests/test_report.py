@@ -1,0 +1,411 @@
+"""The report says what the metrics say, escapes what models wrote, loads nothing, bears missing clocks."""
+
+import math
+import random
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from stages import charts, report
+from stages.artifacts import Refusal, read_json, write_json
+
+
+def place_in(root: Path):
+    def write(path):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        return root / path
+
+    return SimpleNamespace(root=root, out=root, read=lambda path: root / path, write=write)
+
+
+class SilentRun:
+    def artifact(self, path):
+        pass
+
+
+def model(bits, parameters, active, flops, accuracy):
+    return {
+        "bits_per_byte": bits,
+        "bits_per_byte_low": bits - 0.021,
+        "bits_per_byte_high": bits + 0.019,
+        "top1_accuracy": accuracy,
+        "top1_accuracy_low": accuracy - 0.006,
+        "top1_accuracy_high": accuracy + 0.007,
+        "parameters": parameters,
+        "active_parameters": active,
+        "flops_per_token": flops,
+        "counted_flops_per_token": flops,
+        "agreement_with_teacher": 0.713,
+    }
+
+
+def evaluation():
+    return {
+        "models": {
+            "teacher": model(1.6912, 11_843_072, 5_214_000, 14_210_000, 0.447),
+            "student": model(1.7634, 4_102_144, 4_102_144, 8_380_000, 0.431),
+            "control": model(1.8751, 4_102_144, 4_102_144, 8_380_000, 0.409),
+            "sparse_teacher": model(1.7142, 7_912_000, 3_604_000, 9_430_000, 0.442),
+            "sparse_student": model(1.7981, 2_911_000, 2_911_000, 5_640_000, 0.424),
+            "continued_teacher": model(1.6821, 11_843_072, 5_214_000, 14_210_000, 0.449),
+            "continued_student": model(1.7509, 4_102_144, 4_102_144, 8_380_000, 0.434),
+        },
+        "comparisons": {
+            "student": {
+                "quality_kept": 0.95906,
+                "quality_kept_low": 0.9552,
+                "quality_kept_high": 0.9631,
+                "control_quality_kept": 0.90193,
+                "gap_closed": 0.6074,
+                "gap_closed_low": 0.571,
+                "gap_closed_high": 0.642,
+                "gap_closed_reason": None,
+            },
+            "teacher_over_control": {"difference": 0.1839, "standard_error": 0.0093},
+            "sparse_teacher": {
+                "quality_lost": 0.0136,
+                "quality_lost_low": 0.0101,
+                "quality_lost_high": 0.0172,
+                "flops_cut": 0.3364,
+                "continued_quality_lost": -0.0054,
+            },
+            "sparse_student": {
+                "quality_lost": 0.0197,
+                "quality_lost_low": 0.0152,
+                "quality_lost_high": 0.0243,
+                "flops_cut": 0.327,
+                "continued_quality_lost": -0.0071,
+            },
+        },
+        "checkpointing": [
+            {
+                "policy": policy,
+                "activation_bytes": int(91e6 * (1 - saved)),
+                "peak_bytes": int(120e6 * (1 - saved)),
+                "memory_saved": saved,
+                "recomputed_flops_share": again,
+                "gradients_equal": True,
+            }
+            for policy, saved, again in (
+                ("none", 0.0, 0.0),
+                ("every_4", 0.19, 0.07),
+                ("every_2", 0.41, 0.15),
+                ("every_1", 0.83, 0.31),
+                ("selective", 0.52, 0.04),
+            )
+        ],
+        "samples": {
+            "teacher": "def open(self, path):\n    if path is None:\n        raise ValueError('no path')\n",
+            "student": "def open(self, path):\n    return self.path.get(name, None)\n",
+            "control": "def open(self, path):\n    <script>alert(1)</script> & self._self = None\n",
+        },
+    }
+
+
+def curve_rows(name, steps, start, end, seed):
+    noise = random.Random(seed)
+    for step in range(1, steps + 1):
+        bits = end + (start - end) * math.exp(-4.5 * step / steps)
+        shown = f"{bits:.4f}" if step % (steps // 8) == 0 else ""
+        yield f"{name},{step},{bits * 1.6 + noise.gauss(0, 0.05):.4f},{shown}"
+
+
+def write_fixture(root: Path, measured: bool = True):
+    """A checkout after a run of about the default scale's shape."""
+    write_json(root / "metrics/evaluate.json", evaluation())
+    write_json(root / "metrics/distill.json", {"validation_bits_per_byte": 1.77, "temperature": 1.0})
+    write_json(root / "metrics/sparsify.json", {})
+    noise = random.Random(3)
+    raw = [[1 + noise.gauss(0, 0.13) for _ in range(16)] for _ in range(4)]
+    loads = [[value / sum(layer) for value in layer] for layer in raw]
+    write_json(
+        root / "metrics/pretrain.json",
+        {
+            "validation_bits_per_byte": 1.70,
+            "expert_load": loads,
+            "max_violation": [max(layer) * 16 - 1 for layer in loads],
+        },
+    )
+    fits = {
+        "pretrain": (("teacher", 400, 5.2, 1.70),),
+        "distill": (("student", 300, 4.8, 1.77), ("control", 300, 5.2, 1.88)),
+        "sparsify": (
+            ("sparse_teacher", 80, 2.2, 1.72),
+            ("continued_teacher", 80, 1.70, 1.69),
+            ("sparse_student", 80, 2.4, 1.80),
+            ("continued_student", 80, 1.77, 1.75),
+        ),
+    }
+    (root / "plots").mkdir(parents=True)
+    for stage, curves in fits.items():
+        rows = [row for index, fit in enumerate(curves) for row in curve_rows(*fit, seed=index)]
+        (root / f"plots/{stage}.csv").write_text(
+            "\n".join(["model,step,loss,validation_bits_per_byte", *rows]) + "\n"
+        )
+    split = {
+        "documents": 1203,
+        "bytes": 10_482_113,
+        "tokens": 3_004_118,
+        "bytes_per_token": 3.489,
+        "shards": [{"file": "train-00000.bin", "tokens": 3_004_118, "sha256": "ab" * 32}],
+    }
+    write_json(
+        root / "artifacts/data/card.json",
+        {
+            "vocab_size": 4096,
+            "end_of_text": 0,
+            "tokenizer": "bpe",
+            "tokenizer_sha256": "cd" * 32,
+            "dtype": "uint16",
+            "splits": {"train": split, "val": split, "test": split},
+            "duplicates_dropped": 17,
+            "corpus": {"source": "stdlib", "name": "the standard library of Python 3.11.2"},
+        },
+    )
+    if measured:
+        write_json(root / "measurements/evaluate.json", clock())
+
+
+def clock():
+    def timed(name, seconds):
+        return {name: seconds, f"{name}_quartile_low": seconds * 0.95, f"{name}_quartile_high": seconds * 1.1}
+
+    return {
+        "latency": {
+            name: timed("prefill_seconds", 0.031 * speed)
+            | timed("decode_seconds_per_token", 0.0021 * speed)
+            | {"weight_bytes": 47_000_000, "prefill_peak_bytes": 61_000_000}
+            for name, speed in (
+                ("teacher", 1.0),
+                ("student", 0.55),
+                ("sparse_teacher", 0.7),
+                ("control", 0.55),
+            )
+        },
+        "checkpointing": {
+            row["policy"]: slowed(1 + row["recomputed_flops_share"] / 2.5)
+            for row in evaluation()["checkpointing"]
+        },
+        "router": router(3.12, 3.05, 3.2),
+        "machine": {"threads": 2, "torch": "2.13.0", "device": "cpu"},
+    }
+
+
+def slowed(ratio):
+    bounds = {"step_seconds_ratio_low": ratio - 0.02, "step_seconds_ratio_high": ratio + 0.02}
+    return {"step_seconds_ratio": ratio} | bounds
+
+
+def router(ratio, low, high):
+    return {
+        "ratio": ratio,
+        "ratio_low": low,
+        "ratio_high": high,
+        "plain_microseconds": 2810.0,
+        "ours_microseconds": 900.0,
+        "tokens": 4096,
+        "experts": 64,
+        "experts_per_token": 6,
+        "width": 256,
+    }
+
+
+@pytest.fixture(params=[True, False], ids=["measured", "clockless"])
+def checkout(tmp_path, request):
+    write_fixture(tmp_path, request.param)
+    report.main(SimpleNamespace(seed=1), place_in(tmp_path), SilentRun())
+    return tmp_path
+
+
+@pytest.fixture
+def measured(tmp_path):
+    write_fixture(tmp_path)
+    return tmp_path
+
+
+def page_of(root):
+    report.main(SimpleNamespace(seed=1), place_in(root), SilentRun())
+    return (root / "report/index.html").read_text(encoding="utf-8")
+
+
+def test_the_reports_numbers_are_those_of_the_metrics_files(checkout):
+    evaluated = read_json(checkout / "metrics/evaluate.json")
+    claims = {claim["name"]: claim for claim in read_json(checkout / "report/claims.json")["claims"]}
+    page = (checkout / "report/index.html").read_text(encoding="utf-8")
+    student = evaluated["comparisons"]["student"]
+    for key in (
+        "quality_kept",
+        "quality_kept_low",
+        "quality_kept_high",
+        "control_quality_kept",
+        "gap_closed",
+    ):
+        assert claims["distillation"]["values"][key] == student[key]
+        assert report.percent(student[key]) in page
+    for name in ("teacher", "student"):
+        sparse, values = evaluated["comparisons"][f"sparse_{name}"], claims[f"sparsity_{name}"]["values"]
+        assert all(values[key] == sparse[key] for key in values)
+        assert report.signed(sparse["quality_lost"]) in page and report.percent(sparse["flops_cut"]) in page
+    for model in evaluated["models"].values():
+        assert f"{model['bits_per_byte']:.4f}" in page and charts.number(model["parameters"]) in page
+        assert f"{model['bits_per_byte_low']:.4f} to {model['bits_per_byte_high']:.4f}" in page
+    for row in evaluated["checkpointing"]:
+        assert report.policy_words(row["policy"]) in page and report.signed(-row["memory_saved"]) in page
+
+
+def test_what_a_model_wrote_cannot_become_markup(checkout):
+    page = (checkout / "report/index.html").read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; self._self" in page
+
+
+def test_the_page_loads_nothing_from_anywhere(checkout):
+    page = (checkout / "report/index.html").read_text(encoding="utf-8")
+    assert "default-src 'none'" in page
+    assert not re.search(r"https?:|\bsrc=|\bhref=|url\(|@import|<link|<iframe|<img", page)
+
+
+def test_claims_json_is_the_same_bytes_whatever_the_clock_said(tmp_path):
+    contents = set()
+    for name, measured in (("one", True), ("two", True), ("three", False)):
+        write_fixture(tmp_path / name, measured)
+        page_of(tmp_path / name)
+        contents.add((tmp_path / name / "report/claims.json").read_bytes())
+    assert len(contents) == 1
+
+
+def test_missing_measurements_are_named_and_stop_nothing(tmp_path):
+    write_fixture(tmp_path, measured=False)
+    assert page_of(tmp_path).count(report.NOT_MEASURED) >= 3  # latency, step times, router
+    router = report.router_claim(None)
+    assert (router.measured, router.verdict) == (report.NOT_MEASURED, "not testable here")
+
+
+def test_a_missing_metrics_file_is_refused_by_name(measured):
+    (measured / "metrics/evaluate.json").unlink()
+    with pytest.raises(Refusal, match=r"evaluate\.json is missing"):
+        page_of(measured)
+
+
+def test_a_gap_that_is_not_real_is_told_with_its_reason(measured):
+    evaluated = evaluation()
+    reason = "control - teacher is not more than two standard errors"
+    for key in ("gap_closed", "gap_closed_low", "gap_closed_high"):
+        evaluated["comparisons"]["student"][key] = None
+    evaluated["comparisons"]["student"]["gap_closed_reason"] = reason
+    write_json(measured / "metrics/evaluate.json", evaluated)
+    assert reason in page_of(measured)
+    assert (
+        report.distillation_claim(evaluated, {}).verdict == "holds"
+    )  # kept, but no proof that the teacher helped
+
+
+@pytest.mark.parametrize(
+    ("cut", "low", "high", "verdict"),
+    [
+        (0.35, 0.01, 0.02, "beaten"),
+        (0.35, 0.04, 0.07, "holds"),
+        (0.35, 0.09, 0.11, "fails"),
+        (0.35, 0.07, 0.09, "not testable here"),
+        (0.2, 0.01, 0.02, "not testable here"),
+        (0.6, 0.09, 0.11, "not testable here"),
+    ],
+)
+def test_the_sparsity_verdict_follows_the_interval_not_the_point(cut, low, high, verdict):
+    evaluated = evaluation()
+    evaluated["comparisons"]["sparse_teacher"] |= {
+        "flops_cut": cut,
+        "quality_lost": (low + high) / 2,
+        "quality_lost_low": low,
+        "quality_lost_high": high,
+    }
+    assert report.sparsity_claim(evaluated, "teacher").verdict == verdict
+
+
+def test_the_best_checkpointing_policy_is_the_one_that_saves_most_within_the_time():
+    policies = evaluation()["checkpointing"]
+
+    def claimed(ratio_of_all, ratio_of_others):
+        ratios = {
+            row["policy"]: ratio_of_all if row["policy"] == "every_1" else ratio_of_others for row in policies
+        }
+        return report.checkpointing_claim(policies, {name: slowed(ratio) for name, ratio in ratios.items()})
+
+    assert claimed(1.2, 1.1).values["policy"] == "every_1" and claimed(1.2, 1.1).verdict == "beaten"
+    assert claimed(1.4, 1.1).values["policy"] == "selective"
+    assert claimed(1.24, 1.4).verdict == "holds"  # the interval reaches beyond 25%
+    assert claimed(1.4, 1.4).verdict == "fails"
+
+
+def test_a_policy_with_other_gradients_is_never_recommended():
+    policies = [row | {"gradients_equal": row["policy"] == "none"} for row in evaluation()["checkpointing"]]
+    assert report.checkpointing_claim(policies, {}).verdict == "fails"
+
+
+def test_without_a_clock_a_steps_time_is_judged_by_its_counted_flops():
+    claim = report.checkpointing_claim(evaluation()["checkpointing"], {})
+    assert (
+        claim.values["policy"] == "every_1"
+    )  # a whole forward again: a third of a step more, less where kept
+    assert "FLOPs of a step" in claim.measured and report.NOT_MEASURED in claim.why
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"), [(3.0, 3.3, "beaten"), (2.8, 3.1, "holds"), (1.4, 1.6, "fails")]
+)
+def test_routers_are_compared_by_ratio(low, high, verdict):
+    assert report.router_claim(router((low + high) / 2, low, high)).verdict == verdict
+
+
+def test_the_temperature_used_is_told_where_it_is_not_the_claims():
+    assert "T = 1, not T = 2" in report.distillation_claim(evaluation(), {"temperature": 1.0}).why
+    assert "T = 2" not in report.distillation_claim(evaluation(), {"temperature": 2.0}).why
+
+
+def test_claims_markdown_is_one_row_per_claim(checkout):
+    lines = (checkout / "report/claims.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 2 + 5
+    assert all(line.count(" | ") == 3 for line in lines)
+
+
+def test_every_chart_has_a_title_of_its_own_and_stays_inside_its_frame(checkout):
+    page = (checkout / "report/index.html").read_text(encoding="utf-8")
+    names = re.findall(r'<title id="([^"]+)"', page)
+    assert len(names) == len(set(names)) == page.count("<desc ")
+    for svg in re.findall(r"<svg.*?</svg>", page, re.S):
+        width, height = map(float, re.search(r'viewBox="0 0 (\S+) (\S+)"', svg).groups())
+        for x, y in re.findall(r'cx="([^"]+)" cy="([^"]+)"', svg):
+            assert 0 <= float(x) <= width and 0 <= float(y) <= height
+
+
+def test_ticks_are_round_and_cover_the_range():
+    assert charts.ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert charts.log_ticks(3, 300) == [5, 10, 20, 50, 100, 200]
+
+
+def test_numbers_read_as_people_write_them():
+    assert [charts.number(value) for value in (12_345_678, 999_999, 1.5, 0.031, 0, None, float("nan"))] == [
+        "12.3M",
+        "1M",
+        "1.5",
+        "0.031",
+        "0",
+        "–",
+        "–",
+    ]
+
+
+def test_charts_survive_empty_single_and_unbounded_data():
+    nothing = float("nan")
+    for drawn in (
+        charts.scatter("a", [], "x", "y"),
+        charts.curves("b", [], "x", "y"),
+        charts.bars("c", [], "y"),
+    ):
+        assert "no data" in drawn
+    alone = charts.Point("alone", 3.0, 0.0)
+    assert "nan" not in charts.scatter("a", [alone, charts.Point("bad", 1.0, nothing)], "x", "y", log_x=True)
+    assert "nan" not in charts.curves("b", [charts.Line("flat", [(1, 2.0), (1, nothing)])], "x", "y")
+    assert "nan" not in charts.bars("c", [("zero", 0.0)], "y")

@@ -1,0 +1,182 @@
+"""Scores belong to documents, add up to the plain loss, survive interruption, and bear honest intervals."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from stages import scoring
+from stages.artifacts import Refusal
+from stages.models import build_student, build_teacher
+
+
+def fake_table(bits, bytes_per_document=1000, seed=0, spread=0.2):
+    """Documents whose difficulty varies; two tables of one seed are as paired as two models on one text."""
+    difficulty = np.random.default_rng(seed).normal(1, spread, size=40)
+    table = np.zeros((40, len(scoring.COLUMNS)))
+    table[:, scoring.NATS] = bits * difficulty * bytes_per_document * math.log(2)
+    table[:, scoring.BYTES], table[:, scoring.TOKENS] = bytes_per_document, 300
+    return table
+
+
+def stream_of(lengths, vocab_size=512):
+    n = sum(lengths)
+    tokens = torch.randint(1, vocab_size, (n + 1,), generator=torch.Generator().manual_seed(3)).numpy()
+    return scoring.Stream(
+        tokens, np.repeat(np.arange(len(lengths)), lengths), np.array([3 * length for length in lengths])
+    )
+
+
+def score(model, stream, **options):
+    tables = scoring.score({"student": model}, stream, 64, 2, reference="student", **options)
+    return tables["student"]
+
+
+@pytest.fixture(scope="module")
+def student(tiny_settings):
+    return build_student(tiny_settings.student, 512, 64, seed=1).eval()
+
+
+def test_losses_of_documents_add_up_to_the_plain_loss_over_windows(student):
+    stream = stream_of([70, 1, 130, 55])
+    table = score(student, stream)
+    nats = []
+    for start in range(0, 256, 64):
+        window = torch.from_numpy(stream.tokens[start : start + 65])
+        with torch.no_grad():
+            nats.append(F.cross_entropy(student(window[None, :-1])[0], window[1:], reduction="none"))
+    nats_N = torch.cat(nats).double().numpy()
+    expected = [nats_N[stream.document_of == document].sum() for document in range(4)]
+    np.testing.assert_allclose(table[:, scoring.NATS], expected, rtol=1e-5)
+    assert table[:, scoring.TOKENS].tolist() == [70, 1, 130, 55]
+    plain = nats_N.sum() / math.log(2) / (3 * 256)
+    assert scoring.bits_per_byte(table) == pytest.approx(plain, rel=1e-6)
+
+
+def test_every_token_is_scored_once_whatever_the_last_window_holds(student):
+    for lengths in ([64, 64], [65, 64], [10, 3], [64, 63]):
+        table = score(student, stream_of(lengths))
+        assert table[:, scoring.TOKENS].tolist() == lengths
+        assert (table[:, scoring.NATS] > 0).all()
+
+
+def test_models_are_compared_with_the_reference_and_scored_as_if_alone(student, tiny_settings):
+    stream = stream_of([100, 60])
+    teacher = build_teacher(tiny_settings.teacher, 512, 64, seed=2).eval()
+    models = {"teacher": teacher, "twin": teacher, "student": student}
+    tables = scoring.score(models, stream, 64, 2, reference="teacher")
+    for name in ("teacher", "twin"):
+        assert (tables[name][:, scoring.AGREEMENT] == tables[name][:, scoring.TOKENS]).all()
+        assert np.abs(tables[name][:, scoring.KL]).max() < 1e-4
+    assert tables["student"][:, scoring.KL].min() > 0
+    alone = score(student, stream)
+    same = [scoring.NATS, scoring.BYTES, scoring.TOKENS, scoring.CORRECT]
+    assert tables["student"][:, same].tobytes() == alone[:, same].tobytes()
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_an_interrupted_scoring_continues_and_ends_with_the_same_bytes(student, tmp_path):
+    stream = stream_of([200, 150, 300])
+    whole = score(student, stream)
+    progress, seen = tmp_path / "progress", []
+
+    def stop_at(window):
+        def on_batch(done, total):
+            seen.append(done)
+            if done == window:
+                raise Interrupted
+
+        return on_batch
+
+    for window in (4, 8):
+        with pytest.raises(Interrupted):
+            score(student, stream, progress=progress, save_every_seconds=0, on_batch=stop_at(window))
+    resumed = score(student, stream, progress=progress, on_batch=stop_at(None))
+    assert resumed.tobytes() == whole.tobytes()
+    assert seen == [2, 4, 6, 8, 10, 11], "no batch is scored twice"
+    assert score(student, stream, progress=progress).tobytes() == whole.tobytes()
+
+
+def test_damaged_progress_is_dropped_not_believed(student, tmp_path):
+    stream, progress = stream_of([100, 80]), tmp_path / "progress"
+    whole = score(student, stream, progress=progress)
+    content = bytearray(progress.read_bytes())
+    for damaged in (content[:-9], content[:200] + bytes([content[200] ^ 1]) + content[201:], b""):
+        progress.write_bytes(damaged)
+        assert score(student, stream, progress=progress).tobytes() == whole.tobytes()
+
+
+def test_weights_that_are_not_finite_are_refused(tiny_settings):
+    broken = build_student(tiny_settings.student, 512, 64, seed=1).eval()
+    with torch.no_grad():
+        broken.norm.weight[0] = math.nan
+    with pytest.raises(Refusal, match="not finite"):
+        score(broken, stream_of([70, 70]))
+
+
+def test_documents_are_taken_whole_in_order_as_long_as_they_fit():
+    documents = np.array([[0, 50, 1], [50, 500, 1], [550, 30, 1], [580, 25, 1]])
+    assert scoring.choose_documents(documents, 100).tolist() == [0, 2]
+    assert scoring.choose_documents(documents, 10_000).tolist() == [0, 1, 2, 3]
+    assert scoring.choose_documents(documents, 10).tolist() == [2, 3], "two at least, the shortest"
+
+
+def test_the_bootstrap_depends_on_its_seed_alone():
+    table = fake_table(2.0)
+    first, again, other = (scoring.Bootstrap(40, 50, seed).bits_per_byte(table) for seed in (1, 1, 2))
+    assert first.tobytes() == again.tobytes() != other.tobytes()
+
+
+def test_the_interval_has_the_width_of_the_standard_error():
+    table = fake_table(2.0)
+    found = scoring.estimate(
+        scoring.bits_per_byte(table), scoring.Bootstrap(40, 4000, 1).bits_per_byte(table)
+    )
+    per_document = table[:, scoring.NATS] / math.log(2) / 1000
+    error = per_document.std(ddof=1) / math.sqrt(40)
+    assert found.low < found.value < found.high
+    assert (found.high - found.low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.1)
+
+
+def test_pairing_makes_the_interval_of_a_ratio_far_narrower_than_that_of_its_parts():
+    bootstrap = scoring.Bootstrap(40, 500, 1)
+    kept = scoring.quality_kept(bootstrap, fake_table(1.8), fake_table(2.0))
+    assert kept.value == pytest.approx(0.9)
+    alone = scoring.estimate(2.0, bootstrap.bits_per_byte(fake_table(2.0)))
+    assert kept.high - kept.low < 1e-9 < alone.high - alone.low
+
+
+def test_gap_closed_is_the_share_of_the_way_from_control_to_teacher():
+    bootstrap = scoring.Bootstrap(40, 500, 1)
+    closed, reason = scoring.gap_closed(bootstrap, fake_table(1.8), fake_table(1.85), fake_table(2.0))
+    assert closed.value == pytest.approx(0.75)
+    assert closed.low <= closed.value + 1e-9 and closed.value <= closed.high + 1e-9
+    assert reason == ""
+
+
+@pytest.mark.parametrize("control_seed", [0, 7])
+def test_gap_closed_is_not_stated_inside_the_noise(control_seed):
+    bootstrap = scoring.Bootstrap(40, 500, 1)
+    control = fake_table(
+        1.7 if control_seed == 0 else 1.81, seed=control_seed
+    )  # below the teacher; within noise
+    closed, reason = scoring.gap_closed(bootstrap, fake_table(1.8), fake_table(1.75), control)
+    assert closed.value is None and "two standard errors" in reason
+
+
+def test_quality_lost_is_relative_to_the_dense_model():
+    bootstrap = scoring.Bootstrap(40, 100, 1)
+    assert scoring.quality_lost(bootstrap, fake_table(2.0), fake_table(2.1)).value == pytest.approx(0.05)
+    assert scoring.quality_lost(bootstrap, fake_table(2.0), fake_table(1.9)).value == pytest.approx(-0.05)
+
+
+def test_one_document_has_no_interval():
+    table = fake_table(2.0)[:1]
+    found = scoring.estimate(2.0, scoring.Bootstrap(1, 50, 1).bits_per_byte(table))
+    assert math.isnan(found.low) and math.isnan(found.high)
+    assert scoring.gap_closed(scoring.Bootstrap(1, 50, 1), table * 0.5, table, table)[0].value is None
