@@ -72,8 +72,9 @@ def main(settings, place: Place, run) -> None:
         "models": figures,
         "comparisons": comparisons(bootstrap, tables, figures),
         "checkpointing": memory.compare_policies(loaded["teacher"], policies, loss_of),
-        "samples": samples(loaded, stream, load_tokenizer(place.read("artifacts/data")), settings.seed),
     }
+    texts = samples(loaded, stream, load_tokenizer(place.read("artifacts/data")), settings.seed)
+    write_json(place.write("artifacts/samples.json"), texts)
     write_json(place.write("metrics/evaluate.json"), metrics)
     write_atomically(place.write("plots/quality.csv"), quality_csv(figures))
     counted = time.perf_counter()
@@ -95,7 +96,7 @@ def main(settings, place: Place, run) -> None:
     }  # fmt: skip
     write_json(place.write("measurements/evaluate.json"), measurements)
     run.metrics(headline(metrics))
-    for name, text in metrics["samples"].items():
+    for name, text in texts.items():
         run.text(f"samples/{name}.txt", text)
     shutil.rmtree(state, ignore_errors=True)  # finished: the outs are the state now
 

@@ -62,6 +62,7 @@ def main(settings, place, run) -> None:
     metrics = {stage: read_json(place.read(f"metrics/{stage}.json")) for stage in STAGES}
     curves = {stage: read_curves(place.read(f"plots/{stage}.csv")) for stage in STAGES[:-1]}
     card = read_json(place.read("artifacts/data") / "card.json")
+    texts = read_json(place.read("artifacts/samples.json"))
     measurements = {path.stem: read_json(path) for path in sorted(place.read("measurements").glob("*.json"))}
 
     by_count = make_claims(metrics, {}, absent=ELSEWHERE)
@@ -69,7 +70,7 @@ def main(settings, place, run) -> None:
     claims = make_claims(metrics, measurements.get("evaluate", {}))
     write_atomically(place.write("report/claims.md"), claims_as_markdown(claims))
     page = place.write("report/index.html")
-    write_atomically(page, make_page(claims, metrics, curves, card, measurements, settings.seed))
+    write_atomically(page, make_page(claims, metrics, curves, texts, card, measurements, settings.seed))
     run.artifact(page)
     print(f"report: {page}")
 
@@ -327,7 +328,7 @@ MARKS = {"beaten": "▲", "holds": "✓", "fails": "✕", NOT_TESTABLE: "?"}
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
-def make_page(claims, metrics, curves, card, measurements, seed) -> str:
+def make_page(claims, metrics, curves, texts, card, measurements, seed) -> str:
     """The whole page; what is clock-dependent shows its absence in words."""
     evaluated, clock = metrics["evaluate"], measurements.get("evaluate", {})
     body = [
@@ -367,7 +368,7 @@ def make_page(claims, metrics, curves, card, measurements, seed) -> str:
             "By this machine's clock, and so kept out of every reproducible file.",
             latency_table(clock),
         ),
-        section("Samples", "The opening of a test document, continued by each model.", samples(evaluated)),
+        section("Samples", "The opening of a test document, continued by each model.", samples(texts)),
         section("Corpus", "", corpus_table(card)),
         section("Reproduce", "", reproduce(card, seed)),
     ]
@@ -618,10 +619,10 @@ def latency_table(clock: dict) -> str:
     return table(head, rows, note)
 
 
-def samples(evaluated: dict) -> str:
+def samples(texts: dict) -> str:
     cards = [
         f'<div class="card"><h3>{escape(words(name))}</h3><pre class="sample">{escape(text)}</pre></div>'
-        for name, text in in_order(evaluated["samples"])
+        for name, text in in_order(texts)
     ]
     return f'<div class="grid">{"".join(cards)}</div>'
 

@@ -142,7 +142,7 @@ def test_what_hangs_on_the_clock_is_measured_apart(evaluated):
 
 
 def test_the_samples_continue_one_prompt(evaluated):
-    texts = evaluated.metrics["samples"]
+    texts = read_json(evaluated.root / "artifacts/samples.json")
     assert set(texts) == set(evaluate.MODELS)
     assert all(text.startswith(LINE.format(0)[: evaluate.SAMPLE_PROMPT_TOKENS]) for text in texts.values())
 

@@ -41,6 +41,13 @@ def model(bits, parameters, active, flops, accuracy):
     }
 
 
+SAMPLES = {
+    "teacher": "def open(self, path):\n    if path is None:\n        raise ValueError('no path')\n",
+    "student": "def open(self, path):\n    return self.path.get(name, None)\n",
+    "control": "def open(self, path):\n    <script>alert(1)</script> & self._self = None\n",
+}
+
+
 def evaluation():
     return {
         "models": {
@@ -96,11 +103,6 @@ def evaluation():
                 ("selective", 0.52, 0.04),
             )
         ],
-        "samples": {
-            "teacher": "def open(self, path):\n    if path is None:\n        raise ValueError('no path')\n",
-            "student": "def open(self, path):\n    return self.path.get(name, None)\n",
-            "control": "def open(self, path):\n    <script>alert(1)</script> & self._self = None\n",
-        },
     }
 
 
@@ -115,6 +117,7 @@ def curve_rows(name, steps, start, end, seed):
 def write_fixture(root: Path, measured: bool = True):
     """A checkout after a run of about the default scale's shape."""
     write_json(root / "metrics/evaluate.json", evaluation())
+    write_json(root / "artifacts/samples.json", SAMPLES)
     write_json(root / "metrics/distill.json", {"validation_bits_per_byte": 1.77, "temperature": 1.0})
     write_json(root / "metrics/sparsify.json", {})
     noise = random.Random(3)
