@@ -20,17 +20,18 @@ INPUTS = ["artifacts/data", "artifacts/teacher"]
 def fits(settings, place: Place) -> Iterator:
     from stages.models import build_student, load
     from stages.moe_to_dense import initialise_student
-    from stages.shards import Tokens, Windows
+    from stages.shards import Tokens, Windows, read_card
     from stages.training import Distillation, Fit, NextToken
 
     recipe, data = settings.distill, place.read("artifacts/data")
-    vocab_size = read_json(data / "card.json")["vocab_size"]
-    teacher = load(place.read("artifacts/teacher"))
-    if teacher.shape.vocab_size != vocab_size:
+    teacher, card = load(place.read("artifacts/teacher")), read_card(data)
+    spoken = read_json(place.read("artifacts/teacher") / "config.json")["tokenizer_sha256"]
+    if spoken != card["tokenizer_sha256"]:
         raise Refusal(
-            f"artifacts/teacher speaks a vocabulary of {teacher.shape.vocab_size}, artifacts/data of {vocab_size}:"
-            " teacher and student must share a tokenizer; run dvc repro pretrain"
+            "artifacts/teacher was trained with another tokenizer than artifacts/data/tokenizer.json:"
+            " a student learns only from a teacher of its own tokenizer; run dvc repro pretrain"
         )
+    vocab_size = card["vocab_size"]
     common = {
         "steps": recipe.steps,
         "batch_sequences": recipe.batch_sequences,

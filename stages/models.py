@@ -96,8 +96,16 @@ def check_shape(shape: TeacherShape | StudentShape, where: str = "the model's sh
 # ---- save --------------------------------------------------------------------------------------------------
 
 
-def save(model: Teacher | Student, folder: Path | str, end_of_text: int | None = None) -> None:
-    """Writes the Hugging Face folder; end_of_text is the token at which generation stops."""
+def save(
+    model: Teacher | Student,
+    folder: Path | str,
+    end_of_text: int | None = None,
+    tokenizer_sha256: str | None = None,
+) -> None:
+    """Writes the Hugging Face folder.
+
+    end_of_text is the token at which generation stops; tokenizer_sha256 names the tokenizer that the model speaks.
+    """
     folder = Path(folder)
     tensors = {name: part.detach().float().cpu().contiguous() for name, part in _to_hub(model).items()}
     broken = [name for name, part in tensors.items() if not torch.isfinite(part).all()]
@@ -119,6 +127,7 @@ def save(model: Teacher | Student, folder: Path | str, end_of_text: int | None =
         "initializer_range": 0.02,
         "use_cache": True,
         "weights_sha256": sha256_of(folder / WEIGHTS),
+        "tokenizer_sha256": tokenizer_sha256,
     }
     write_json(folder / CONFIG, config)
 

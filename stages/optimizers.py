@@ -7,6 +7,7 @@ does the same arithmetic on [..., M, N] with one batched matrix product per iter
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 # Quintic Newton-Schulz coefficients of Muon (Jordan et al. 2024), as in torch.optim.Muon.
@@ -27,7 +28,11 @@ def orthogonalise(update_SMN: Tensor, iterations: int = 5) -> Tensor:
 
 
 class StackedMuon(torch.optim.Optimizer):
-    """Muon on parameters [M, N] or stacks [..., M, N]; each matrix of a stack is orthogonalised by itself."""
+    """Muon on parameters [M, N] or stacks [..., M, N]; each matrix of a stack is orthogonalised by itself.
+
+    Under DDP every rank has the same gradients, so the ranks share the orthogonalisation out among them and
+    exchange the updates: the same bits as one process, for a fraction of its time.
+    """
 
     def __init__(self, params, lr: float, momentum: float, weight_decay: float):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -35,19 +40,48 @@ class StackedMuon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                buffer = state["momentum_buffer"]
-                buffer.lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(buffer, group["momentum"])  # Nesterov
+            with_gradient = [p for p in group["params"] if p.grad is not None]
+            updates = [self._momentum_update(p, group["momentum"]) for p in with_gradient]
+            for p, update in zip(with_gradient, orthogonalised_by_the_ranks(updates), strict=True):
                 rows, columns = p.shape[-2:]
-                update = orthogonalise(update.view(-1, rows, columns)).view_as(p)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
+
+    def _momentum_update(self, p: Tensor, momentum: float) -> Tensor:
+        state = self.state[p]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+        return p.grad.lerp(state["momentum_buffer"], momentum)  # Nesterov
+
+
+def orthogonalised_by_the_ranks(updates: list[Tensor]) -> list[Tensor]:
+    """Each update [..., M, N] orthogonalised by one rank and sent to the others, in bfloat16."""
+    parallel = dist.is_available() and dist.is_initialized()
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
+    shares = fair_shares([update.numel() * min(update.shape[-2:]) for update in updates], world_size)
+    sent = []  # every rank does its own share before it waits for another's
+    for owner, share in enumerate(shares):
+        if owner == rank:
+            sent.append(torch.cat([orthogonalise(updates[i]).flatten() for i in share]))
+        else:
+            size = sum(updates[i].numel() for i in share)
+            sent.append(updates[0].new_empty(size, dtype=torch.bfloat16))
+    results = list(updates)
+    for owner, (share, flat) in enumerate(zip(shares, sent, strict=True)):
+        if parallel:
+            dist.broadcast(flat, src=owner)
+        for i, piece in zip(share, flat.split([updates[i].numel() for i in share]), strict=True):
+            results[i] = piece.view_as(updates[i])
+    return results
+
+
+def fair_shares(costs: list[int], ranks: int) -> list[list[int]]:
+    """Which rank does which: the dearest first, each to the least busy rank."""
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        min(shares, key=lambda share: sum(costs[j] for j in share)).append(i)
+    return [share for share in shares if share]
 
 
 def make_optimizers(model: nn.Module, settings, learning_rate_scale: float) -> list[torch.optim.Optimizer]:

@@ -7,7 +7,7 @@ python -m stages.pretrain -m optimizer.muon_learning_rate=0.01,0.02
 
 from collections.abc import Iterator
 
-from stages.artifacts import read_json, write_json
+from stages.artifacts import write_json
 from stages.launching import launch, write_curves
 from stages.runs import Place, run_stage
 
@@ -17,10 +17,11 @@ SECTIONS = ("sequence_tokens", "seed", "teacher", "pretrain", "optimizer", "trai
 def fits(settings, place: Place) -> Iterator:
     """What every rank trains."""
     from stages.models import build_teacher
+    from stages.shards import read_card
     from stages.training import Fit, NextToken
 
     shape, recipe = settings.teacher, settings.pretrain
-    vocab_size = read_json(place.read("artifacts/data") / "card.json")["vocab_size"]
+    vocab_size = read_card(place.read("artifacts/data"))["vocab_size"]
     yield Fit(
         name="teacher",
         model=build_teacher(shape, vocab_size, settings.sequence_tokens, settings.seed),

@@ -25,7 +25,7 @@ from stages import models, settings
 from stages.artifacts import Refusal, read_json, write_atomically, write_json
 from stages.optimizers import learning_rate_factor, make_optimizers
 from stages.runs import Place
-from stages.shards import Tokens, Windows
+from stages.shards import Tokens, Windows, read_card
 from stages.training import Fit, max_violation, validation_nats
 
 LOAD_WINDOW_STEPS = 20  # the expert load reported at the end is that of the last so many steps
@@ -172,6 +172,7 @@ class Job:
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.accelerator = job["accelerator"]
         data = self.place.read("artifacts/data")
+        self.card = read_card(data)
         self.windows = Windows(Tokens(data, "train"), self.sequence_tokens, self.settings.seed)
         self.validation_tokens = Tokens(data, "val")
         self.stop_requested = False
@@ -244,7 +245,7 @@ def run_fit(fit: Fit, job: Job) -> dict:
             progress.save(fit.model, optimizers)
     fit.model.cpu()
     if job.rank == 0:
-        models.save(fit.model, job.place.write(fit.out))
+        models.save(fit.model, job.place.write(fit.out), job.card["end_of_text"], job.card["tokenizer_sha256"])
     loads = torch.tensor(progress.recent_loads).sum(0) if progress.recent_loads else torch.zeros(0)
     return {
         "validation_bits_per_byte": progress.curve[-1]["validation_bits_per_byte"],

@@ -2,7 +2,7 @@
 
 import torch
 
-from stages.optimizers import StackedMuon, learning_rate_factor, orthogonalise
+from stages.optimizers import StackedMuon, fair_shares, learning_rate_factor, orthogonalise
 
 
 def test_each_matrix_of_a_stack_moves_as_torch_optim_muon_moves_it_alone():
@@ -32,3 +32,12 @@ def test_the_schedule_warms_up_holds_and_decays_to_almost_nothing():
     assert factors[0] == 0.1 and factors[9:60] == [1.0] * 51
     assert 0 < factors[-1] <= 0.03
     assert all(a >= b for a, b in zip(factors[60:], factors[61:], strict=False))
+
+
+def test_the_ranks_share_every_update_out_once_and_evenly():
+    costs = [100, 90, 60, 50, 40, 10, 5]
+    shares = fair_shares(costs, 2)
+    assert sorted(i for share in shares for i in share) == list(range(len(costs)))
+    loads = [sum(costs[i] for i in share) for share in shares]
+    assert max(loads) - min(loads) <= 15
+    assert fair_shares([1], 4) == [[0]], "more ranks than matrices"

@@ -144,6 +144,19 @@ def test_a_loss_that_is_not_finite_is_refused_and_no_model_is_written(tree):
     assert not (out / "artifacts/teacher/model.safetensors").exists()
 
 
+def test_a_teacher_of_another_tokenizer_is_refused(tree):
+    config = tree / "artifacts/teacher/config.json"
+    before = config.read_bytes()
+    config.chmod(0o644)
+    config.write_text(json.dumps(json.loads(before) | {"tokenizer_sha256": "0" * 64}))
+    try:
+        words = ["distill.steps=1", f"hydra.run.dir={tree / 'outputs' / 'refused'}"]
+        done = user_types(tree, sys.executable, "-m", "stages.distill", *words, check=False)
+    finally:
+        config.write_bytes(before)
+    assert done.returncode != 0 and "another tokenizer" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_forced_rerun_gives_identical_bytes(tree):
     """The last test of the clone: DDP on, every out hashed by DVC, outs rebuilt from nothing."""
     lock = (tree / "dvc.lock").read_bytes()

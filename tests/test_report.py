@@ -356,7 +356,7 @@ def test_without_a_clock_a_steps_time_is_judged_by_its_counted_flops():
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "verdict"), [(3.0, 3.3, "beaten"), (2.8, 3.1, "holds"), (1.4, 1.6, "fails")]
+    ("low", "high", "verdict"), [(3.0, 3.3, "beaten"), (2.8, 3.1, "not testable here"), (1.4, 1.6, "fails")]
 )
 def test_routers_are_compared_by_ratio(low, high, verdict):
     assert report.router_claim(router((low + high) / 2, low, high)).verdict == verdict
