@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from stages.artifacts import Refusal, read_json, sha256_of, write_atomically, write_json
+from stages.runs import die_with_parent
 
 
 def rank_count(accelerator: str, ranks: int | str) -> tuple[str, int]:
@@ -97,10 +98,13 @@ def _run_ranks(job: Path, ranks: int, accelerator: str) -> int:
     )
     if accelerator == "cpu":
         environment["GLOO_SOCKET_IFNAME"] = "lo"
+        # glibc gives large freed blocks back to the kernel and faults them in again at every step; keeping them
+        # took 15% off a step of 4 x 256 tokens
+        environment |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_TOP_PAD_": "67108864"}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     command += ["--master-addr", "127.0.0.1", "--master-port", str(port), "-m", "stages.ranks", str(job)]
     with (job.parent / "ranks.log").open("wb") as log:
-        process = subprocess.Popen(command, env=environment, stderr=log, preexec_fn=_die_with_parent)
+        process = subprocess.Popen(command, env=environment, stderr=log, preexec_fn=die_with_parent)
         previous = {
             s: signal.signal(s, lambda number, _: process.send_signal(number)) for s in (signal.SIGTERM, signal.SIGINT)
         }
@@ -110,10 +114,3 @@ def _run_ranks(job: Path, ranks: int, accelerator: str) -> int:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-
-def _die_with_parent() -> None:
-    """Linux: the kernel ends this process when its parent dies, even by SIGKILL, so no rank is orphaned."""
-    import ctypes
-
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
-def orthogonalise(update_SMN: Tensor, iterations: int = 5) -> Tensor:
-    """U V^T of each matrix of the stack, approximately, by Newton-Schulz in bfloat16."""
-    x = update_SMN.bfloat16()
+def orthogonalise(update: Tensor, iterations: int = 5) -> Tensor:
+    """U V^T of each matrix [..., M, N], approximately, by Newton-Schulz in bfloat16."""
+    x = update.bfloat16().reshape(-1, *update.shape[-2:])
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
@@ -24,28 +24,31 @@ def orthogonalise(update_SMN: Tensor, iterations: int = 5) -> Tensor:
     for _ in range(iterations):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
-    return x.mT if tall else x
+    return (x.mT if tall else x).reshape(update.shape)
 
 
 class StackedMuon(torch.optim.Optimizer):
     """Muon on parameters [M, N] or stacks [..., M, N]; each matrix of a stack is orthogonalised by itself.
+
+    A group's `fused` says how many matrices stand on top of each other in M: 2 for gate and up of a SwiGLU.
 
     Under DDP every rank has the same gradients, so the ranks share the orthogonalisation out among them and
     exchange the updates: the same bits as one process, for a fraction of its time.
     """
 
     def __init__(self, params, lr: float, momentum: float, weight_decay: float):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "fused": 1})
 
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
             with_gradient = [p for p in group["params"] if p.grad is not None]
             updates = [self._momentum_update(p, group["momentum"]) for p in with_gradient]
+            updates = [u.unflatten(-2, (group["fused"], -1)) for u in updates]
             for p, update in zip(with_gradient, orthogonalised_by_the_ranks(updates), strict=True):
-                rows, columns = p.shape[-2:]
+                rows, columns = update.shape[-2:]
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
+                p.add_(update.view_as(p), alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
 
     def _momentum_update(self, p: Tensor, momentum: float) -> Tensor:
         state = self.state[p]
@@ -86,16 +89,21 @@ def fair_shares(costs: list[int], ranks: int) -> list[list[int]]:
 
 def make_optimizers(model: nn.Module, settings, learning_rate_scale: float) -> list[torch.optim.Optimizer]:
     """[Muon, AdamW]: hidden matrices to Muon; embedding, head, router, norms to AdamW, without decay on vectors."""
-    matrices, others, vectors = [], [], []
+    matrices, fused, others, vectors = [], [], [], []
     for name, p in model.named_parameters():
         if p.ndim < 2:
             vectors.append(p)
         elif name.startswith(("embedding", "head")) or "router" in name:
             others.append(p)
+        elif "gate_up" in name:
+            fused.append(p)
         else:
             matrices.append(p)
     muon = StackedMuon(
-        matrices, settings.muon_learning_rate * learning_rate_scale, settings.muon_momentum, settings.weight_decay
+        [{"params": matrices}, {"params": fused, "fused": 2}],
+        settings.muon_learning_rate * learning_rate_scale,
+        settings.muon_momentum,
+        settings.weight_decay,
     )
     adamw = torch.optim.AdamW(
         [{"params": others, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],

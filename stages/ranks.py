@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from stages import models, settings
 from stages.artifacts import Refusal, read_json, write_atomically, write_json
 from stages.optimizers import learning_rate_factor, make_optimizers
-from stages.runs import Place
+from stages.runs import Place, die_with_parent
 from stages.shards import Tokens, Windows, read_card
 from stages.training import Fit, max_violation, validation_nats
 
@@ -258,6 +258,7 @@ def run_fit(fit: Fit, job: Job) -> dict:
 
 def main() -> None:
     warnings.filterwarnings("ignore", module="lightning")
+    die_with_parent()
     job = Job(Path(sys.argv[1]))
     torch.manual_seed(job.settings.seed)
     results = {}

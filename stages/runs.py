@@ -67,7 +67,7 @@ def run_stage(main, name: str, sections) -> None:
 def _run_under_dvc(main, name, sections):
     if sys.argv[1:]:
         raise Refusal(f"{' '.join(sys.argv[1:])}: under DVC a stage takes its settings from params.yaml only")
-    _die_with_parent()
+    die_with_parent()
     with _only_copy(name, ROOT):
         plain = _resolved(ROOT / "resolved.yaml", sections)
         _run_tracked(main, name, plain, sections, Place(ROOT, ROOT), sweep=None)
@@ -93,8 +93,11 @@ def _run_tracked(main, name, plain, sections, place, sweep):
         return main(settings, place, run)
 
 
-def _die_with_parent():
-    """Linux: the kernel ends this stage when its dvc dies, even by SIGKILL; else a second one would start."""
+def die_with_parent():
+    """Linux: the kernel ends this process when its parent dies, even by SIGKILL.
+
+    A stage whose dvc was killed would meet a second copy of itself, and a rank would be orphaned.
+    """
     if sys.platform != "linux":
         return
     import ctypes
