@@ -60,21 +60,27 @@ def launch(stage: str, settings, place, inputs: list[str], run) -> dict:
 
     started = time.monotonic()
     code = _run_ranks(state / "job.json", ranks, accelerator)
+    speeds = _record_steps(state / "steps.jsonl", run)  # also of a run that failed
     if code != 0:
         error = state / "error.txt"
         if error.exists():
             raise Refusal(error.read_text().strip())
         raise Refusal(f"a rank of {stage} ended with code {code}; its last words are in {state / 'ranks.log'}")
     result = read_json(state / "result.json")
-    speeds: dict[str, float] = {}
-    for line in (state / "steps.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        run.metrics(row["figures"], step=row["step"], at=row["time"])
-        speeds |= {k: v for k, v in row["figures"].items() if k.endswith("tokens_per_second")}
     clock = {"seconds": time.monotonic() - started, "ranks": ranks, "accelerator": accelerator}
     write_json(place.write(f"measurements/{stage}.json"), clock | speeds)
     shutil.rmtree(state)  # finished: the outs are the state now
     return result
+
+
+def _record_steps(path: Path, run) -> dict[str, float]:
+    """Hands rank zero's figures to the record of the run; returns the last speed of each fit."""
+    speeds: dict[str, float] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        row = json.loads(line)
+        run.metrics(row["figures"], step=row["step"], at=row["time"])
+        speeds |= {k: v for k, v in row["figures"].items() if k.endswith("tokens_per_second")}
+    return speeds
 
 
 def write_curves(path: Path, result: dict) -> None:
@@ -113,4 +119,3 @@ def _run_ranks(job: Path, ranks: int, accelerator: str) -> int:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-

@@ -85,6 +85,7 @@ class Training(lightning.LightningModule):
         self.automatic_optimization = False
         self.model, self.fit, self.job, self.progress = fit.model, fit, job, progress
         self.both = optimizers
+        self.teacher = getattr(fit.objective, "teacher", None)  # a submodule, so that Lightning moves it to the device
         self.started = self.saved = time.monotonic()
         self.start = progress.step
 
@@ -111,16 +112,7 @@ class Training(lightning.LightningModule):
         dist.all_reduce(message)
         means = dict(zip(parts, (message[: len(parts)] / job.world_size).tolist(), strict=True))
         stop, save = (message[len(parts) : len(parts) + 2] > 0).tolist()
-        if not math.isfinite(means["loss"]) or not math.isfinite(norm.item()):
-            kept = (
-                f"the checkpoint of an earlier step is kept in {progress.path}"
-                if progress.path.exists()
-                else "no step was saved yet"
-            )
-            raise Refusal(
-                f"{fit.name}: not finite at step {progress.step}: loss {means['loss']}, gradient norm {norm.item()};"
-                f" {kept}. Lower optimizer.*_learning_rate or {job.stage}.learning_rate_scale"
-            )
+        self._refuse_unless_finite(means["loss"], norm.item())
         for optimizer in self.optimizers():
             optimizer.step()
         self._balance(message[len(parts) + 2 :])
@@ -135,6 +127,17 @@ class Training(lightning.LightningModule):
                 f"{fit.name}: interrupted after step {progress.step} of {fit.steps};"
                 " the same command continues from there"
             )
+
+    def _refuse_unless_finite(self, loss: float, norm: float) -> None:
+        """All ranks see the same two numbers, so all stop here together, before the step could do harm."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        step, path = self.progress.step, self.progress.path
+        kept = f"the checkpoint of an earlier step is kept in {path}" if path.exists() else "no step was saved yet"
+        raise Refusal(
+            f"{self.fit.name}: not finite at step {step}: loss {loss}, gradient norm {norm}; {kept}."
+            f" Lower optimizer.*_learning_rate or {self.job.stage}.learning_rate_scale"
+        )
 
     def _balance(self, loads: Tensor) -> None:
         if loads.numel():
@@ -235,7 +238,6 @@ def run_fit(fit: Fit, job: Job) -> dict:
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            barebones=False,
             num_sanity_val_steps=0,
         )
         batches = Batches(job.windows, progress.step, fit.steps, job.rank, job.world_size, fit.batch_sequences)
