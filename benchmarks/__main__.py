@@ -1,0 +1,57 @@
+"""Measures all and writes benchmarks/results.md and results.json; with names, prints those groups only.
+
+    make bench                           # all, about four minutes on two idle cores
+    python -m benchmarks router losses   # prints these, writes nothing
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+# Before torch is imported: the peers come from configs, never from the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from benchmarks import ceiling, losses, moe_layer, router, startup, training_step
+from benchmarks.table import ROOT, Row, as_json, as_markdown, conditions, rendered
+from stages.artifacts import write_atomically
+
+GROUPS: dict[str, Callable[[], Iterable[Row | str]]] = {
+    "ceiling": ceiling.rows,
+    "training_step": training_step.rows,
+    "moe_layer": moe_layer.rows,
+    "router": router.rows,
+    "losses": losses.rows,
+    "startup": startup.rows,
+}
+
+
+def measured(names: list[str]) -> Iterator[Row | str]:
+    for name in names:
+        print(f"measuring {name} ...", end="", file=sys.stderr, flush=True)
+        start = time.perf_counter()
+        yield from GROUPS[name]()
+        print(f" {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+
+
+def main(names: list[str]) -> None:
+    if unknown := [name for name in names if name not in GROUPS]:
+        sys.exit(f"benchmarks: no group {unknown[0]!r}; there are {', '.join(GROUPS)}")
+    under = conditions()
+    if float(under["load_before"] or 0) > 0.5 * float(under["cores"]):
+        print(f"others use this machine (load {under['load_before']}): expect noise", file=sys.stderr)
+    found = list(measured(names or list(GROUPS)))
+    rows = [one for one in found if isinstance(one, Row)]
+    notes = [one for one in found if isinstance(one, str)]
+    print(rendered(rows), *notes, sep="\n")
+    if names:
+        return
+    folder = ROOT / "benchmarks"
+    write_atomically(folder / "results.md", as_markdown(rows, notes, under))
+    write_atomically(folder / "results.json", as_json(rows, notes, under))
+    print("written: benchmarks/results.md and benchmarks/results.json")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

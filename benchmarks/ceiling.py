@@ -1,0 +1,70 @@
+"""What the machine's matrix units can do: the best rate of large square products, and of an expert's own."""
+
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.table import Row
+from benchmarks.timing import DEVICE, Action, Ratio, interleaved
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+SQUARE = 2048 if DEVICE.type == "cpu" else 8192
+
+
+def product(rows: int, inner: int, columns: int, dtype: torch.dtype) -> tuple[Action, float]:
+    """One matrix product into memory that is already there, and its floating-point operations."""
+    a, b = (torch.randn(*size, device=DEVICE).to(dtype) for size in ((rows, inner), (inner, columns)))
+    out = torch.empty(rows, columns, device=DEVICE, dtype=dtype)
+    return (lambda: torch.mm(a, b, out=out)), 2.0 * rows * inner * columns
+
+
+def ceiling(dtype: torch.dtype) -> tuple[Action, float]:
+    """The product that stands for the ceiling; measure it in the rounds of what is compared with it."""
+    return product(SQUARE, SQUARE, SQUARE, dtype)
+
+
+def rows(square: int = SQUARE, seconds: float = 3.0) -> Iterator[Row]:
+    shapes = {
+        "square": (square, square, square),
+        "half the square": (square // 2, square // 2, square // 2),
+        "gate and up of an expert, 1024 tokens": (1024, 256, 1024),
+    }
+    actions, flops = {}, {}
+    for dtype in DTYPES:
+        for shape, sizes in shapes.items():
+            actions[f"{shape} {dtype}"], flops[f"{shape} {dtype}"] = product(*sizes, DTYPES[dtype])
+    times = interleaved(actions, seconds)
+
+    def gflops(name):
+        return flops[name] / times.median(name) / 1e9
+
+    def rate_ratio(ours, theirs):
+        scale, r = flops[ours] / flops[theirs], times.ratio(theirs, ours)
+        return Ratio(r.ratio * scale, r.low * scale, r.high * scale)
+
+    slow, fast = "square float32", "square bf16"
+    against = "float32"
+    yield Row.of(
+        "matmul ceiling",
+        f"bf16, {square}³",
+        gflops(fast),
+        against,
+        gflops(slow),
+        "GFLOP/s",
+        rate_ratio(fast, slow),
+        times.rounds,
+    )
+    for shape in list(shapes)[1:]:
+        for dtype in DTYPES:
+            ours, theirs = f"{shape} {dtype}", f"square {dtype}"
+            yield Row.of(
+                "matmul ceiling",
+                f"{shape}, {dtype}",
+                gflops(ours),
+                f"{square}³ {dtype}",
+                gflops(theirs),
+                "GFLOP/s",
+                rate_ratio(ours, theirs),
+                times.rounds,
+                of_ceiling=True,
+            )

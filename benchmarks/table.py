@@ -1,0 +1,148 @@
+"""A row of the table, the table, and what the numbers depend on: machine, versions, commit."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.timing import DEVICE, Ratio
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "transformers", "lightning", "mlflow")
+
+
+@dataclass(frozen=True)
+class Row:
+    """`ratio` is how many times better we are than the peer, or the share that we reach of a ceiling."""
+
+    group: str
+    what: str
+    ours: float
+    against: str
+    theirs: float
+    unit: str
+    ratio: float
+    low: float  # quartiles of the ratio over the rounds
+    high: float
+    rounds: int
+    of_ceiling: bool = False
+
+    @classmethod
+    def of(cls, group, what, ours, against, theirs, unit, ratio: Ratio, rounds: int, of_ceiling=False):
+        return cls(
+            group, what, ours, against, theirs, unit, ratio.ratio, ratio.low, ratio.high, rounds, of_ceiling
+        )
+
+
+HEADER = ("", "what", "ours", "against", "theirs", "unit", "ratio", "quartiles", "rounds")
+
+
+def rendered(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table, aligned so that a terminal shows it as well."""
+    cells = [HEADER]
+    group = ""
+    for row in rows:
+        form = (lambda x: f"{x:.0%}") if row.of_ceiling else (lambda x: f"{x:.2f}x")
+        cells.append(
+            (
+                row.group if row.group != group else "",
+                row.what,
+                _number(row.ours),
+                row.against,
+                _number(row.theirs),
+                row.unit,
+                form(row.ratio),
+                f"{form(row.low)} to {form(row.high)}",
+                str(row.rounds),
+            )
+        )
+        group = row.group
+    widths = [max(len(line[column]) for line in cells) for column in range(len(HEADER))]
+    right = {"ours", "theirs", "ratio", "rounds"}
+
+    def line(values):
+        padded = (
+            value.rjust(width) if name in right else value.ljust(width)
+            for name, value, width in zip(HEADER, values, widths, strict=True)
+        )
+        return f"| {' | '.join(padded)} |"
+
+    dashes = [
+        "-" * (width - 1) + ":" if name in right else "-" * width
+        for name, width in zip(HEADER, widths, strict=True)
+    ]
+    return "\n".join([line(cells[0]), line(dashes), *map(line, cells[1:])])
+
+
+def _number(value: float) -> str:
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def conditions() -> dict[str, Any]:
+    """What the numbers depend on. No host name and no path: results.json is published."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "commit": _git("rev-parse", "HEAD") or "unknown",
+        "edited": bool(_git("status", "--porcelain", "--", "stages", "benchmarks/*.py")),
+        "processor": _processor(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "accelerator": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "none",
+        "python": platform.python_version(),
+        **{package: _version(package) for package in PACKAGES},
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith("model name")).split(":", 1)[1].strip()
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
+def as_markdown(rows: Sequence[Row], notes: Sequence[str], under: dict[str, Any]) -> str:
+    facts = "\n".join(f"- {name}: {value}" for name, value in under.items())
+    remarks = "".join(f"- {note}\n" for note in notes)
+    return (
+        "# Benchmarks\n\nWritten by `make bench`. A ratio is how many times better we are than the peer "
+        "(above 1: faster, or smaller), or the share of the ceiling that we reach; medians over interleaved "
+        f"rounds of one run.\n\n{facts}\n\n{rendered(rows)}\n" + (f"\n{remarks}" if remarks else "")
+    )
+
+
+def as_json(rows: Sequence[Row], notes: Sequence[str], under: dict[str, Any]) -> str:
+    plain = {
+        "conditions": under,
+        "rows": [
+            {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in asdict(row).items()}
+            for row in rows
+        ],
+        "notes": list(notes),
+    }
+    return json.dumps(plain, indent=1, allow_nan=False) + "\n"

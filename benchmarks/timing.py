@@ -1,0 +1,90 @@
+"""Interleaved repetitions: one of each action per round, so that a busy moment of the machine hits all alike.
+
+Torch and the standard library only, so that the benchmarks run on any machine that has torch.
+"""
+
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from statistics import median, quantiles
+
+import torch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+Action = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times longer one action takes than another: ratio of the medians over all rounds, and the
+    quartiles of the ratio within a round."""
+
+    ratio: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Timings:
+    seconds: dict[str, list[float]]  # one number per round
+    failed: dict[str, str]  # action -> reason, of the actions that could not run
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.seconds
+
+    @property
+    def rounds(self) -> int:
+        return len(next(iter(self.seconds.values())))
+
+    def median(self, name: str) -> float:
+        return median(self.seconds[name])
+
+    def ratio(self, longer: str, shorter: str) -> Ratio:
+        paired = [a / b for a, b in zip(self.seconds[longer], self.seconds[shorter], strict=True)]
+        low, _, high = quantiles(paired, n=4, method="inclusive") if len(paired) > 1 else paired * 3
+        return Ratio(self.median(longer) / self.median(shorter), low, high)
+
+
+def interleaved(
+    actions: Mapping[str, Action],
+    seconds: float,
+    least_rounds: int = 3,
+    most_rounds: int = 100,
+    may_fail: Collection[str] = (),
+) -> Timings:
+    """Rounds of every action until `seconds` have passed, after one untimed round.
+
+    An action named in `may_fail` (a peer) that raises in the untimed round is left out and its reason kept.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in actions}
+    failed = {}
+    for name, action in actions.items():
+        try:
+            _seconds(action)
+        except Exception as error:  # whatever a peer raises, the others still have their rows
+            if name not in may_fail:
+                raise
+            failed[name] = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+            del taken[name]
+    end = time.perf_counter() + seconds
+    for done in range(most_rounds):
+        if done >= least_rounds and time.perf_counter() > end:
+            break
+        # Every other round runs backwards, so that no action always follows the same neighbour.
+        for name in list(taken) if done % 2 == 0 else reversed(list(taken)):
+            taken[name].append(_seconds(actions[name]))
+    return Timings(taken, failed)
+
+
+def _seconds(action: Action) -> float:
+    _wait_for_device()
+    start = time.perf_counter()
+    action()
+    _wait_for_device()
+    return time.perf_counter() - start
+
+
+def _wait_for_device() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()

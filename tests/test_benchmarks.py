@@ -1,0 +1,217 @@
+"""The benchmarks compare equals: each of our rows computes the numbers of its peer. Nothing here is timed."""
+
+import json
+from dataclasses import replace
+from importlib.metadata import version
+
+import pytest
+import torch
+from torch.nn.functional import one_hot
+
+from benchmarks import __main__ as bench
+from benchmarks import ceiling, losses, moe_layer, router, startup, table, timing, training_step
+from stages import models
+
+SHAPE = replace(
+    training_step.REFERENCE, vocab_size=64, sequence_tokens=12, layers=2, width=32, heads=2, nope_head_dim=8,
+    rope_head_dim=4, value_head_dim=8, latent_width=16, dense_width=16, experts=4, expert_width=16,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small_rows() -> list:
+    """Every group at a size of no interest."""
+    return [
+        *ceiling.rows(square=32, seconds=0),
+        *training_step.rows(SHAPE, sequences=2, seconds=0, least_rounds=1),
+        *moe_layer.rows(tokens=(16,), experts=(4,), width=16, expert_width=8, seconds=0),
+        *router.rows(sizes=((4, 2),), tokens=16, width=16, expert_width=8, seconds=0),
+        *losses.rows((50,), tokens=16, student_width=8, teacher_width=12, chunk_tokens=4, seconds=0),
+        *startup.rows({"nothing": ("json", "re")}, seconds=0),
+    ]
+
+
+def test_every_group_gives_rows_with_positive_finite_ratios(small_rows):
+    rows = [row for row in small_rows if isinstance(row, table.Row)]
+    assert {row.group for row in rows} == {
+        "matmul ceiling", "training step", "MoE layer", "router", "distillation loss", "start-up",
+    }  # fmt: skip
+    for row in rows:
+        assert 0 < row.low <= row.high < float("inf") and 0 < row.ratio < float("inf"), row
+        assert row.ours > 0 and row.theirs > 0 and row.rounds >= 1
+
+
+def test_every_expert_implementation_that_fits_is_a_peer_in_both_precisions(small_rows):
+    pytest.importorskip("transformers")
+    peers = {(row.what, row.against) for row in small_rows if getattr(row, "group", "") == "training step"}
+    for what in ("teacher, float32", "teacher, bf16"):
+        for kind in ("Mixtral", "DeepseekV3"):
+            for implementation in training_step.EXPERTS_IMPLEMENTATIONS:
+                assert (what, f"transformers {kind} {implementation}") in peers
+        assert any(w == what and against.startswith("matmul ceiling") for w, against in peers)
+
+
+def test_the_table_renders_every_row_aligned_and_the_files_say_what_they_were_measured_on(small_rows):
+    rows = [row for row in small_rows if isinstance(row, table.Row)]
+    lines = table.rendered(rows).splitlines()
+    assert len(lines) == len(rows) + 2
+    assert len({line.count("|") for line in lines}) == 1 and len({len(line) for line in lines}) == 1
+    under = table.conditions()
+    markdown = table.as_markdown(rows, ["peer left out: x"], under)
+    assert f"- commit: {under['commit']}" in markdown and "- peer left out: x" in markdown
+    assert table.rendered(rows) in markdown
+    plain = json.loads(table.as_json(rows, [], under))
+    assert len(plain["rows"]) == len(rows) and plain["conditions"]["torch"] == version("torch")
+
+
+def test_running_some_groups_prints_the_table_and_leaves_the_results_alone(capsys, monkeypatch):
+    monkeypatch.setitem(bench.GROUPS, "router", lambda: router.rows(((4, 2),), 16, 16, 8, 0))
+    monkeypatch.setattr(bench, "write_atomically", lambda *_: pytest.fail("wrote results of a part"))
+    bench.main(["router"])
+    assert "| router" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no group 'ruoter'"):
+        bench.main(["ruoter"])
+
+
+def test_a_whole_run_writes_the_table_for_people_and_for_programs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    monkeypatch.setattr(bench, "GROUPS", {"router": lambda: router.rows(((4, 2),), 16, 16, 8, 0)})
+    bench.main([])
+    printed = capsys.readouterr().out
+    assert "| router" in printed and "| router" in (tmp_path / "benchmarks" / "results.md").read_text()
+    plain = json.loads((tmp_path / "benchmarks" / "results.json").read_text())
+    assert [row["group"] for row in plain["rows"]] == ["router"] * 3
+    assert {"commit", "processor", "cores", "torch", "transformers"} <= plain["conditions"].keys()
+
+
+def test_a_missing_peer_is_a_line_that_says_how_to_install_it(monkeypatch):
+    def missing(*_):
+        raise ImportError("No module named 'transformers'")
+
+    monkeypatch.setattr(training_step, "peer_model", missing)
+    found = list(training_step.rows(SHAPE, sequences=2, seconds=0, least_rounds=1))
+    assert [line for line in found if isinstance(line, str) and "left out" in line] == [training_step.INSTALL]
+    assert [row.against for row in found if isinstance(row, table.Row)] == [
+        "matmul ceiling, float32", "matmul ceiling, bf16",
+    ]  # fmt: skip
+
+
+def test_a_peer_too_large_for_the_memory_is_a_line_and_not_a_crash(monkeypatch):
+    monkeypatch.setattr(training_step, "free_bytes", lambda: 1000)
+    monkeypatch.setattr(training_step, "peer_model", lambda kind, implementation, shape: implementation)
+    found = list(training_step.peer_models(SHAPE, tokens=24))
+    assert [one[1] for one in found if isinstance(one, tuple)] == ["eager", "grouped_mm"] * 2
+    assert sum("batched_mm would copy" in one for one in found if isinstance(one, str)) == 2
+
+
+def test_a_peer_that_raises_is_left_out_and_our_own_failure_is_not_hidden():
+    def broken():
+        raise RuntimeError("no kernel\nfor this machine")
+
+    times = timing.interleaved({"ours": lambda: None, "peer": broken}, 0, may_fail=["peer"])
+    assert times.failed == {"peer": "RuntimeError: no kernel"} and list(times.seconds) == ["ours"]
+    with pytest.raises(RuntimeError):
+        timing.interleaved({"ours": broken}, 0)
+
+
+def test_rounds_are_interleaved_and_the_ratio_is_of_medians():
+    calls = []
+    actions = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = timing.interleaved(actions, 0, least_rounds=2)
+    assert calls == ["a", "b", "a", "b", "b", "a"] and times.rounds == 2
+    ratio = timing.Timings({"a": [2.0, 4.0, 60.0], "b": [1.0, 2.0, 3.0]}, {}).ratio("a", "b")
+    assert ratio == timing.Ratio(2.0, 2.0, 11.0)
+
+
+def sizes_of(model):
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("implementation", training_step.EXPERTS_IMPLEMENTATIONS)
+def test_the_deepseek_peer_with_our_weights_follows_our_losses(implementation, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(training_step, "BALANCE_LOSS_WEIGHT", 0.0)  # the peer has neither
+    monkeypatch.setattr(training_step, "BIAS_UPDATE_RATE", 0.0)
+    ours = training_step.new_teacher(SHAPE)
+    models.save(ours, tmp_path)
+    architecture = transformers.DeepseekV3ForCausalLM
+    theirs = architecture.from_pretrained(tmp_path, experts_implementation=implementation)
+    built = training_step.peer_model("DeepseekV3", implementation, SHAPE)
+    assert sizes_of(theirs) == sizes_of(built)
+    tokens_BT1 = torch.randint(64, (3, 13), generator=torch.Generator().manual_seed(0))
+    our_step = training_step.teacher_step(ours, tokens_BT1, torch.float32)
+    their_step = training_step.peer_step(theirs, tokens_BT1, torch.float32)
+    curves = [[step().item() for _ in range(5)] for step in (our_step, their_step)]
+    assert curves[0][-1] < curves[0][0] - 1e-3
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+def test_the_mixtral_peer_has_experts_of_our_size():
+    pytest.importorskip("transformers")
+    ours, theirs = training_step.new_teacher(SHAPE), training_step.peer_model("Mixtral", "eager", SHAPE)
+    experts = theirs.model.layers[0].mlp.experts
+    assert experts.gate_up_proj.shape == ours.blocks[0].mlp.gate_up.shape
+    assert experts.down_proj.shape == ours.blocks[0].mlp.down.shape
+
+
+def test_the_deepseek_peer_runs_as_many_operations_as_we_do_and_mixtral_about_as_many():
+    pytest.importorskip("transformers")
+    shape = training_step.REFERENCE
+    work = [training_step.new_teacher(shape)]
+    work += [training_step.peer_model(kind, "eager", shape) for kind in ("DeepseekV3", "Mixtral")]
+    ours, deepseek, mixtral = (training_step.forward_flops(model, shape) for model in work)
+    assert deepseek == pytest.approx(ours, rel=0.01)
+    assert mixtral == pytest.approx(ours, rel=0.15)
+
+
+@pytest.mark.parametrize("experts", [3, 8])
+def test_the_loop_over_experts_gives_the_layers_output_and_gradients(experts):
+    layer = moe_layer.new_layer(16, 8, experts, 2)
+    torch.nn.init.normal_(layer.bias, std=0.1)
+    x_ND = torch.randn(20, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    wanted = (x_ND, layer.router_weight, layer.gate_up, layer.down)
+    results = []
+    for y_ND in (layer(x_ND.unsqueeze(0))[0].squeeze(0), moe_layer.loop_over_experts(layer, x_ND)):
+        results.append([y_ND, *torch.autograd.grad(y_ND.square().sum(), wanted)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-8)
+
+
+def test_the_sorted_router_and_the_one_hot_dispatch_send_the_same_tokens_with_the_same_weights():
+    layer = moe_layer.new_layer(16, 8, 6, 3)
+    layer.gating = "softmax"
+    x_ND = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    weight_NK, order_M, inverse_M, load_E = router.sorted_routing(layer, x_ND)
+    plain_weight_NK, rows = router.one_hot_dispatch(layer, x_ND)
+    assert torch.equal(order_M[inverse_M], torch.arange(120))
+    assert load_E.tolist() == [len(token) for _, token in rows]
+    for expert, sorted_rows in enumerate(order_M.split(load_E.long().tolist())):
+        choice, token = rows[expert]
+        mine = {(row // 3).item(): weight_NK.flatten()[row].item() for row in sorted_rows}
+        theirs = {t.item(): plain_weight_NK[t, c].item() for t, c in zip(token, choice, strict=True)}
+        assert mine == pytest.approx(theirs)
+
+
+def test_the_plain_distillation_loss_gives_the_chunked_loss_and_gradients():
+    inputs = losses.some_inputs(tokens=30, vocab=50, student_width=8, teacher_width=12)
+    wanted = (inputs.student_x_ND, inputs.student_head_VD)
+    results = []
+    for loss in (losses.chunked(inputs, chunk_tokens=7), losses.plain(inputs)):
+        results.append([loss.detach(), *torch.autograd.grad(loss, wanted)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+def test_peak_memory_counts_what_lives_at_once_and_not_the_inputs():
+    inputs = losses.some_inputs(tokens=64, vocab=500, student_width=8, teacher_width=8)
+
+    def two_at_once():
+        first = one_hot(inputs.targets_N, 500)  # int64: 256,000 bytes
+        second = first + 1
+        del first
+        return inputs.student_x_ND.sum() + (second[0, 0] * 0)
+
+    peak = losses.peak_bytes(two_at_once, inputs)
+    assert 512_000 <= peak < 530_000
+    small, large = (losses.peak_bytes(lambda c=c: losses.chunked(inputs, c), inputs) for c in (8, 64))
+    assert small < large and small < losses.peak_bytes(lambda: losses.plain(inputs), inputs) / 2
