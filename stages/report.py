@@ -194,16 +194,17 @@ def checkpointing_claim(policies: list[dict], measured: dict, absent: str = NOT_
         )
     clocked = all(row["policy"] in measured for row in tried)
     slower = {row["policy"]: more_time(row, measured if clocked else {}) for row in tried}
-    within = [row for row in tried if slower[row["policy"]].value <= 0.25]
+    surely = [row for row in tried if upper_end(slower[row["policy"]]) <= 0.25]
+    within = surely or [row for row in tried if slower[row["policy"]].value <= 0.25]
     best = max(within or tried, key=lambda row: (row["memory_saved"], -slower[row["policy"]].value))
     saved, time = best["memory_saved"], slower[best["policy"]]
+    why = "The best of the policies tried; its gradients equal those of plain training."
     if saved < 0.3 or time.value > 0.25:
         verdict = "fails"
+    elif upper_end(time) <= 0.25:
+        verdict = "beaten" if saved > 0.3 and upper_end(time) < 0.25 else "holds"
     else:
-        verdict = (
-            "beaten" if saved > 0.3 and (time.value if time.high is None else time.high) < 0.25 else "holds"
-        )
-    why = "The best of the policies tried; its gradients equal those of plain training."
+        verdict, why = NOT_TESTABLE, why + " Its interval straddles 25% more time: more repetitions would settle it."
     literal = next((row for row in policies if row["policy"] == "every_4"), None)
     why += " One block in four can save at most a quarter of what blocks keep"
     why += f"; here it saves {percent(literal['memory_saved'])}." if literal else "."
@@ -219,6 +220,10 @@ def checkpointing_claim(policies: list[dict], measured: dict, absent: str = NOT_
         why=why,
         values={key: best[key] for key in ("policy", "memory_saved", "recomputed_flops_share")},
     )
+
+
+def upper_end(interval: Interval) -> float:
+    return interval.value if interval.high is None else interval.high
 
 
 def more_time(row: dict, measured: dict) -> Interval:
