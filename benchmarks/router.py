@@ -14,16 +14,14 @@ from torch import Tensor
 from benchmarks.moe_layer import new_layer
 from benchmarks.table import Row
 from benchmarks.timing import DEVICE, Action, interleaved
-from stages.experts import MoE, load_and_balance
+from stages.experts import MoE, load_and_balance, permutation
 
 
 def sorted_routing(layer: MoE, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weights [N, K], order [M] of the routed rows, its inverse, and rows per expert [E]."""
     gates = layer.gates(x_ND)
     load_E, _ = load_and_balance(gates.expert_index_NK, gates.score_NE, 1, layer.gating)
-    order_M = gates.expert_index_NK.flatten().argsort(stable=True)
-    inverse_M = torch.empty_like(order_M)
-    inverse_M[order_M] = torch.arange(len(order_M), device=order_M.device)
+    order_M, inverse_M = permutation(gates.expert_index_NK)
     return gates.weight_NK, order_M, inverse_M, load_E
 
 

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from stages import cost, memory, models, scoring
 from stages.artifacts import Refusal, sha256_of, write_atomically, write_json
-from stages.experts import load_and_balance, route
+from stages.experts import load_and_balance, permutation, route
 from stages.generation import generate
 from stages.losses import next_token
 from stages.runs import Place, run_stage
@@ -316,7 +316,7 @@ def router_time(tokens: int, shape, experts: int, per_token: int, repetitions: i
     def ours():
         gates = route(x_ND, router_ED, bias_E, per_token, shape.gating, shape.route_scale)
         load_E, _ = load_and_balance(gates.expert_index_NK, gates.score_NE, 1, shape.gating)
-        return gates.expert_index_NK.flatten().argsort(stable=True) // per_token, load_E
+        return gates.weight_NK, *permutation(gates.expert_index_NK), load_E
 
     seconds = cost.interleaved_seconds({"plain": plain, "ours": ours}, max(repetitions, 5))
     ratio, low, high = cost.ratio_of_medians(seconds["plain"], seconds["ours"], seed)

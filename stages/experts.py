@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -127,6 +128,18 @@ def outer_per_expert(a_MO: Tensor, b_MI: Tensor, load_E: Tensor, dtype: torch.dt
     return out_EOI
 
 
+def permutation(index_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """The order [M] that puts routed rows by expert, stable within an expert, and its inverse [M]."""
+    expert_M = index_NK.flatten()
+    if expert_M.device.type == "cpu":  # NumPy sorts short integers by radix, five to ten times faster
+        order_M = torch.from_numpy(np.argsort(expert_M.to(torch.int16).numpy(), kind="stable"))
+    else:
+        order_M = expert_M.argsort(stable=True)
+    inverse_M = torch.empty_like(order_M)
+    inverse_M.scatter_(0, order_M, torch.arange(len(order_M), device=order_M.device))
+    return order_M, inverse_M
+
+
 class SortedExperts(torch.autograd.Function):
     """y[n] = sum_k weight[n, k] * SwiGLU_{index[n, k]}(x[n]).
 
@@ -138,9 +151,7 @@ class SortedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND, weight_NK, gate_up_E2FD, down_EDF, index_NK, load_E, kernel):
         per_token = index_NK.shape[1]
-        order_M = index_NK.flatten().argsort(stable=True)
-        inverse_M = torch.empty_like(order_M)
-        inverse_M[order_M] = torch.arange(len(order_M), device=order_M.device)
+        order_M, inverse_M = permutation(index_NK)
         x_MD = x_ND.index_select(0, order_M // per_token)
         h_M2F = rows_times_experts(x_MD, gate_up_E2FD.transpose(1, 2), load_E, kernel)
         gate, up = h_M2F.chunk(2, dim=-1)

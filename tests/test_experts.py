@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.experts import MoE, SortedExperts, balanced_bias, kernel_for, load_and_balance, route
+from stages.experts import MoE, SortedExperts, balanced_bias, kernel_for, load_and_balance, permutation, route
 
 GATINGS = ("sigmoid", "softmax")
 
@@ -228,3 +228,10 @@ def test_the_grouped_kernel_is_for_aligned_bfloat16_on_cuda_only():
     if torch.cuda.is_available():
         x_ND = torch.zeros(1, 16, dtype=torch.bfloat16, device="cuda")
         assert kernel_for(x_ND, 8) == "grouped" and kernel_for(x_ND, 9) == "loop"
+
+
+def test_the_permutation_is_the_stable_sort_by_expert_and_its_inverse():
+    index_NK = torch.randint(0, 40, (57, 3), generator=torch.Generator().manual_seed(0))
+    order_M, inverse_M = permutation(index_NK)
+    assert torch.equal(order_M, index_NK.flatten().argsort(stable=True))
+    assert torch.equal(order_M[inverse_M], torch.arange(57 * 3))
