@@ -4,6 +4,7 @@ the settings once, and a Hydra sweep or a retry can never give two ranks differe
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -55,7 +56,7 @@ def launch(stage: str, settings, place, inputs: list[str], run) -> dict:
     for name in ("error.txt", "result.json", "steps.jsonl"):
         (state / name).unlink(missing_ok=True)
     job = {"stage": stage, "settings": plain, "accelerator": accelerator, "ranks": ranks}
-    job |= {"root": str(place.root), "out": str(place.out), "state": str(state)}
+    job |= {"root": str(place.root), "out": str(place.out), "state": str(state), "launcher": os.getpid()}
     write_atomically(state / "job.json", json.dumps(job))  # not write_json, which rounds: ranks get the exact settings
 
     started = time.monotonic()
@@ -65,12 +66,22 @@ def launch(stage: str, settings, place, inputs: list[str], run) -> dict:
         error = state / "error.txt"
         if error.exists():
             raise Refusal(error.read_text().strip())
-        raise Refusal(f"a rank of {stage} ended with code {code}; its last words are in {state / 'ranks.log'}")
+        raise Refusal(_how_it_ended(stage, code, state / "ranks.log"))
     result = read_json(state / "result.json")
     clock = {"seconds": time.monotonic() - started, "ranks": ranks, "accelerator": accelerator}
     write_json(place.write(f"measurements/{stage}.json"), clock | speeds)
     shutil.rmtree(state)  # finished: the outs are the state now
     return result
+
+
+def _how_it_ended(stage: str, code: int, log: Path) -> str:
+    """In one line, from torchrun's account of the rank that failed first."""
+    first = re.search(r"Root Cause.*?rank +: (\d+).*?exitcode +: -(\d+)", log.read_text(errors="replace"), re.DOTALL)
+    if not first:
+        return f"a rank of {stage} ended with code {code}; its last words are in {log}"
+    name = signal.Signals(int(first[2])).name
+    hint = " (by hand, or by the kernel for want of memory)" if name == "SIGKILL" else f"; see {log}"
+    return f"rank {first[1]} of {stage} was killed by {name}{hint}; the same command continues from the last checkpoint"
 
 
 def _record_steps(path: Path, run) -> dict[str, float]:

@@ -5,6 +5,7 @@ the sampler, the checkpoint and the two optimisers are ours, so that a resumed r
 uninterrupted one.
 """
 
+import contextlib
 import importlib
 import json
 import math
@@ -165,7 +166,7 @@ class Job:
 
     def __init__(self, path: Path):
         job = read_json(path)
-        self.stage, self.state = job["stage"], Path(job["state"])
+        self.stage, self.state, self.launcher = job["stage"], Path(job["state"]), job["launcher"]
         self.place = Place(Path(job["root"]), Path(job["out"]))
         self.settings = settings.validate(job["settings"], list(job["settings"]))
         self.optimizer, self.sequence_tokens = self.settings.optimizer, self.settings.sequence_tokens
@@ -200,8 +201,8 @@ class Job:
         if self.rank != 0:
             return
         row = {"step": step, "time": time.time(), "figures": {f"{name}/{k}": v for k, v in figures.items()}}
-        with (self.state / "steps.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        with contextlib.suppress(OSError), (self.state / "steps.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")  # a full disk costs the curve of this run's record, not the run
         if validated:
             print(
                 f"{name}: step {step}/{steps}  loss {figures['loss']:.4f}"
@@ -224,6 +225,8 @@ def run_fit(fit: Fit, job: Job) -> dict:
     optimizers = make_optimizers(fit.model, job.optimizer, fit.learning_rate_scale)
     progress = Progress(Checkpoint(job.state, fit.name))
     progress.load(fit.model, optimizers, quiet=job.rank != 0)
+    if progress.step and job.rank == 0:
+        print(f"{fit.name}: continues after step {progress.step} of {fit.steps}", flush=True)
     if progress.step < fit.steps:
         fit.model.train()
         trainer = lightning.Trainer(
@@ -262,6 +265,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="lightning")
     die_with_parent()
     job = Job(Path(sys.argv[1]))
+    if not Path(f"/proc/{job.launcher}").exists() and sys.platform == "linux":
+        sys.exit(1)  # killed, torchrun with it, while this rank imported: nobody is left to end it
     torch.manual_seed(job.settings.seed)
     results = {}
     try:

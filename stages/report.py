@@ -8,10 +8,13 @@ report/index.html and report/claims.md add what hangs on the clock (measurements
 """
 
 import csv
+import hashlib
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import yaml
 
 from stages import charts
 from stages.artifacts import Refusal, read_json, write_atomically, write_json
@@ -59,6 +62,7 @@ class Claim(NamedTuple):
 
 
 def main(settings, place, run) -> None:
+    refuse_altered(place.root)
     metrics = {stage: read_json(place.read(f"metrics/{stage}.json")) for stage in STAGES}
     curves = {stage: read_curves(place.read(f"plots/{stage}.csv")) for stage in STAGES[:-1]}
     card = read_json(place.read("artifacts/data") / "card.json")
@@ -73,6 +77,18 @@ def main(settings, place, run) -> None:
     write_atomically(page, make_page(claims, metrics, curves, texts, card, measurements, settings.seed))
     run.artifact(page)
     print(f"report: {page}")
+
+
+def refuse_altered(root: Path) -> None:
+    """What stands on the page is what DVC recorded: JSON and CSV carry no checksum of their own."""
+    if not (root / "dvc.lock").exists():
+        return
+    stages = yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8"))["stages"]
+    for out in [out for stage in stages.values() for out in stage.get("outs", [])]:
+        path = root / out["path"]
+        if path.suffix in (".json", ".csv") and path.is_file() and out["path"] != "report/claims.json":
+            if hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() != out["md5"]:
+                raise Refusal(f"{path} is not the file that dvc.lock records: run dvc repro")
 
 
 def read_curves(path: Path) -> dict[str, list[dict]]:

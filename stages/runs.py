@@ -6,6 +6,7 @@ python -m stages.distill -m distill.temperature=1,2,4   # a sweep in multirun/di
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import signal
@@ -21,6 +22,7 @@ from stages.artifacts import ROOT, Refusal, read_json, write_atomically
 from stages.settings import as_yaml, offer_sheet, one_line_errors, validate
 
 LOCK_SECONDS = 30  # a stage whose dvc was killed needs a moment to die
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # for the user to mend
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,12 @@ def run_stage(main, name: str, sections) -> None:
             _run_by_hand(main, name, tuple(sections))
     except Refusal as refusal:
         _say(refusal)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        at = f" at {error.filename}" if error.filename else ""
+        _say(f"{name} could not write ({error.strerror}{at}): mend that and repeat the command")
         sys.exit(1)
     except KeyboardInterrupt:
         _say("interrupted; the same command continues where it can")

@@ -162,6 +162,7 @@ def read_progress(path: Path | None, shape: tuple[int, int, int]) -> tuple[int, 
     content = path.read_bytes()
     checksum, payload = content[:SHA256_BYTES], content[SHA256_BYTES:]
     if hashlib.sha256(payload).digest() != checksum:  # scoring again costs seconds, a wrong sum the result
+        print(f"offramp: the saved scores in {path} are damaged; scoring starts again", flush=True)
         return fresh
     saved = np.load(io.BytesIO(payload), allow_pickle=False)
     if saved.size != math.prod(shape) + 1:
