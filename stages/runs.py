@@ -61,12 +61,6 @@ def run_stage(main, name: str, sections) -> None:
     except Refusal as refusal:
         _say(refusal)
         sys.exit(1)
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        at = f" at {error.filename}" if error.filename else ""
-        _say(f"{name} could not write ({error.strerror}{at}): mend that and repeat the command")
-        sys.exit(1)
     except KeyboardInterrupt:
         _say("interrupted; the same command continues where it can")
         sys.exit(130)
@@ -97,8 +91,14 @@ def _run_tracked(main, name, plain, sections, place, sweep):
     settings = validate(plain, sections)
     from stages.tracking import start_run  # late: a refused setting should not wait for MLflow's import
 
-    with start_run(stage=name, settings=plain, out=place.out, root=place.root, sweep=sweep) as run:
-        return main(settings, place, run)
+    try:
+        with start_run(stage=name, settings=plain, out=place.out, root=place.root, sweep=sweep) as run:
+            return main(settings, place, run)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        at = error.filename or place.out
+        raise Refusal(f"{name} could not write ({error.strerror}: {at}): mend that and repeat the command") from None
 
 
 def die_with_parent():

@@ -5,7 +5,7 @@
     python -m tests.faults --kills 200
 
 Every case works in a copy of a pipeline that ran undisturbed with the same settings, types what a user would type,
-and asserts what the user sees and that every out and dvc.lock end with the same bytes. The whole run writes its
+and asserts what the user sees and that every out ends with the same bytes. The whole run writes its
 table to docs/faults.md. tests/test_faults.py runs the cheap cases once each.
 """
 
@@ -96,9 +96,9 @@ class Bench:
             (tree / path).write_text(text)
         return tree
 
-    def copy(self, name: str, run_cache: bool = False) -> Path:
-        """A copy of the finished pipeline; without the run cache DVC must run what is missing."""
-        skip = shutil.ignore_patterns(".runs", "mlflow.db*", "mlartifacts", "site", *([] if run_cache else ["runs"]))
+    def copy(self, name: str) -> Path:
+        """A copy of the finished pipeline, with nothing in the background."""
+        skip = shutil.ignore_patterns(".runs", "mlflow.db*", "mlartifacts", "site")
         return shutil.copytree(self.tree, self.folder / name, ignore=skip)
 
     def compare(self, tree: Path, row: Row) -> None:
@@ -116,9 +116,10 @@ class Bench:
 
 
 def outs_of(tree: Path) -> dict[str, str]:
+    """Digests of all outs, and what dvc.lock says (not its bytes: it keeps the order in which stages first ran)."""
     stages = yaml.safe_load((tree / "dvc.lock").read_text())["stages"]
     paths = [out["path"] for stage in stages.values() for out in stage["outs"]]
-    return {path: sha256_of(tree / path) for path in ["dvc.lock", *paths]}
+    return {"dvc.lock": json.dumps(stages, sort_keys=True)} | {path: sha256_of(tree / path) for path in paths}
 
 
 # ---- what a user types, and what is left running
@@ -235,16 +236,16 @@ def last_saved(tree: Path) -> float:
 # ---- kills
 
 
-def interrupted(bench: Bench, row: Row, name: str, kills: int, strike: Callable, targets: tuple = ()) -> None:
-    """`dvc repro` again and again, struck at random moments of its life, until all strikes were made."""
+def interrupted(bench: Bench, row: Row, name: str, kills: int, strike: Callable, *stages: str) -> None:
+    """`dvc repro` of all stages (or these) again and again, struck at random moments until all strikes were made."""
     rng = bench.random(name)
-    tree = bench.copy(name) if targets else bench.fresh(name)
-    forget(tree, targets)
+    tree = bench.copy(name)
+    forget(tree, *stages)
     laps = 0
     while row.tried < kills or laps == 0:
         process = start(tree, *REPRO)
         # half of the blows land in start-up, short stages and DVC's own work, half in training
-        moment = rng.uniform(0.5, 9) if targets or rng.random() < 0.5 else rng.uniform(9, 30)
+        moment = rng.uniform(0.5, 9) if stages or rng.random() < 0.5 else rng.uniform(9, 30)
         try:
             process.wait(moment if row.tried < kills else PATIENCE)
         except subprocess.TimeoutExpired:
@@ -260,7 +261,7 @@ def interrupted(bench: Bench, row: Row, name: str, kills: int, strike: Callable,
         bench.compare(tree, row)
         laps, row.survived = laps + 1, row.tried
         if row.tried < kills:
-            forget(tree, targets)
+            forget(tree, *stages)
     bound = CHECKPOINT_SECONDS + 2 * bench.stretch  # twice: the machine may be shared
     assert max(row.lost) <= bound, f"{max(row.lost):.0f} s of work lost, more than {bound:.0f} s"
     succeeds(tree, *by_hand("tracking", "sync"))
@@ -268,11 +269,15 @@ def interrupted(bench: Bench, row: Row, name: str, kills: int, strike: Callable,
     await_end(tree, MIRROR_SECONDS)
 
 
-def forget(tree: Path, targets: tuple) -> None:
-    """Makes the targets, or everything, run from nothing."""
-    for path in targets or ("dvc.lock", "artifacts", "plots", "metrics", "report", "resolved.yaml", ".dvc/cache"):
-        shutil.rmtree(tree / path) if (tree / path).is_dir() else (tree / path).unlink(missing_ok=True)
-    shutil.rmtree(tree / ".dvc/cache/runs", ignore_errors=True)
+def forget(tree: Path, *stages: str) -> None:
+    """These stages, or all, must run again: DVC has no memory of their results to restore."""
+    lock = yaml.safe_load((tree / "dvc.lock").read_text())
+    for stage in stages or list(lock["stages"]):
+        for out in lock["stages"].pop(stage)["outs"]:
+            path = tree / out["path"]
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (tree / "dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False))
+    shutil.rmtree(tree / ".dvc/cache/runs")
 
 
 def remember(row: Row, text: str) -> None:
@@ -310,13 +315,13 @@ def ctrl_c(bench: Bench, row: Row, kills: int = 8) -> None:
 
 def kill9_evaluate(bench: Bench, row: Row, kills: int = 3) -> None:
     """kill -9 of dvc's process group during evaluate alone (the short form)"""
-    outs = ("artifacts/scores", "artifacts/samples.json", "plots/quality.csv", "metrics/evaluate.json")
-    interrupted(bench, row, "kill9-evaluate", kills, kill_group, targets=outs)
+    interrupted(bench, row, "kill9-evaluate", kills, kill_group, "evaluate")
 
 
-def training(tree: Path, **environment: str) -> subprocess.Popen:
+def training(tree: Path) -> subprocess.Popen:
     """pretrain under DVC, from nothing to its first checkpoint."""
-    process = start(tree, *REPRO, "-f", "-s", "pretrain", **environment)
+    forget(tree, "pretrain")
+    process = start(tree, *REPRO, "pretrain")
     until(lambda: checkpoint_of(tree), process, tree)
     return process
 
@@ -406,8 +411,8 @@ def read_only(bench: Bench, row: Row) -> None:
     """the artifact folder is read-only"""
     tree = bench.copy("read-only")
     for stage in ("prepare", "pretrain"):
-        with mounted(tree / "artifacts", "--bind", str(tree / "artifacts")), \
-             mounted(tree / "artifacts", "-o", "remount,bind,ro"):  # fmt: skip
+        with mounted(tree / "artifacts", "--bind", str(tree / "artifacts")):
+            subprocess.run(["mount", "-o", "remount,bind,ro", str(tree / "artifacts")], check=True)
             row.tried += 1
             line = refuses(tree, "Read-only", *by_hand(stage), DVC_STAGE=stage, MLFLOW_TRACKING_URI=CLOSED)
             refuses(tree, "Read-only", *REPRO, "-f", "-s", stage)
@@ -432,7 +437,7 @@ def flip_a_bit(path: Path, rng: random.Random) -> None:
 def damaged(bench: Bench, row: Row, path: str, reader: str | None, harms=(truncate, flip_a_bit)) -> None:
     """A stage by hand refuses the file by name; `dvc repro` brings it back."""
     name = f"damaged-{path.replace('/', '-')}"
-    tree, rng = bench.copy(name, run_cache=True), bench.random(name)
+    tree, rng = bench.copy(name), bench.random(name)
     for harm in harms:
         row.tried += 1
         harm(tree / path, rng)
@@ -507,7 +512,8 @@ def damaged_progress(bench: Bench, row: Row) -> None:
     for harm in (truncate, flip_a_bit):
         name = f"damaged-progress-{row.tried}"
         tree = bench.copy(name)
-        process = start(tree, *REPRO, "-f", "-s", "evaluate")
+        forget(tree, "evaluate")
+        process = start(tree, *REPRO, "evaluate")
         until(lambda tree=tree: list(tree.glob(".runs/resume/evaluate/*/progress")), process, tree)
         kill_everything(tree)
         row.tried += 1
@@ -518,7 +524,7 @@ def damaged_progress(bench: Bench, row: Row) -> None:
 
 def damaged_lock(bench: Bench, row: Row) -> None:
     """dvc.lock and resolved.yaml, truncated"""
-    tree, rng = bench.copy("damaged-lock", run_cache=True), bench.random("damaged-lock")
+    tree, rng = bench.copy("damaged-lock"), bench.random("damaged-lock")
     row.tried += 1
     truncate(tree / "resolved.yaml", rng)
     bench.finish(tree, row)
@@ -533,7 +539,7 @@ def damaged_lock(bench: Bench, row: Row) -> None:
 
 def out_removed(bench: Bench, row: Row) -> None:
     """an out is removed by hand"""
-    tree = bench.copy("out-removed", run_cache=True)
+    tree = bench.copy("out-removed")
     for path in ("artifacts/teacher", "metrics/pretrain.json", "artifacts/data/train-00000.bin"):
         row.tried += 1
         shutil.rmtree(tree / path) if (tree / path).is_dir() else (tree / path).unlink()
@@ -546,7 +552,7 @@ def out_removed(bench: Bench, row: Row) -> None:
 
 def stale_lock(bench: Bench, row: Row) -> None:
     """locks of DVC that a killed dvc left: of a dead process, and of a process id that is taken again"""
-    tree = bench.copy("stale-lock", run_cache=True)
+    tree = bench.copy("stale-lock")
     locked = tree / ".dvc/tmp/rwlock"
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
@@ -554,8 +560,8 @@ def stale_lock(bench: Bench, row: Row) -> None:
         row.tried += 1
         (tree / "metrics/evaluate.json").unlink()
         (tree / ".dvc/tmp/lock").write_text(f"{pid:>6}\n")
-        holder = {"write": {"pid": pid, "cmd": "dvc repro"}}
-        locked.write_text(json.dumps({str(tree / "metrics/evaluate.json"): holder}))
+        holder = {"pid": pid, "cmd": "dvc repro"}
+        locked.write_text(json.dumps({"write": {str(tree / "metrics/evaluate.json"): holder}}))
         if pid == os.getpid():
             row.message = refuses(tree, "busy|blocked", *REPRO)
             locked.unlink()  # as the README says
@@ -566,7 +572,7 @@ def stale_lock(bench: Bench, row: Row) -> None:
 def two_at_once(bench: Bench, row: Row) -> None:
     """a second dvc repro while the first one runs"""
     tree = bench.copy("two-at-once")
-    forget(tree, ("artifacts/scores",))
+    forget(tree, "evaluate")
     process = start(tree, *REPRO)
     until(lambda: any(is_running(p, "stages.evaluate") for p in processes_of(tree)), process, tree)
     row.tried += 1
@@ -586,7 +592,7 @@ def nan_weights(bench: Bench, row: Row, readers: tuple = ("evaluate", "distill")
     """a NaN in a model's weights, with hashes that match"""
     import safetensors.torch
 
-    tree = bench.copy("nan-weights", run_cache=True)
+    tree = bench.copy("nan-weights")
     folder = tree / "artifacts/teacher"
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][0] = float("nan")
@@ -786,7 +792,7 @@ def page(bench: Bench, rows: list[Row], seconds: float) -> str:
 Written by `make chaos` (`python -m tests.faults --seed {bench.seed}`); `make test` runs a short form.
 
 The tiny pipeline is broken in {len(rows)} ways, {kills} times by killing it. After each fault, `dvc repro` goes on, and
-every out and `dvc.lock` are compared, by SHA-256, with those of a run that nothing disturbed. A case fails where a
+every out, by SHA-256, and `dvc.lock` are compared with those of a run that nothing disturbed. A case fails where a
 byte differs, a process is left behind, a traceback is shown, or nothing says what is wrong.
 
 {table(rows, bench.folder)}
@@ -799,7 +805,8 @@ byte differs, a process is left behind, a traceback is shown, or nothing says wh
 - **what the user sees**: the line as shown, without the path of the copy, cut at 200 characters.
 
 Machine: {box["machine.cores"]} cores, {box["machine.processor"]}, accelerator {box["machine.accelerator"]}. Python
-{box["machine.python"]}, {tools}. Commit {commit.stdout.strip() or "unknown"}, seed {bench.seed}, {seconds / 60:.0f} minutes.
+{box["machine.python"]}, {tools}.
+Commit {commit.stdout.strip() or "unknown"}, seed {bench.seed}, {seconds / 60:.0f} minutes.
 """
 
 
