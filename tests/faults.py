@@ -69,6 +69,8 @@ class Bench:
 
     def __init__(self, folder: Path, seed: int = 1):
         self.folder, self.seed = folder, seed
+        words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+        self.commit = subprocess.run(words, capture_output=True, text=True).stdout.strip() or "unknown"
         self.tree = self.fresh("undisturbed")
         process = start(self.tree, *REPRO)
         # The longest stretch in which nothing is saved is what a kill at the worst moment costs.
@@ -262,6 +264,7 @@ def interrupted(bench: Bench, row: Row, name: str, kills: int, strike: Callable,
         laps, row.survived = laps + 1, row.tried
         if row.tried < kills:
             forget(tree, *stages)
+    row.message = row.message or "the next dvc repro goes on"
     bound = CHECKPOINT_SECONDS + 2 * bench.stretch  # twice: the machine may be shared
     assert max(row.lost) <= bound, f"{max(row.lost):.0f} s of work lost, more than {bound:.0f} s"
     succeeds(tree, *by_hand("tracking", "sync"))
@@ -523,18 +526,21 @@ def damaged_progress(bench: Bench, row: Row) -> None:
 
 
 def damaged_lock(bench: Bench, row: Row) -> None:
-    """dvc.lock and resolved.yaml, truncated"""
+    """dvc.lock, truncated; where DVC cannot read it, it is deleted"""
     tree, rng = bench.copy("damaged-lock"), bench.random("damaged-lock")
-    row.tried += 1
-    truncate(tree / "resolved.yaml", rng)
-    bench.finish(tree, row)
-    row.survived += 1
-    row.tried += 1
-    (tree / "dvc.lock").write_bytes((tree / "dvc.lock").read_bytes()[:-200])
-    row.message = refuses(tree, "dvc.lock", *REPRO)
-    (tree / "dvc.lock").unlink()
-    bench.finish(tree, row)
-    row.survived += 1
+    for _ in range(3):
+        row.tried += 1
+        truncate(tree / "dvc.lock", rng)
+        if start(tree, *REPRO).wait(PATIENCE):
+            row.message = line_with("dvc.lock", said(tree))
+            (tree / "dvc.lock").unlink()
+        bench.finish(tree, row)
+        row.survived += 1
+
+
+def damaged_settings(bench: Bench, row: Row) -> None:
+    """resolved.yaml, truncated and with one bit flipped"""
+    damaged(bench, row, "resolved.yaml", None)
 
 
 def out_removed(bench: Bench, row: Row) -> None:
@@ -747,7 +753,7 @@ CASES: list[Callable] = [
     *KILLS, rank_killed, disk_full_checkpoint, disk_full_out, read_only,
     damaged_shard, damaged_test_shard, damaged_tokenizer, damaged_card, damaged_weights, damaged_config,
     damaged_metrics, damaged_curve, damaged_scores, damaged_checkpoint, damaged_progress, damaged_lock,
-    out_removed, stale_lock, two_at_once, nan_weights, nonfinite_gradients,
+    damaged_settings, out_removed, stale_lock, two_at_once, nan_weights, nonfinite_gradients,
     mlflow_unreachable, mlflow_slow, mlflow_dies,
 ]  # fmt: skip
 
@@ -783,7 +789,6 @@ def table(rows: list[Row], folder: Path) -> str:
 
 
 def page(bench: Bench, rows: list[Row], seconds: float) -> str:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     box = machine()
     tools = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "dvc", "mlflow"))
     kills = sum(row.tried for row in rows if row.lost)
@@ -806,7 +811,7 @@ byte differs, a process is left behind, a traceback is shown, or nothing says wh
 
 Machine: {box["machine.cores"]} cores, {box["machine.processor"]}, accelerator {box["machine.accelerator"]}. Python
 {box["machine.python"]}, {tools}.
-Commit {commit.stdout.strip() or "unknown"}, seed {bench.seed}, {seconds / 60:.0f} minutes.
+Commit {bench.commit}, seed {bench.seed}, {seconds / 60:.0f} minutes.
 """
 
 
