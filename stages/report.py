@@ -83,12 +83,15 @@ def refuse_altered(root: Path) -> None:
     """What stands on the page is what DVC recorded: JSON and CSV carry no checksum of their own."""
     if not (root / "dvc.lock").exists():
         return
-    stages = yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8"))["stages"]
-    for out in [out for stage in stages.values() for out in stage.get("outs", [])]:
-        path = root / out["path"]
-        if path.suffix in (".json", ".csv") and path.is_file() and out["path"] != "report/claims.json":
-            if hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() != out["md5"]:
-                raise Refusal(f"{path} is not the file that dvc.lock records: run dvc repro")
+    try:
+        stages = yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8"))["stages"]
+        recorded = {out["path"]: out["md5"] for name in STAGES if name in stages for out in stages[name]["outs"]}
+    except (yaml.YAMLError, ValueError, LookupError, TypeError):
+        raise Refusal(f"{root / 'dvc.lock'} is damaged: restore it (git checkout dvc.lock), then dvc repro") from None
+    for path, md5 in recorded.items():
+        if path.endswith((".json", ".csv")) and (root / path).is_file():
+            if hashlib.md5((root / path).read_bytes(), usedforsecurity=False).hexdigest() != md5:
+                raise Refusal(f"{root / path} is not the file that dvc.lock records: run dvc repro")
 
 
 def read_curves(path: Path) -> dict[str, list[dict]]:
