@@ -29,7 +29,7 @@ from stages.artifacts import ROOT, sha256_of
 from stages.student import StudentShape
 
 mlflow = pytest.importorskip("mlflow")
-STEPS = 700
+STEPS = 300  # of two numbers: more than one batch
 REQUEST = re.compile(rb"(GET|POST|PUT|PATCH|DELETE) (\S+) HTTP/1\.1\r\n")
 
 
