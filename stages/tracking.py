@@ -137,7 +137,7 @@ class Run:
             if self._file is None:
                 return
             if kind != "metrics":  # numbers hold no secret
-                fields = _each_text(fields, redacted)
+                fields = _redacted_within(fields)
             line = json.dumps({"kind": kind, "time": time.time(), **fields}, ensure_ascii=False, default=str)
             # After a line cut short by a full disk the next one starts afresh.
             line, self._torn = ("\n" if self._torn else "") + line + "\n", True
@@ -169,13 +169,13 @@ class Run:
                 self._alive.close()
 
 
-def _each_text(value, change):
-    """The value with `change` applied to every string in it, keys left alone."""
+def _redacted_within(value):
+    """The value with every string in it redacted, keys left alone."""
     if isinstance(value, dict):
-        return {key: _each_text(inner, change) for key, inner in value.items()}
+        return {key: _redacted_within(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_each_text(inner, change) for inner in value]
-    return change(value) if isinstance(value, (str, Path)) else value
+        return [_redacted_within(inner) for inner in value]
+    return redacted(value) if isinstance(value, (str, Path)) else value
 
 
 def read_lines(path):
