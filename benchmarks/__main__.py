@@ -1,6 +1,6 @@
 """Measures all and writes benchmarks/results.md and results.json; with names, prints those groups only.
 
-    make bench                           # all, about four minutes on two idle cores
+    make bench                           # all, about five minutes on two idle cores
     python -m benchmarks router losses   # prints these, writes nothing
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from benchmarks import ceiling, checkpoint, losses, moe_layer, router, startup, training_step
+from benchmarks import ceiling, checkpoint, losses, moe_layer, router, startup, tracking, training_step
 from benchmarks.table import ROOT, Row, as_json, as_markdown, conditions, rendered
 from stages.artifacts import write_atomically
 
@@ -25,6 +25,7 @@ GROUPS: dict[str, Callable[[], Iterable[Row | str]]] = {
     "losses": losses.rows,
     "checkpoint": checkpoint.rows,
     "startup": startup.rows,
+    "tracking": tracking.rows,
 }
 
 
