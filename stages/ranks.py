@@ -173,7 +173,7 @@ class Job:
         self.checkpoint_every_seconds = self.settings.trainer.checkpoint_every_seconds
         self.log_every_steps = self.settings.trainer.log_every_steps
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.accelerator = job["accelerator"]
+        self.accelerator, self.precision = job["accelerator"], job["precision"]
         data = self.place.read("artifacts/data")
         self.card = read_card(data)
         self.windows = Windows(Tokens(data, "train"), self.sequence_tokens, self.settings.seed)
@@ -212,14 +212,6 @@ class Job:
             )
 
 
-def precision_plugin(precision: str, accelerator: str) -> str:
-    """bfloat16 autocast where the matrix units have it: detected, not assumed."""
-    if precision == "auto":
-        fast = torch.cuda.is_bf16_supported() if accelerator == "gpu" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        precision = "bfloat16" if fast else "float32"
-    return "bf16-mixed" if precision == "bfloat16" else "32-true"
-
-
 def run_fit(fit: Fit, job: Job) -> dict:
     """Trains one fit to its end (from its checkpoint, if there is one) and writes the model."""
     optimizers = make_optimizers(fit.model, job.optimizer, fit.learning_rate_scale)
@@ -231,7 +223,7 @@ def run_fit(fit: Fit, job: Job) -> dict:
             accelerator=job.accelerator,
             devices=job.world_size,
             strategy=lightning.pytorch.strategies.DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True),
-            precision=precision_plugin(job.settings.trainer.precision, job.accelerator),
+            precision={"bfloat16": "bf16-mixed", "float32": "32-true"}[job.precision],
             max_epochs=1,
             use_distributed_sampler=False,
             logger=False,
@@ -263,6 +255,8 @@ def main() -> None:
     die_with_parent()
     job = Job(Path(sys.argv[1]))
     torch.manual_seed(job.settings.seed)
+    torch.use_deterministic_algorithms(job.settings.trainer.deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes all memory twice
     results = {}
     try:
         if not dist.is_initialized():
