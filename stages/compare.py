@@ -61,10 +61,8 @@ def sentence(stage: str, found: Comparison, other: str = "the committed run") ->
         return f"{stage}: same bytes as {other}"
     made = f"{stage}: made on another kind of machine than {other}"
     made += f" ({'; '.join(change(name, pair) for name, pair in found.conditions.items())})"
-    made += f", from other {', '.join(found.inputs)}: bytes may differ" if found.inputs else ": bytes may differ"
-    if not found.outs:
-        return f"{made}, these are the same"
-    return f"{made}, and those of {', '.join(found.outs)} do; {largest_move(found)}"
+    made += f"{', from other inputs' if found.inputs else ''}: bytes may differ, "
+    return made + (f"and do; {largest_move(found)}" if found.outs else "these are the same")
 
 
 def change(name: str, pair: tuple) -> str:
@@ -78,7 +76,7 @@ def largest_move(found: Comparison) -> str:
     name, (old, new) = max(found.metrics.items(), key=lambda item: _relative(*item[1]))
     percent = f" ({100 * (new / old - 1):+.2g}%)" if old else ""
     others = len(found.metrics) - 1
-    return f"{name} {old:g} -> {new:g}{percent}" + (f" and {others} smaller moves" if others else "")
+    return f"{name} {old:g} -> {new:g}{percent}" + (f", {others} more by less" if others else "")
 
 
 def _relative(old: float, new: float) -> float:

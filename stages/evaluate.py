@@ -106,8 +106,8 @@ def main(settings, place: Place, run) -> dict:
     for name, text in texts.items():
         run.text(f"samples/{name}.txt", text)
     shutil.rmtree(state, ignore_errors=True)  # finished: the outs are the state now
-    conditions = device_conditions(int(torch.cuda.is_available())) | {"threads": torch.get_num_threads()}
-    return {"conditions": conditions}
+    computed = {"threads": torch.get_num_threads(), "precision": "float32"}
+    return {"conditions": device_conditions(int(torch.cuda.is_available())) | computed}
 
 
 def tell_progress(done: int, total: int) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
@@ -30,7 +31,7 @@ SWITCHES = (
     "DNNL_DEFAULT_FPMATH_MODE", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "OPENBLAS_CORETYPE",
     "NPY_DISABLE_CPU_FEATURES", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NCCL_PROTO",
 )  # fmt: skip
-HEADLINES = ("bits_per_byte", "bytes_per_token", "quality_kept", "quality_lost", "gap_closed")
+HEADLINES = ("bits_per_byte", "bytes_per_token", "quality_kept")
 
 
 def record(stage: str, own: dict[str, dict], root: Path) -> dict:
@@ -40,8 +41,8 @@ def record(stage: str, own: dict[str, dict], root: Path) -> dict:
     return {
         "conditions": machine_conditions() | own.get("conditions", {}),
         "recipe": recipe(stage, stages, root),
-        "inputs": own.get("inputs", {}) | _checksums([path for path in _paths(entry, "deps") if not _is_code(path)], root),
-        "outs": _checksums([path for path in _outs(entry) if path != record_path(stage)], root),
+        "inputs": own.get("inputs", {}) | _checksums(_paths(entry, "deps"), root, code=False),
+        "outs": _checksums(set(_outs(entry)) - {record_path(stage)}, root, code=False),
         "metrics": headlines(read_json(metrics)) if metrics.exists() else {},
     }
 
@@ -103,9 +104,9 @@ def recipe(stage: str, stages: dict, root: Path) -> str:
     """Hash of the settings and the code of a stage and of all stages that it builds on."""
     settings = yaml.safe_load((root / "resolved.yaml").read_text(encoding="utf-8"))
     chain = [stages[name] for name in sorted(_chain(stage, stages))]
-    code = {path for entry in chain for path in _paths(entry, "deps") if _is_code(path)}
+    deps = {path for entry in chain for path in _paths(entry, "deps")}
     sections = {name for entry in chain for params in entry["params"] for name in params["resolved.yaml"]}
-    asked = [_checksums(sorted(code), root), {name: settings[name] for name in sorted(sections)}]
+    asked = [_checksums(deps, root, code=True), {name: settings[name] for name in sorted(sections)}]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
@@ -129,13 +130,10 @@ def _outs(entry: dict) -> list[str]:
     return _paths(entry, "outs") + _paths(entry, "metrics")
 
 
-def _is_code(path: str) -> bool:
-    return path.endswith(".py")
-
-
-def _checksums(paths: list[str], root: Path) -> dict[str, str]:
-    """Of those that are there: DVC itself refuses a stage that did not write its outs."""
-    return {path: sha256_of(root / path) for path in paths if (root / path).exists()}
+def _checksums(paths: Iterable[str], root: Path, code: bool) -> dict[str, str]:
+    """Of the code or of the data among the paths. One that is missing is DVC's to refuse."""
+    chosen = [path for path in paths if path.endswith(".py") == code and (root / path).exists()]
+    return {path: sha256_of(root / path) for path in chosen}
 
 
 def headlines(metrics: dict, prefix: str = "") -> dict[str, float]:
