@@ -106,7 +106,7 @@ def recipe(stage: str, stages: dict, root: Path) -> str:
     chain = [stages[name] for name in sorted(_chain(stage, stages))]
     deps = {path for entry in chain for path in _paths(entry, "deps")}
     sections = {name for entry in chain for params in entry["params"] for name in params["resolved.yaml"]}
-    asked = [_checksums(deps, root, code=True), {name: settings[name] for name in sorted(sections)}]
+    asked = [_checksums(deps, root, code=True), {name: settings.get(name) for name in sections}]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
