@@ -40,8 +40,19 @@ class Batches(IterableDataset):
         self.rank, self.world_size, self.batch_sequences = rank, world_size, batch_sequences
 
     def __iter__(self):
-        for step in self.steps:
+        rehearsal = self.steps[:1] if needs_rehearsal(self.world_size) else []
+        for step in [*rehearsal, *self.steps]:
             yield self.windows.batch(step, self.rank, self.world_size, self.batch_sequences)
+
+
+def needs_rehearsal(world_size: int) -> bool:
+    """Does the first pass of a process sum gradients in another order than those that follow?
+
+    DDP lays its buckets out anew after the first backward pass, and where three ranks or more add up, the order
+    of summing hangs on an element's place in its bucket. A resumed run would differ from an uninterrupted one by
+    that first pass: so each makes one that it throws away.
+    """
+    return world_size > 2
 
 
 class Progress:
@@ -82,6 +93,7 @@ class Training(lightning.LightningModule):
         self.teacher = getattr(fit.objective, "teacher", None)  # a submodule, so that Lightning moves it to the device
         self.started = self.saved = time.monotonic()
         self.start = progress.step
+        self.rehearsed = not needs_rehearsal(job.world_size)
 
     def configure_optimizers(self):
         return self.both
@@ -96,6 +108,9 @@ class Training(lightning.LightningModule):
         torch.manual_seed((job.settings.seed << 40) + (progress.step << 16) + job.rank)  # whoever draws resumes exactly
         outcome = fit.objective(self.model, tokens_BT1)
         self.manual_backward(outcome.loss)
+        if not self.rehearsed:
+            self.rehearsed = True
+            return
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), job.optimizer.clip_norm)
 
         # One collective per step carries everything the ranks must agree on.
