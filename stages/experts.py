@@ -99,7 +99,7 @@ def balanced_bias(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:
 def rows_times_experts(x_MI: Tensor, weight_EIO: Tensor, load_E: Tensor, kernel: str) -> Tensor:
     """Each row of expert e times weight[e] -> [M, O]; the weight is cast to the rows' dtype."""
     if kernel == "grouped":
-        return F.grouped_mm(x_MI, weight_EIO.to(x_MI.dtype), offs=load_E.cumsum(0).to(torch.int32))
+        return F.grouped_mm(x_MI, weight_EIO.to(x_MI.dtype), offs=_ends(load_E))
     out_MO = x_MI.new_empty(x_MI.shape[0], weight_EIO.shape[-1])
     end = 0
     for expert, count in enumerate(load_E.long().tolist()):
@@ -111,10 +111,15 @@ def rows_times_experts(x_MI: Tensor, weight_EIO: Tensor, load_E: Tensor, kernel:
     return out_MO
 
 
+def _ends(load_E: Tensor) -> Tensor:
+    """Where each expert's rows end. In integers: CUDA's float cumsum is refused by deterministic algorithms."""
+    return load_E.to(torch.int32).cumsum(0, dtype=torch.int32)
+
+
 def outer_per_expert(a_MO: Tensor, b_MI: Tensor, load_E: Tensor, dtype: torch.dtype, kernel: str) -> Tensor:
     """The gradient of each expert's weight, a[rows of e]^T b[rows of e] -> [E, O, I]."""
     if kernel == "grouped":
-        return F.grouped_mm(a_MO.t(), b_MI, offs=load_E.cumsum(0).to(torch.int32)).to(dtype)
+        return F.grouped_mm(a_MO.t(), b_MI, offs=_ends(load_E)).to(dtype)
     out_EOI = torch.empty(len(load_E), a_MO.shape[1], b_MI.shape[1], dtype=dtype, device=a_MO.device)
     end = 0
     for expert, count in enumerate(load_E.long().tolist()):

@@ -40,8 +40,19 @@ class Batches(IterableDataset):
         self.rank, self.world_size, self.batch_sequences = rank, world_size, batch_sequences
 
     def __iter__(self):
-        for step in self.steps:
+        rehearsal = self.steps[:1] if needs_rehearsal(self.world_size) else []
+        for step in [*rehearsal, *self.steps]:
             yield self.windows.batch(step, self.rank, self.world_size, self.batch_sequences)
+
+
+def needs_rehearsal(world_size: int) -> bool:
+    """Does the first pass of a process sum gradients in another order than those that follow?
+
+    DDP lays its buckets out anew after the first backward pass, and where three ranks or more add up, the order
+    of summing hangs on an element's place in its bucket. A resumed run would differ from an uninterrupted one by
+    that first pass: so each makes one that it throws away.
+    """
+    return world_size > 2
 
 
 class Progress:
@@ -82,6 +93,7 @@ class Training(lightning.LightningModule):
         self.teacher = getattr(fit.objective, "teacher", None)  # a submodule, so that Lightning moves it to the device
         self.started = self.saved = time.monotonic()
         self.start = progress.step
+        self.rehearsed = not needs_rehearsal(job.world_size)
 
     def configure_optimizers(self):
         return self.both
@@ -96,6 +108,9 @@ class Training(lightning.LightningModule):
         torch.manual_seed((job.settings.seed << 40) + (progress.step << 16) + job.rank)  # whoever draws resumes exactly
         outcome = fit.objective(self.model, tokens_BT1)
         self.manual_backward(outcome.loss)
+        if not self.rehearsed:
+            self.rehearsed = True
+            return
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), job.optimizer.clip_norm)
 
         # One collective per step carries everything the ranks must agree on.
@@ -172,7 +187,7 @@ class Job:
         self.checkpoint_every_seconds = self.settings.trainer.checkpoint_every_seconds
         self.log_every_steps = self.settings.trainer.log_every_steps
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.accelerator = job["accelerator"]
+        self.accelerator, self.precision = job["accelerator"], job["precision"]
         data = self.place.read("artifacts/data")
         self.card = read_card(data)
         self.windows = Windows(Tokens(data, "train"), self.sequence_tokens, self.settings.seed)
@@ -211,14 +226,6 @@ class Job:
             )
 
 
-def precision_plugin(precision: str, accelerator: str) -> str:
-    """bfloat16 autocast where the matrix units have it: detected, not assumed."""
-    if precision == "auto":
-        fast = torch.cuda.is_bf16_supported() if accelerator == "gpu" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        precision = "bfloat16" if fast else "float32"
-    return "bf16-mixed" if precision == "bfloat16" else "32-true"
-
-
 def run_fit(fit: Fit, job: Job) -> dict:
     """Trains one fit to its end (from its checkpoint, if there is one) and writes the model."""
     optimizers = make_optimizers(fit.model, job.optimizer, fit.learning_rate_scale)
@@ -230,7 +237,7 @@ def run_fit(fit: Fit, job: Job) -> dict:
             accelerator=job.accelerator,
             devices=job.world_size,
             strategy=lightning.pytorch.strategies.DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True),
-            precision=precision_plugin(job.settings.trainer.precision, job.accelerator),
+            precision={"bfloat16": "bf16-mixed", "float32": "32-true"}[job.precision],
             max_epochs=1,
             use_distributed_sampler=False,
             logger=False,
@@ -263,6 +270,8 @@ def main() -> None:
     die_with_parent()
     job = Job(Path(sys.argv[1]))
     torch.manual_seed(job.settings.seed)
+    torch.use_deterministic_algorithms(job.settings.trainer.deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes all memory twice
     results = {}
     try:
         if not dist.is_initialized():

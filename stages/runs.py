@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from stages.artifacts import ROOT, Refusal, read_json, write_atomically
+from stages.artifacts import ROOT, Refusal, read_json, write_atomically, write_json
 from stages.settings import as_yaml, offer_sheet, one_line_errors, validate
 
 LOCK_SECONDS = 30  # a stage whose dvc was killed needs a moment to die
@@ -50,7 +50,10 @@ class Job:
 
 
 def run_stage(main, name: str, sections) -> None:
-    """Run `main(settings, place, run)`; a Refusal, or what Hydra refuses, is one line and exit code 1."""
+    """Run `main(settings, place, run)`; a Refusal, or what Hydra refuses, is one line and exit code 1.
+
+    It may return {"conditions": {...}, "inputs": {...}}: what its outs depend on and only it knows.
+    """
     try:
         if "DVC_STAGE" in os.environ:
             _run_under_dvc(main, name, tuple(sections))
@@ -90,7 +93,22 @@ def _run_tracked(main, name, plain, sections, place, sweep):
     from stages.tracking import start_run  # late: a refused setting should not wait for MLflow's import
 
     with start_run(stage=name, settings=plain, out=place.out, root=place.root, sweep=sweep) as run:
-        return main(settings, place, run)
+        own = main(settings, place, run) or {}
+        if place.out == place.root:
+            _leave_record(name, own, place)
+
+
+def _leave_record(name, own, place):
+    """What made these outs, beside them; and a word on how they compare with the committed ones."""
+    from stages import compare, provenance  # late: neither is needed to refuse a setting
+
+    record = provenance.record(name, own, place.root)
+    write_json(place.write(provenance.record_path(name)), record)
+    record = read_json(place.read(provenance.record_path(name)))  # as written: numbers are rounded
+    committed = compare.committed(place.root, name)
+    told = committed and compare.sentence(name, compare.compare(committed, record))
+    if told:
+        _say(told)
 
 
 def die_with_parent():

@@ -119,6 +119,7 @@ class Optimizer:
 class Trainer:
     accelerator: Literal["auto", "cpu", "gpu"]
     precision: Literal["auto", "float32", "bfloat16"]
+    deterministic: bool
     ranks: int | Literal["auto"] = bounded(1, 65536)
     checkpoint_every_seconds: float = bounded(0, 1e9)
     log_every_steps: int = count()
@@ -267,6 +268,10 @@ def _read(value, kind, path, bounds):
         if not isinstance(value, (list, tuple)):
             _refuse(key, value, "must be a list")
         return tuple(_read(item, typing.get_args(kind)[0], path, bounds) for item in value)
+    if kind is bool:
+        if not isinstance(value, bool):
+            _refuse(key, value, "must be true or false")
+        return value
     if kind is str:
         if not isinstance(value, str) or not value.strip() or "\0" in value:
             _refuse(key, value, "must be a word")

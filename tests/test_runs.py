@@ -13,7 +13,7 @@ import yaml
 
 from stages.artifacts import ROOT, read_json
 
-ROOMS = ("__init__", "artifacts", "settings", "config", "runs")
+ROOMS = ("__init__", "artifacts", "settings", "config", "runs", "provenance", "compare")
 TOY = """
 import os, sys, time
 from stages.artifacts import Refusal, write_json
@@ -30,6 +30,7 @@ def main(settings, place, run):
     t = settings.distill.temperature
     write_json(place.write("metrics/distill.json"),
                {"validation_bits_per_byte": abs(t - 2) + 1, "steps": 3, "curve": [1]})
+    return {"conditions": {"ranks": int(os.environ.get("TOY_RANKS", 2))}}
 
 if __name__ == "__main__":
     run_stage(main, "distill", ("distill", "seed"))
@@ -52,7 +53,8 @@ def start_run(stage, settings, out, root, sweep):
 def repository(tmp_path):
     """The real entry and settings around a toy stage, without MLflow."""
     shutil.copytree(ROOT / "conf", tmp_path / "conf")
-    shutil.copy(ROOT / "params.yaml", tmp_path / "params.yaml")
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "stages").mkdir()
     for room in ROOMS:
         shutil.copy(ROOT / f"stages/{room}.py", tmp_path / f"stages/{room}.py")
@@ -141,6 +143,23 @@ def test_under_dvc_a_stage_reads_its_sections_of_resolved_yaml_and_writes_the_ou
     done = typed(repository, dvc=True)
     assert done.returncode == 0, done.stderr
     assert (repository / "metrics/distill.json").exists() and not (repository / "outputs").exists()
+
+
+def test_under_dvc_a_stage_records_what_made_its_outs_and_compares_it_with_the_commit(repository, monkeypatch):
+    typed(repository, stage="config", dvc=True)
+    typed(repository, dvc=True)
+    record = (repository / "provenance/distill.json").read_bytes()
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "run"]):
+        subprocess.run([*git, *words], cwd=repository, check=True)
+    (repository / "provenance/distill.json").unlink()  # as DVC does before a rerun
+    assert typed(repository, dvc=True).stderr == "offramp: distill: same bytes as the committed run\n"
+    assert (repository / "provenance/distill.json").read_bytes() == record
+
+    monkeypatch.setenv("TOY_RANKS", "4")
+    assert "on another kind of machine than the committed run (ranks: 2 -> 4)" in typed(repository, dvc=True).stderr
+    by_hand = typed(repository, "distill.temperature=3")
+    assert "committed run" not in by_hand.stderr and not list((repository / "outputs").rglob("provenance"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")

@@ -84,6 +84,7 @@ MISTAKES = [
     ("pretrain.steps", None, "pretrain.steps = None: must be a whole number"),
     ("trainer.ranks", 3, "pretrain.batch_sequences = 8: must be a multiple of trainer.ranks (3)"),
     ("trainer.ranks", "many", "trainer.ranks = many: must be auto or a number"),
+    ("trainer.deterministic", "often", "trainer.deterministic = often: must be true or false"),
     ("prepare.vocab_size", 257, "prepare.vocab_size = 257: must be at least 258"),
     ("prepare.val_share", 0.6, "prepare.val_share = 0.6: must be at most 0.5"),
     ("optimizer.decay_share", 0.99, "optimizer.decay_share = 0.99: must be at most 1 - "),
