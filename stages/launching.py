@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -94,21 +93,17 @@ def write_curves(path: Path, result: dict) -> None:
 
 
 def _run_ranks(job: Path, ranks: int, accelerator: str) -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     threads = 1 if accelerator == "gpu" else max(1, len(os.sched_getaffinity(0)) // ranks)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    environment |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # ranks listen for each other only
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")])
     )
     if accelerator == "cpu":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
         # glibc gives large freed blocks back to the kernel and faults them in again at every step; keeping them
         # took 15% off a step of 4 x 256 tokens
         environment |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_TOP_PAD_": "67108864"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    command += ["--master-addr", "127.0.0.1", "--master-port", str(port), "-m", "stages.ranks", str(job)]
+    command = [sys.executable, "-m", "stages.torchrun", str(job), str(ranks)]
     with (job.parent / "ranks.log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stderr=log, preexec_fn=die_with_parent)
         previous = {
