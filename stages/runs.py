@@ -172,7 +172,7 @@ def _refuse_outside(arguments, name):
     for option in ("config_path", "config_name", "config_dir", "experimental_rerun"):  # the last reads a pickle
         if getattr(options, option):
             raise Refusal(f"--{option.replace('_', '-')}: settings come from params.yaml and conf/ only")
-    with one_line_errors(), initialize_config_dir(str(ROOT / "conf"), version_base="1.3", job_name=name):
+    with one_line_errors(Exception), initialize_config_dir(str(ROOT / "conf"), version_base="1.3", job_name=name):
         choices = [
             [f"{word.get_key_element()}={value}" for value in word.sweep_string_iterator()]
             if word.is_discrete_sweep()
