@@ -170,12 +170,13 @@ class SortedExperts(torch.autograd.Function):
         grad_gate_up = grad_down = grad_x_ND = None
         grad_MD = grad_ND.to(x_ND.dtype).index_select(0, token_M)
         gate, up = h_M2F.chunk(2, dim=-1)
-        a_MF = F.silu(gate).mul_(up)
+        silu_MF = F.silu(gate)
+        a_MF = silu_MF * up
         grad_wa_MF = rows_times_experts(grad_MD, down_EDF, load_E, kernel)
         grad_weight_M = torch.linalg.vecdot(grad_wa_MF, a_MF)
         if needs_down:
             grad_down = outer_per_expert(grad_MD, a_MF.mul_(weight_M1), load_E, down_EDF.dtype, kernel)
-        grad_h_M2F = gated_silu_backward(grad_wa_MF.mul_(weight_M1), h_M2F)
+        grad_h_M2F = gated_silu_backward(grad_wa_MF.mul_(weight_M1), h_M2F, silu_MF)
         if needs_gate_up:
             x_MD = x_ND.index_select(0, token_M)
             grad_gate_up = outer_per_expert(grad_h_M2F, x_MD, load_E, gate_up_E2FD.dtype, kernel)
