@@ -164,6 +164,7 @@ def _refuse_outside(arguments, name):
     """Composes every job as Hydra will, and refuses what would write outside the project before a folder is made."""
     from hydra import compose, initialize_config_dir
     from hydra._internal.utils import get_args_parser
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import read_write
@@ -173,13 +174,16 @@ def _refuse_outside(arguments, name):
         if getattr(options, option):
             raise Refusal(f"--{option.replace('_', '-')}: settings come from params.yaml and conf/ only")
     with one_line_errors(Exception), initialize_config_dir(str(ROOT / "conf"), version_base="1.3", job_name=name):
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
         choices = [
             [f"{word.get_key_element()}={value}" for value in word.sweep_string_iterator()]
             if word.is_discrete_sweep()
             else [word.input_line]
-            for word in OverridesParser.create().parse_overrides(options.overrides)
+            for word in parser.parse_overrides(options.overrides)
             if word.is_discrete_sweep() or not word.is_sweep_override()  # an interval, of Optuna's, is numbers
         ]
+        if not any("hydra" in word for word in options.overrides):
+            choices = [values[:1] for values in choices]  # by default a job's folder is its number
         for words in itertools.product(*choices):
             cfg = compose("config", [*words, "hydra.job.num=0", "hydra.job.id=0"], return_hydra_config=True)
             HydraConfig.instance().set_config(cfg)

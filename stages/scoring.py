@@ -165,7 +165,7 @@ def read_progress(path: Path | None, shape: tuple[int, int, int]) -> tuple[int, 
         return fresh
     try:
         saved = np.lib.format.read_array(io.BytesIO(payload), allow_pickle=False)
-    except ValueError:
+    except (ValueError, MemoryError):  # not numbers, or more than there are
         return fresh
     if saved.size != math.prod(shape) + 1:
         return fresh

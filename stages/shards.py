@@ -140,7 +140,7 @@ class Tokens:
         try:
             with open(table, "rb") as file:
                 self.documents = np.lib.format.read_array(file, allow_pickle=False).astype(np.int64)
-        except ValueError:
+        except (ValueError, MemoryError):  # not numbers, or more than there are
             raise _altered(table, "it is not a table of numbers") from None
         self.bytes_per_token = self.bytes / max(total, 1)
 

@@ -99,13 +99,14 @@ def test_a_sweep_prints_a_table_and_the_best_job(repository, words):
     assert (repository / lines[5].removeprefix("      in ") / "resolved.yaml").exists()
 
 
-def test_a_sweep_over_presets_is_composed_for_each_job(repository):
-    assert typed(repository, "-m", "scale=tiny,demo").returncode == 0
+@pytest.mark.parametrize(("word", "lengths"), [("scale=tiny,demo", [64, 256]), ("scale=glob(*,exclude=[gpu,node])", [256, 64])])
+def test_a_sweep_over_presets_is_composed_for_each_job(repository, word, lengths):
+    assert typed(repository, "-m", word).returncode == 0
     steps = [
         yaml.safe_load((job / "resolved.yaml").read_text())["sequence_tokens"]
         for job in jobs_in(repository / "multirun")
     ]
-    assert steps == [64, 256]
+    assert steps == lengths
 
 
 def test_a_refusing_job_leaves_the_others_running_and_the_sweep_fails(repository):
