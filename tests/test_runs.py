@@ -99,7 +99,9 @@ def test_a_sweep_prints_a_table_and_the_best_job(repository, words):
     assert (repository / lines[5].removeprefix("      in ") / "resolved.yaml").exists()
 
 
-@pytest.mark.parametrize(("word", "lengths"), [("scale=tiny,demo", [64, 256]), ("scale=glob(*,exclude=[gpu,node])", [256, 64])])
+@pytest.mark.parametrize(
+    ("word", "lengths"), [("scale=tiny,demo", [64, 256]), ("scale=glob(*,exclude=[gpu,node])", [256, 64])]
+)
 def test_a_sweep_over_presets_is_composed_for_each_job(repository, word, lengths):
     assert typed(repository, "-m", word).returncode == 0
     steps = [
