@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: env repro test bench ui lint
+.PHONY: env repro test bench ui lint audit
 .DELETE_ON_ERROR:
 
 env: .venv/.run .venv/.develop
@@ -25,6 +25,10 @@ env: .venv/.run .venv/.develop
 .venv/.develop: .venv/.run
 	@echo "installing the packages of the tests into .venv"
 	@$(PIP) -e '.[huggingface,test,lint]'
+	@touch $@
+
+.venv/.audit: .venv/.run
+	@$(PIP) -e '.[audit]'
 	@touch $@
 
 repro: .venv/.run
@@ -48,3 +52,6 @@ ui: .venv/.run
 lint: .venv/.develop
 	ruff check .
 	mypy
+
+audit: .venv/.audit
+	@python .ci/audit.py

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -112,24 +111,20 @@ def write_curves(path: Path, result: dict) -> None:
 
 
 def _run_ranks(job: Path, conditions: dict) -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     threads = str(conditions["threads_per_rank"])  # for MKL too: torch takes its number over OpenMP's
     environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    environment |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # ranks listen for each other only
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")])
     )
     if conditions["accelerator"] == "none":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
         # glibc gives large freed blocks back to the kernel and faults them in again at every step; keeping them
         # took 15% off a step of 4 x 256 tokens
         environment |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_TOP_PAD_": "67108864"}
     elif conditions["deterministic"]:
         # cuBLAS sums in one order only in workspaces of its own, NCCL only where the switch does not add for it
         environment |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(conditions["ranks"])]
-    command += ["--master-addr", "127.0.0.1", "--master-port", str(port), "-m", "stages.ranks", str(job)]
+    command = [sys.executable, "-m", "stages.torchrun", str(job), str(conditions["ranks"])]
     with (job.parent / "ranks.log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stderr=log, preexec_fn=die_with_parent)
         previous = {

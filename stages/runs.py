@@ -7,6 +7,7 @@ python -m stages.distill -m distill.temperature=1,2,4   # a sweep in multirun/di
 
 import contextlib
 import fcntl
+import itertools
 import os
 import signal
 import sys
@@ -158,6 +159,7 @@ def _run_by_hand(main, name, sections):
     work.__module__ = f"stages.{name}"  # Hydra names the job, and so its folder, after this
     arguments = sys.argv[1:]
     offer_sheet(arguments)
+    _refuse_outside(arguments, name)
     import hydra
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing: it becomes one line here
@@ -174,6 +176,53 @@ def _run_by_hand(main, name, sections):
         raise Refusal(f"{count}, first job {failed[0].number}: {failed[0].failure}")
     if failed:
         raise Refusal(failed[0].failure)
+
+
+def _refuse_outside(arguments, name):
+    """Composes every job as Hydra will, and refuses what would write outside the project before a folder is made."""
+    from hydra import compose, initialize_config_dir
+    from hydra._internal.utils import get_args_parser
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import read_write
+
+    options = get_args_parser().parse_args(arguments)
+    for option in ("config_path", "config_name", "config_dir", "experimental_rerun"):  # the last reads a pickle
+        if getattr(options, option):
+            raise Refusal(f"--{option.replace('_', '-')}: settings come from params.yaml and conf/ only")
+    with one_line_errors(Exception), initialize_config_dir(str(ROOT / "conf"), version_base="1.3", job_name=name):
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+        choices = [
+            [f"{word.get_key_element()}={value}" for value in word.sweep_string_iterator()]
+            if word.is_discrete_sweep()
+            else [word.input_line]
+            for word in parser.parse_overrides(options.overrides)
+            if word.is_discrete_sweep() or not word.is_sweep_override()  # an interval, of Optuna's, is numbers
+        ]
+        if not any("hydra" in word for word in options.overrides):
+            choices = [values[:1] for values in choices]  # by default a job's folder is its number
+        for words in itertools.product(*choices):
+            cfg = compose("config", [*words, "hydra.job.num=0", "hydra.job.id=0"], return_hydra_config=True)
+            HydraConfig.instance().set_config(cfg)
+            sweep = cfg.hydra.sweep.dir
+            for folder in (cfg.hydra.run.dir, sweep, os.path.join(sweep, cfg.hydra.sweep.subdir)):
+                _refuse_unless_inside(folder)
+                _refuse_unless_inside(os.path.join(folder, cfg.hydra.output_subdir or ".hydra"))
+                with read_write(cfg.hydra.runtime):
+                    cfg.hydra.runtime.output_dir = folder
+                for logging in (cfg.hydra.job_logging, cfg.hydra.hydra_logging):
+                    for handler in logging.get("handlers", {}).values():
+                        _refuse_unless_inside(handler.get("filename", folder))
+
+
+def _refuse_unless_inside(path):
+    """Reading may be from anywhere. A symbolic link under the project is its owner's will, `..` behind it is not."""
+    plainly = ".." not in Path(path).parts and Path(os.path.abspath(path)).is_relative_to(ROOT)
+    if not plainly and not Path(path).resolve().is_relative_to(ROOT):
+        raise Refusal(f"{path}: a run writes inside {ROOT} only; for another disk put a symbolic link there")
+    if Path(path).resolve() == ROOT:
+        raise Refusal(f"{path}: a run by hand would overwrite DVC's outs here; name a folder such as outputs/mine")
 
 
 def _run_job(main, name, sections, cfg, jobs):
@@ -194,6 +243,7 @@ def _run_job(main, name, sections, cfg, jobs):
     if sweeping:
         _say(f"{name} job {job.number}: {' '.join(job.overrides)}")
     try:
+        _refuse_unless_inside(job.folder)  # a sweeper's own choice may have come into its name
         with one_line_errors():
             plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         validate(plain)  # all of it: a typo in a section of another stage is still a typo

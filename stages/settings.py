@@ -449,7 +449,7 @@ def compose(overrides: Any = (), root: Path = ROOT) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     offer_sheet(overrides, root)
-    with one_line_errors(), hydra.initialize_config_dir(str(root / "conf"), version_base="1.3"):
+    with one_line_errors(Exception), hydra.initialize_config_dir(str(root / "conf"), version_base="1.3"):
         cfg = hydra.compose("config", overrides=list(overrides))
         return typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
 
@@ -541,7 +541,13 @@ def _flat(value, path=()):
 
 
 class one_line_errors:
-    """Turns what Hydra and OmegaConf raise, many lines about their internals, into one Refusal."""
+    """Turns what Hydra and OmegaConf raise, many lines about their internals, into one Refusal.
+
+    Where nothing but composition runs, they may raise anything: an assertion, or a decoding error.
+    """
+
+    def __init__(self, *kinds: type[Exception]):
+        self.kinds = kinds
 
     def __enter__(self):
         return self
@@ -551,14 +557,15 @@ class one_line_errors:
         from omegaconf.errors import OmegaConfBaseException
         from yaml import YAMLError
 
-        if not isinstance(error, (HydraException, OmegaConfBaseException, YAMLError)):
+        known = (HydraException, OmegaConfBaseException, YAMLError, *self.kinds)
+        if isinstance(error, Refusal) or not isinstance(error, known):
             return
-        text = str(error)
+        text = str(error) or f"Hydra cannot read this ({kind.__name__})"
         unknown = re.search(r"Could not override '([^']*)'", text)
         if unknown:
             close = difflib.get_close_matches(unknown[1], leaves(), n=1)
             hint = f"did you mean {close[0]}?" if close else "python -m stages.config lists them all"
             raise Refusal(f"{unknown[1]}: no such setting; {hint}") from None
         full_key = re.search(r"full_key: (\S+)", text)
-        first = " ".join(text.strip().split("\n")[0].split())
+        first = " ".join(text.strip().split("\n")[0].split())[:300]
         raise Refusal(f"{full_key[1]}: {first}" if full_key else first) from None

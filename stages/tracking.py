@@ -182,9 +182,14 @@ def read_lines(path):
     """The whole JSON lines of a file; what a kill or a full disk cut short is passed over."""
     lines = []
     for line in path.read_bytes().split(b"\n")[:-1]:  # the last piece has no line end: empty, or torn
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             lines.append(json.loads(line))
-    return [line for line in lines if isinstance(line, dict)]
+    return [line for line in lines if isinstance(line, dict) and _names_own_file(line)]
+
+
+def _names_own_file(event):
+    """A record names only what `_keep` put into it: the mirror sends such files, and removes them."""
+    return "file" not in event or re.fullmatch(r"files/\d+-[^/]+", str(event["file"])) is not None
 
 
 @contextlib.contextmanager
@@ -443,9 +448,10 @@ def is_sent(folder, uri=None):
 def read_sent(folder):
     """What was sent where: store name -> {run_id, events, done}."""
     try:
-        return json.loads((folder / "sent.json").read_text())
-    except (OSError, ValueError):
+        states = json.loads((folder / "sent.json").read_text())
+    except (OSError, ValueError, RecursionError):
         return {}
+    return states if isinstance(states, dict) and all(isinstance(state, dict) for state in states.values()) else {}
 
 
 def store_name(uri):

@@ -101,13 +101,16 @@ def test_a_sweep_prints_a_table_and_the_best_job(repository, words):
     assert (repository / lines[5].removeprefix("      in ") / "resolved.yaml").exists()
 
 
-def test_a_sweep_over_presets_is_composed_for_each_job(repository):
-    assert typed(repository, "-m", "scale=tiny,demo").returncode == 0
+@pytest.mark.parametrize(
+    ("word", "lengths"), [("scale=tiny,demo", [64, 256]), ("scale=glob(*,exclude=[gpu,node])", [256, 64])]
+)
+def test_a_sweep_over_presets_is_composed_for_each_job(repository, word, lengths):
+    assert typed(repository, "-m", word).returncode == 0
     steps = [
         yaml.safe_load((job / "resolved.yaml").read_text())["sequence_tokens"]
         for job in jobs_in(repository / "multirun")
     ]
-    assert steps == [64, 256]
+    assert steps == lengths
 
 
 def test_a_refusing_job_leaves_the_others_running_and_the_sweep_fails(repository):
@@ -133,6 +136,71 @@ def test_a_mistake_on_the_command_line_is_one_line(repository, words, line):
     done = typed(repository, *words)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith(line)
+
+
+OUTSIDE = [
+    ["hydra.run.dir=../elsewhere"],
+    ["hydra.run.dir={elsewhere}"],
+    ["hydra.run.dir=outputs/../../elsewhere"],
+    ["hydra.run.dir=${{oc.env:ELSEWHERE}}"],
+    ["hydra.run.dir=outputs/a", "hydra.output_subdir=../../../elsewhere"],
+    ["+hydra.job_logging.handlers={{file: {{class: logging.FileHandler, filename: {elsewhere}}}}}"],
+    ["-m", "hydra.sweep.dir={elsewhere}"],
+    ["-m", "hydra.sweep.subdir=../../../../elsewhere", "seed=1,2"],
+    ["-m", "hydra.sweep.subdir={elsewhere}/${{hydra.job.num}}", "seed=1,2"],
+    ["-m", "hydra.sweep.subdir=${{corpus.text_field}}", "corpus.text_field=text,../../../../elsewhere"],
+    ["-m", "hydra.sweep.subdir=${{hydra.job.override_dirname}}", "corpus.text_field=a/../../../../../elsewhere"],
+    ["hydra.run.dir=.."],
+    ["hydra.run.dir=outputs/link/.."],
+]
+
+
+@pytest.mark.parametrize("words", OUTSIDE, ids=range(len(OUTSIDE)))
+def test_a_run_that_would_write_outside_the_project_is_refused_before_a_folder_is_made(
+    repository, tmp_path_factory, monkeypatch, words
+):
+    elsewhere = tmp_path_factory.mktemp("outside") / "elsewhere"
+    monkeypatch.setenv("ELSEWHERE", str(elsewhere))
+    (repository / "outputs").mkdir()
+    (repository / "outputs/link").symlink_to(tmp_path_factory.mktemp("linked"))
+    before = sorted(repository.parent.rglob("*")), sorted(elsewhere.parent.rglob("*"))
+    done = typed(repository, *[word.format(elsewhere=elsewhere) for word in words])
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert f"a run writes inside {repository} only" in line
+    after = sorted(repository.parent.rglob("*")), sorted(elsewhere.parent.rglob("*"))
+    assert [[path for path in paths if "__pycache__" not in path.parts] for paths in after] == list(before)
+
+
+def test_a_preset_that_would_write_outside_the_project_is_refused(repository):
+    config = repository / "conf/config.yaml"
+    config.write_text(config.read_text().replace("dir: outputs/", "dir: ../outputs/"))
+    assert "a run writes inside" in typed(repository).stderr and not (repository.parent / "outputs").exists()
+
+
+@pytest.mark.parametrize("words", [["hydra.run.dir=outputs/mine"], ["hydra.run.dir={repository}/outputs/mine"]])
+def test_a_folder_inside_the_project_may_be_named(repository, words):
+    done = typed(repository, *[word.format(repository=repository) for word in words])
+    assert done.returncode == 0 and (repository / "outputs/mine/metrics/distill.json").exists(), done.stderr
+
+
+def test_a_link_that_the_owner_made_leads_to_another_disk(repository, tmp_path_factory):
+    disk = tmp_path_factory.mktemp("disk")
+    (repository / "multirun").symlink_to(disk)
+    done = typed(repository, "-m", "seed=1,2", "hydra.sweep.subdir=seed-${seed}")
+    assert done.returncode == 0 and len(list(disk.rglob("seed-*/metrics/distill.json"))) == 2, done.stderr
+
+
+def test_a_run_by_hand_in_the_project_itself_would_overwrite_the_outs_and_is_refused(repository):
+    assert "DVC's outs" in typed(repository, "hydra.run.dir=.").stderr
+    assert not (repository / "metrics").exists()
+
+
+@pytest.mark.parametrize("option", ["--config-dir", "--config-path", "--config-name", "--experimental-rerun"])
+def test_settings_from_elsewhere_are_refused(repository, option):
+    done = typed(repository, option, "conf")
+    assert done.returncode == 1
+    assert done.stderr == f"offramp: {option}: settings come from params.yaml and conf/ only\n"
 
 
 def test_under_dvc_a_stage_reads_its_sections_of_resolved_yaml_and_writes_the_outs(repository):

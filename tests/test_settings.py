@@ -212,6 +212,23 @@ def test_a_mistyped_override_is_refused_in_one_line(override, line):
     assert str(refusal.value).startswith(line) and "\n" not in str(refusal.value)
 
 
+PIECES = [*leaves(), *SECTIONS, "scale", "corpus", "hydra.run.dir", "hydra", "hydra:", "now:%Y", "oc.env:HOME"]
+PIECES += ["choice:scale", "choice(1,2)", "range(1,3)", "interval(0,1)", "demo", "tiny", "null"]
+PIECES += ["1", "nan", "1e400", "9" * 5000, "[" * 200]
+PIECES += [*"+~=,[]{}$'\"\\@:/. \n\0é\ud800", "++", "${", "..", "???", "_self_", "@_global_", "_target_"]
+words = st.lists(st.sampled_from(PIECES), max_size=5).map("".join)
+overrides = words | st.builds("{}{}={}".format, st.sampled_from(["", "+", "++", "~"]), st.sampled_from(PIECES), words)
+
+
+@effort(max_examples=60, deadline=None)
+@given(st.lists(overrides, min_size=1, max_size=2))
+def test_arbitrary_overrides_give_settings_or_one_refusal(given_words):
+    try:
+        validate(compose(given_words))
+    except Refusal as refusal:
+        assert len(str(refusal).splitlines()) == 1 and len(str(refusal)) < 6000
+
+
 def test_the_config_stage_writes_the_same_bytes_each_time_without_machine_paths(tmp_path):
     shutil.copytree(ROOT / "conf", tmp_path / "conf")
     shutil.copytree(ROOT / "stages", tmp_path / "stages", ignore=shutil.ignore_patterns("__pycache__"))
