@@ -1,6 +1,6 @@
 """Measures all and writes benchmarks/results.md and results.json; with names, prints those groups only.
 
-    make bench                           # all, about four minutes on two idle cores
+    make bench                           # all, about five minutes on two idle cores
     python -m benchmarks router losses   # prints these, writes nothing
 """
 
@@ -12,19 +12,22 @@ from collections.abc import Callable, Iterable, Iterator
 # Before torch is imported: the peers come from configs, never from the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as the ranks have it; deterministic kernels need it
 
-from benchmarks import ceiling, checkpoint, losses, moe_layer, router, startup, training_step
+from benchmarks import ceiling, checkpoint, determinism, losses, moe_layer, router, startup, tracking, training_step
 from benchmarks.table import ROOT, Row, as_json, as_markdown, conditions, rendered
 from stages.artifacts import write_atomically
 
 GROUPS: dict[str, Callable[[], Iterable[Row | str]]] = {
     "ceiling": ceiling.rows,
     "training_step": training_step.rows,
+    "determinism": determinism.rows,
     "moe_layer": moe_layer.rows,
     "router": router.rows,
     "losses": losses.rows,
     "checkpoint": checkpoint.rows,
     "startup": startup.rows,
+    "tracking": tracking.rows,
 }
 
 

@@ -44,7 +44,9 @@ def read_json(path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise Refusal(f"{path} is missing: run the stage that writes it (dvc repro)") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise Refusal(f"{path} cannot be read ({error.strerror}): delete it and run dvc repro again") from None
+    except (ValueError, RecursionError) as error:  # also an integer of thousands of digits, a bottomless list
         raise Refusal(f"{path} is not JSON ({error}): delete it and run dvc repro again") from None
 
 

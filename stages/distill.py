@@ -56,8 +56,8 @@ def fits(settings, place: Place) -> Iterator:
     yield Fit(name="control", model=control, objective=NextToken(), out="artifacts/control", **common)
 
 
-def main(settings, place: Place, run) -> None:
-    result = launch("distill", settings, place, INPUTS, run)
+def main(settings, place: Place, run) -> dict:
+    result, conditions = launch("distill", settings, place, INPUTS, run)
     write_curves(place.write("plots/distill.csv"), result)
     metrics = {
         "validation_bits_per_byte": result["student"]["validation_bits_per_byte"],
@@ -69,6 +69,7 @@ def main(settings, place: Place, run) -> None:
     write_json(place.write("metrics/distill.json"), metrics)
     run.metrics({k: v for k, v in metrics.items() if k.endswith("bits_per_byte")})
     run.model(place.write("artifacts/student"))
+    return {"conditions": conditions}
 
 
 if __name__ == "__main__":

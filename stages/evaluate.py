@@ -13,6 +13,7 @@ bytes.
 import hashlib
 import io
 import json
+import os
 import shutil
 import sys
 import time
@@ -31,6 +32,7 @@ from stages.artifacts import Refusal, sha256_of, write_atomically, write_json
 from stages.experts import load_and_balance, permutation, route
 from stages.generation import generate
 from stages.losses import next_token
+from stages.provenance import cores, device_conditions
 from stages.runs import Place, run_stage
 from stages.shards import Tokens, load_tokenizer
 
@@ -42,8 +44,12 @@ MODELS = (
 SAMPLE_PROMPT_TOKENS, SAMPLE_NEW_TOKENS, SAMPLE_TEMPERATURE = 32, 96, 0.7  # greedy text of small models loops
 
 
-def main(settings, place: Place, run) -> None:
+def main(settings, place: Place, run) -> dict:
     e, T = settings.evaluate, settings.sequence_tokens
+    torch.set_num_threads(cores())
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before CUDA starts: one order of summing for what DVC keeps
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     started = time.perf_counter()
     tokens = Tokens(place.read("artifacts/data"), "test")
     loaded = load_models(place, tokens.vocab_size)
@@ -79,6 +85,7 @@ def main(settings, place: Place, run) -> None:
     write_atomically(place.write("plots/quality.csv"), quality_csv(figures))
     counted = time.perf_counter()
 
+    torch.use_deterministic_algorithms(False)  # from here on only the clock's numbers
     teacher, repetitions = loaded["teacher"], e.timing_repetitions
     measurements = {
         "latency": latency(loaded, stream, e.prefill_tokens, e.decode_tokens, repetitions),
@@ -99,6 +106,8 @@ def main(settings, place: Place, run) -> None:
     for name, text in texts.items():
         run.text(f"samples/{name}.txt", text)
     shutil.rmtree(state, ignore_errors=True)  # finished: the outs are the state now
+    computed = {"threads": torch.get_num_threads(), "precision": "float32"}
+    return {"conditions": device_conditions(int(torch.cuda.is_available())) | computed}
 
 
 def tell_progress(done: int, total: int) -> None:

@@ -99,7 +99,7 @@ def balanced_bias(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:
 def rows_times_experts(x_MI: Tensor, weight_EIO: Tensor, load_E: Tensor, kernel: str) -> Tensor:
     """Each row of expert e times weight[e] -> [M, O]; the weight is cast to the rows' dtype."""
     if kernel == "grouped":
-        return F.grouped_mm(x_MI, weight_EIO.to(x_MI.dtype), offs=load_E.cumsum(0).to(torch.int32))
+        return F.grouped_mm(x_MI, weight_EIO.to(x_MI.dtype), offs=_ends(load_E))
     out_MO = x_MI.new_empty(x_MI.shape[0], weight_EIO.shape[-1])
     end = 0
     for expert, count in enumerate(load_E.long().tolist()):
@@ -111,10 +111,15 @@ def rows_times_experts(x_MI: Tensor, weight_EIO: Tensor, load_E: Tensor, kernel:
     return out_MO
 
 
+def _ends(load_E: Tensor) -> Tensor:
+    """Where each expert's rows end. In integers: CUDA's float cumsum is refused by deterministic algorithms."""
+    return load_E.to(torch.int32).cumsum(0, dtype=torch.int32)
+
+
 def outer_per_expert(a_MO: Tensor, b_MI: Tensor, load_E: Tensor, dtype: torch.dtype, kernel: str) -> Tensor:
     """The gradient of each expert's weight, a[rows of e]^T b[rows of e] -> [E, O, I]."""
     if kernel == "grouped":
-        return F.grouped_mm(a_MO.t(), b_MI, offs=load_E.cumsum(0).to(torch.int32)).to(dtype)
+        return F.grouped_mm(a_MO.t(), b_MI, offs=_ends(load_E)).to(dtype)
     out_EOI = torch.empty(len(load_E), a_MO.shape[1], b_MI.shape[1], dtype=dtype, device=a_MO.device)
     end = 0
     for expert, count in enumerate(load_E.long().tolist()):
@@ -170,12 +175,13 @@ class SortedExperts(torch.autograd.Function):
         grad_gate_up = grad_down = grad_x_ND = None
         grad_MD = grad_ND.to(x_ND.dtype).index_select(0, token_M)
         gate, up = h_M2F.chunk(2, dim=-1)
-        a_MF = F.silu(gate).mul_(up)
+        silu_MF = F.silu(gate)
+        a_MF = silu_MF * up
         grad_wa_MF = rows_times_experts(grad_MD, down_EDF, load_E, kernel)
         grad_weight_M = torch.linalg.vecdot(grad_wa_MF, a_MF)
         if needs_down:
             grad_down = outer_per_expert(grad_MD, a_MF.mul_(weight_M1), load_E, down_EDF.dtype, kernel)
-        grad_h_M2F = gated_silu_backward(grad_wa_MF.mul_(weight_M1), h_M2F)
+        grad_h_M2F = gated_silu_backward(grad_wa_MF.mul_(weight_M1), h_M2F, silu_MF)
         if needs_gate_up:
             x_MD = x_ND.index_select(0, token_M)
             grad_gate_up = outer_per_expert(grad_h_M2F, x_MD, load_E, gate_up_E2FD.dtype, kernel)

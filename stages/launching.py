@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from stages.artifacts import Refusal, read_json, sha256_of, write_atomically, write_json
+from stages.provenance import cores, device_conditions
 from stages.runs import die_with_parent
 
 
@@ -33,34 +33,51 @@ def rank_count(accelerator: str, ranks: int | str) -> tuple[str, int]:
     return accelerator, int(ranks)
 
 
-def resume_key(stage: str, settings: dict, root: Path, inputs: list[Path]) -> str:
-    """Hash of all that the stage reads: settings, code, inputs. A changed input never meets stale state."""
+def chosen_precision(precision: str, accelerator: str) -> str:
+    """bfloat16 autocast where the matrix units have it: detected, not assumed."""
+    import torch
+
+    if precision == "auto":
+        fast = torch.cuda.is_bf16_supported() if accelerator == "gpu" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        precision = "bfloat16" if fast else "float32"
+    return precision
+
+
+def resume_key(stage: str, settings: dict, conditions: dict, inputs: list[Path]) -> str:
+    """Hash of all that the bytes depend on: settings, conditions, code, inputs. None of them meets stale state."""
     import hashlib
 
-    digest = hashlib.sha256(json.dumps([stage, settings], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([stage, settings, conditions], sort_keys=True).encode())
     for path in sorted(Path(__file__).parent.glob("*.py")) + inputs:
         digest.update(sha256_of(path).encode())
     return digest.hexdigest()[:16]
 
 
-def launch(stage: str, settings, place, inputs: list[str], run) -> dict:
-    """Runs `stages.<stage>.fits` in every rank and returns rank zero's results by name of the fit.
+def launch(stage: str, settings, place, inputs: list[str], run) -> tuple[dict, dict]:
+    """Runs `stages.<stage>.fits` in every rank; returns rank zero's results by name of the fit, and the conditions.
 
     A failure of any rank ends all of them; its one-line reason is raised here as a Refusal.
     """
     plain = {k: v for k, v in asdict(settings).items() if v is not None}
     accelerator, ranks = rank_count(settings.trainer.accelerator, settings.trainer.ranks)
-    key = resume_key(stage, plain, place.root, [place.read(path) for path in inputs])
+    conditions = {
+        **device_conditions(ranks if accelerator == "gpu" else 0),
+        "ranks": ranks,
+        "threads_per_rank": 1 if accelerator == "gpu" else max(1, cores() // ranks),
+        "precision": chosen_precision(settings.trainer.precision, accelerator),
+        "deterministic": settings.trainer.deterministic,
+    }
+    key = resume_key(stage, plain, conditions, [place.read(path) for path in inputs])
     state = place.root / ".runs" / "resume" / f"{stage}-{key}"
     state.mkdir(parents=True, exist_ok=True)
     for name in ("error.txt", "result.json", "steps.jsonl"):
         (state / name).unlink(missing_ok=True)
-    job = {"stage": stage, "settings": plain, "accelerator": accelerator, "ranks": ranks}
+    job = {"stage": stage, "settings": plain, "accelerator": accelerator, "precision": conditions["precision"]}
     job |= {"root": str(place.root), "out": str(place.out), "state": str(state), "launcher": os.getpid()}
     write_atomically(state / "job.json", json.dumps(job))  # not write_json, which rounds: ranks get the exact settings
 
     started = time.monotonic()
-    code = _run_ranks(state / "job.json", ranks, accelerator)
+    code = _run_ranks(state / "job.json", conditions)
     speeds = _record_steps(state / "steps.jsonl", run)  # also of a run that failed
     if code != 0:
         error = state / "error.txt"
@@ -71,7 +88,7 @@ def launch(stage: str, settings, place, inputs: list[str], run) -> dict:
     clock = {"seconds": time.monotonic() - started, "ranks": ranks, "accelerator": accelerator}
     write_json(place.write(f"measurements/{stage}.json"), clock | speeds)
     shutil.rmtree(state)  # finished: the outs are the state now
-    return result
+    return result, conditions
 
 
 def _how_it_ended(stage: str, code: int, log: Path) -> str:
@@ -104,22 +121,21 @@ def write_curves(path: Path, result: dict) -> None:
     write_atomically(path, "\n".join(lines) + "\n")
 
 
-def _run_ranks(job: Path, ranks: int, accelerator: str) -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    threads = 1 if accelerator == "gpu" else max(1, len(os.sched_getaffinity(0)) // ranks)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+def _run_ranks(job: Path, conditions: dict) -> int:
+    threads = str(conditions["threads_per_rank"])  # for MKL too: torch takes its number over OpenMP's
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    environment |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # ranks listen for each other only
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")])
     )
-    if accelerator == "cpu":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
+    if conditions["accelerator"] == "none":
         # glibc gives large freed blocks back to the kernel and faults them in again at every step; keeping them
         # took 15% off a step of 4 x 256 tokens
         environment |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_TOP_PAD_": "67108864"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    command += ["--master-addr", "127.0.0.1", "--master-port", str(port), "-m", "stages.ranks", str(job)]
+    elif conditions["deterministic"]:
+        # cuBLAS sums in one order only in workspaces of its own, NCCL only where the switch does not add for it
+        environment |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}
+    command = [sys.executable, "-m", "stages.torchrun", str(job), str(conditions["ranks"])]
     with (job.parent / "ranks.log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stderr=log, preexec_fn=die_with_parent)
         previous = {

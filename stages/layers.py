@@ -24,7 +24,30 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, NORM_EPSILON)
+        if x.is_cuda:  # has a kernel of its own
+            return F.rms_norm(x.float(), self.weight.shape, self.weight, NORM_EPSILON)
+        return FewPassRMSNorm.apply(x.float(), self.weight)
+
+
+class FewPassRMSNorm(torch.autograd.Function):
+    """On CPU `F.rms_norm` is a chain of small operations, each a pass over memory; this takes a third of its time."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight_D: Tensor) -> Tensor:
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        inverse_rms = mean_square.add_(NORM_EPSILON).rsqrt_()
+        ctx.save_for_backward(x, weight_D, inverse_rms)
+        return (x * inverse_rms).mul_(weight_D)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight_D, inverse_rms = ctx.saved_tensors
+        normed = x * inverse_rms
+        grad_normed = grad * normed
+        grad_weight_D = grad_normed.flatten(0, -2).sum(0)
+        along = (grad_normed @ weight_D).unsqueeze(-1).div_(x.shape[-1])
+        grad_x = (grad * weight_D).addcmul_(normed, along, value=-1).mul_(inverse_rms)
+        return grad_x, grad_weight_D
 
 
 def for_matmuls(x: Tensor) -> Tensor:
@@ -60,14 +83,14 @@ class GatedSilu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_NF: Tensor) -> Tensor:
         (h_N2F,) = ctx.saved_tensors
-        return gated_silu_backward(grad_NF, h_N2F)
+        return gated_silu_backward(grad_NF, h_N2F, F.silu(h_N2F.chunk(2, dim=-1)[0]))
 
 
-def gated_silu_backward(grad_NF: Tensor, h_N2F: Tensor) -> Tensor:
+def gated_silu_backward(grad_NF: Tensor, h_N2F: Tensor, silu_NF: Tensor) -> Tensor:
     gate, up = h_N2F.chunk(2, dim=-1)
     grad_N2F = torch.empty_like(h_N2F)
     grad_gate, grad_up = grad_N2F.chunk(2, dim=-1)
-    torch.mul(grad_NF, F.silu(gate), out=grad_up)
+    torch.mul(grad_NF, silu_NF, out=grad_up)
     torch.ops.aten.silu_backward.grad_input(grad_NF * up, gate, grad_input=grad_gate)
     return grad_N2F
 
@@ -90,13 +113,15 @@ def attend(query_BHTd: Tensor, key_BHSd: Tensor, value_BHSv: Tensor, scale: floa
     PyTorch's fused kernels need key and value heads of one size: the narrower is padded with zeros, which
     changes neither scores nor values.
     """
+    queries, keys = query_BHTd.shape[-2], key_BHSd.shape[-2]
+    if query_BHTd.device.type == "cpu" and query_BHTd.dtype == torch.bfloat16 and queries == keys > 1:
+        return BlockwiseAttention.apply(query_BHTd, key_BHSd, value_BHSv, scale)
     key_dim, value_dim = key_BHSd.shape[-1], value_BHSv.shape[-1]
     if value_dim < key_dim:
         value_BHSv = F.pad(value_BHSv, (0, key_dim - value_dim))
     elif value_dim > key_dim:
         pad = (0, value_dim - key_dim)
         query_BHTd, key_BHSd = F.pad(query_BHTd, pad), F.pad(key_BHSd, pad)
-    queries, keys = query_BHTd.shape[-2], key_BHSd.shape[-2]
     mask = None
     if 1 < queries < keys:  # a chunk that continues a cache
         mask = torch.ones(queries, keys, dtype=torch.bool, device=query_BHTd.device).tril(keys - queries)
@@ -104,6 +129,51 @@ def attend(query_BHTd: Tensor, key_BHSd: Tensor, value_BHSv: Tensor, scale: floa
         query_BHTd, key_BHSd, value_BHSv, attn_mask=mask, is_causal=1 < queries == keys, scale=scale
     )
     return out[..., :value_dim]
+
+
+class BlockwiseAttention(torch.autograd.Function):
+    """Causal self-attention, a block of queries at a time against the keys up to its end -> [B, H, T, v].
+
+    For bfloat16 on CPU, where PyTorch's fused kernel takes twice as long (its backward most of it). The shares
+    are computed again for backward, so only the inputs are kept: less than the fused kernel keeps.
+    """
+
+    @staticmethod
+    def forward(ctx, query_BHTd: Tensor, key_BHTd: Tensor, value_BHTv: Tensor, scale: float) -> Tensor:
+        query, key, value = (part.flatten(0, 1) for part in (query_BHTd, key_BHTd, value_BHTv))
+        ctx.save_for_backward(query, key, value)
+        ctx.scale = scale
+        out = torch.empty_like(value)
+        for start, end in query_blocks(query):
+            out[:, start:end] = causal_shares(query, key, start, end, scale) @ value[:, :end]
+        return out.view(value_BHTv.shape)
+
+    @staticmethod
+    def backward(ctx, grad_BHTv: Tensor) -> tuple:
+        query, key, value = ctx.saved_tensors
+        grad = grad_BHTv.flatten(0, 1)
+        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for start, end in query_blocks(query):
+            share, grad_out = causal_shares(query, key, start, end, ctx.scale), grad[:, start:end]
+            grad_value[:, :end] += share.mT @ grad_out
+            grad_score = torch._softmax_backward_data(grad_out @ value[:, :end].mT, share, -1, share.dtype)
+            grad_query[:, start:end] = (grad_score @ key[:, :end]).mul_(ctx.scale)
+            grad_key[:, :end].add_(grad_score.mT @ query[:, start:end], alpha=ctx.scale)
+        shape = grad_BHTv.shape[:2]
+        return *(part.unflatten(0, shape) for part in (grad_query, grad_key, grad_value)), None
+
+
+def query_blocks(query_GTd: Tensor, block: int = 128) -> list[tuple[int, int]]:
+    """First and one-past-last query of each block: smaller ones skip more of the masked half, larger ones call less."""
+    tokens = query_GTd.shape[1]
+    return [(start, min(start + block, tokens)) for start in range(0, tokens, block)]
+
+
+def causal_shares(query_GTd: Tensor, key_GTd: Tensor, start: int, end: int, scale: float) -> Tensor:
+    """What each query from start to end gives to each key before end, G = B*H -> [G, end - start, end]."""
+    mask = torch.zeros(end - start, end, dtype=query_GTd.dtype)
+    mask[:, start:].fill_(-torch.inf).triu_(1)
+    return torch.baddbmm(mask, query_GTd[:, start:end], key_GTd[:, :end].mT, alpha=scale).softmax(dim=-1)
 
 
 class LayerCache:

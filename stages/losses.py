@@ -4,8 +4,9 @@ Shapes: N tokens, D width, V vocabulary, C tokens of a chunk. Everything in nats
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from stages.layers import for_matmuls
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -17,31 +18,28 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_ND, head_VD, targets_N, teacher_x_ND, teacher_head_VD, temperature, soft_weight, chunk_tokens):
-        dx_ND = torch.zeros_like(x_ND)
+        distilling = teacher_x_ND is not None
+        x, head = for_matmuls(x_ND), for_matmuls(head_VD)
+        if distilling:
+            teacher_x, teacher_head = for_matmuls(teacher_x_ND), for_matmuls(teacher_head_VD)
+        dx_ND = torch.empty_like(x)
         dhead_VD = torch.zeros_like(head_VD, dtype=torch.float32)
         hard = x_ND.new_zeros((), dtype=torch.float32)
         soft = x_ND.new_zeros((), dtype=torch.float32)
         for start in range(0, x_ND.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            z_CV = F.linear(x_ND[chunk], head_VD).float()
-            log_p_CV = z_CV.log_softmax(-1)
-            target_C1 = targets_N[chunk, None]
-            hard -= log_p_CV.gather(1, target_C1).sum()
-            dz_CV = log_p_CV.exp_()
-            dz_CV.scatter_add_(1, target_C1, dz_CV.new_full((1, 1), -1.0).expand_as(target_C1))
-            if teacher_x_ND is not None:
-                log_pT_CV = (z_CV / temperature).log_softmax(-1)
-                teacher_z_CV = F.linear(teacher_x_ND[chunk], teacher_head_VD).float()
-                log_qT_CV = (teacher_z_CV / temperature).log_softmax(-1)
-                qT_CV = log_qT_CV.exp()
-                soft += temperature**2 * (qT_CV * (log_qT_CV - log_pT_CV)).sum()
-                dz_CV.mul_(1 - soft_weight).add_(log_pT_CV.exp_().sub_(qT_CV), alpha=soft_weight * temperature)
-            dz_CV = dz_CV.to(F.linear(x_ND[:1], head_VD).dtype)  # what autocast computes in
-            dx_ND[chunk] = dz_CV @ head_VD.to(dz_CV.dtype)
-            dhead_VD += dz_CV.T @ x_ND[chunk].to(dz_CV.dtype)
+            z_CV = (x[chunk] @ head.T).float()
+            if distilling:
+                teacher_z_CV = (teacher_x[chunk] @ teacher_head.T).float()
+                dz_CV = _soft_and_hard(z_CV, teacher_z_CV, targets_N[chunk], temperature, soft_weight, hard, soft)
+            else:
+                dz_CV = _hard(z_CV, targets_N[chunk], hard)
+            dz_CV = dz_CV.to(x.dtype)
+            torch.mm(dz_CV, head, out=dx_ND[chunk])
+            dhead_VD += dz_CV.T @ x[chunk]
         ctx.save_for_backward(dx_ND, dhead_VD)
-        ctx.n_tokens = x_ND.shape[0]
-        share = soft_weight if teacher_x_ND is not None else 0.0
+        ctx.n_tokens, ctx.dtype = x_ND.shape[0], x_ND.dtype
+        share = soft_weight if distilling else 0.0
         loss = ((1 - share) * hard + share * soft) / ctx.n_tokens
         hard, soft = hard / ctx.n_tokens, soft / ctx.n_tokens
         ctx.mark_non_differentiable(hard, soft)
@@ -51,7 +49,34 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx, grad_loss, *_):
         dx_ND, dhead_VD = ctx.saved_tensors
         scale = grad_loss / ctx.n_tokens
-        return dx_ND * scale.to(dx_ND.dtype), dhead_VD * scale, None, None, None, None, None, None
+        return dx_ND.to(ctx.dtype) * scale, dhead_VD * scale, None, None, None, None, None, None
+
+
+def _hard(z_CV: Tensor, target_C: Tensor, hard: Tensor) -> Tensor:
+    """Gradient of the cross-entropies for the logits; their sum is added to `hard`."""
+    p_CV = z_CV.softmax(-1)
+    target_C1 = target_C[:, None]
+    chosen_C1 = p_CV.gather(1, target_C1)
+    hard -= chosen_C1.clamp_min(torch.finfo(p_CV.dtype).tiny).log().sum()  # an underflow counts 87 nats, not infinity
+    return p_CV.scatter_(1, target_C1, chosen_C1 - 1)
+
+
+def _soft_and_hard(
+    z_CV: Tensor,
+    teacher_z_CV: Tensor,
+    target_C: Tensor,
+    temperature: float,
+    soft_weight: float,
+    hard: Tensor,
+    soft: Tensor,
+) -> Tensor:
+    """Gradient of the weighted sum for the logits; the sum of T² KL is added to `soft`."""
+    log_pT_CV = (z_CV / temperature).log_softmax(-1)
+    log_qT_CV = (teacher_z_CV / temperature).log_softmax(-1)
+    qT_CV = log_qT_CV.exp()
+    soft += temperature**2 * torch.dot(qT_CV.flatten(), log_qT_CV.sub_(log_pT_CV).flatten())
+    dz_CV = _hard(z_CV, target_C, hard).mul_(1 - soft_weight)
+    return dz_CV.add_(log_pT_CV.exp_().sub_(qT_CV), alpha=soft_weight * temperature)
 
 
 def next_token(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk_tokens: int = 1024) -> Tensor:

@@ -1,36 +1,44 @@
 """Sends the records of `stages/tracking.py` to MLflow; runs as a process of its own and is safe to run again.
 
 What was sent is remembered per store in `sent.json` beside the record. A kill between sending and
-remembering does no harm: runs are found by a tag before they are made, metrics carry the time of their event
-(an equal row is one row), everything else replaces what has its name.
+remembering does no harm, nor does a server that dies before it answers: runs and models are looked for before
+they are made, metrics carry the time of their event (an equal row is one row), everything else replaces what
+has its name.
 """
 
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import tempfile
+import time
 import urllib.parse
 import urllib.request
+import uuid
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from stages import tracking
-from stages.artifacts import ROOT, sha256_of, write_json
+from stages.artifacts import ROOT, sha256_of, write_atomically, write_json
 
-# Before MLflow is imported: no telemetry, no minutes of retries, no chatter from its Git library.
+# Before MLflow is imported: no telemetry, no minutes of retries, no chatter from its Git library. MLflow would
+# retry any request, also "make a run" when only the answer was lost, and so make two: we look again instead.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
 
 EXPERIMENT = "offramp"
 CONNECT_S = 2.0  # a server that does not take a connection in this time is down
 QUEUE_S = 120.0  # how long to wait for another mirror that is sending
+STALL_S = 600  # no event sent in this time, such as a model: a server that trickles would hold the mirror for ever
+TRIES = 3  # of one record, while the server answers
 BATCH = 500  # metrics in one request; MLflow takes 1000 entities
 KEPT = "the run is kept; send it later with: python -m stages.tracking sync"
+CHECKOUT = tracking.RECORDS / "checkout"  # a random name for this checkout
 
 
 def tracking_uri(root):
@@ -41,31 +49,77 @@ def tracking_uri(root):
     return uri
 
 
-def send(folders, root, quiet=False):
-    """Send each record; 0 when all are sent, 1 when the store was not reached, and a line says what to do."""
+def send(root, folder=None, backlog=True, quiet=False):
+    """Send this record, then the backlog; 0 when all are sent, 1 when some are not, and a line says why."""
     uri = tracking_uri(root)
+    failure = root / tracking.FAILURE
+    sent, refusals = {}, []  # record -> was its stage running when it was sent?
     try:
         _require_connection(uri)
-        with contextlib.ExitStack() as locks:
+        with contextlib.ExitStack() as stack:
             for lock in _locks(uri, root):
-                locks.enter_context(lock)
-            folders = [folder for folder in folders if not tracking.is_sent(folder, uri)]
-            if not folders:
-                return 0
-            with _hushed():
-                client = _Client(uri, root)
-            for folder in folders:
-                with _hushed():
-                    client.send(folder)
-                if not quiet:
-                    print(f"sent {folder.name}")
-    except Timeout:
-        return 1  # whoever holds the lock is sending, and finds this record on its next turn
-    except Exception as error:  # any failure of a tracker has one meaning here: later
-        reason = str(error).splitlines()[0][:160] if str(error) else ""
-        tracking._say(f"MLflow at {uri} was not reached ({type(error).__name__}: {reason}); {KEPT}")
+                stack.enter_context(lock)
+            client = None
+            while waiting := _waiting(root, folder, backlog, uri, sent):
+                with _hushed(), _stall_guard():
+                    client = client or _Client(uri, root)
+                    sent[waiting[0]], reason = client.send_or_say_why(waiting[0])
+                if reason:
+                    refusals.append(f"MLflow at {uri} refused {waiting[0].name} ({reason}); {KEPT}")
+                elif not quiet:
+                    print(f"sent {waiting[0].name}" + (" so far: its stage is running" if sent[waiting[0]] else ""))
+            _tell(failure, refusals)
+    except Timeout:  # whoever holds the lock is sending, and takes this record too
+        if not quiet:
+            tracking._say(f"another process has been sending for {QUEUE_S:.0f} s: repeat this when it has ended")
         return 1
-    return 0
+    except Exception as error:  # any failure of a tracker has one meaning here: later
+        _tell(failure, [*refusals, f"MLflow at {uri} was not reached ({_reason(error)}); {KEPT}"])
+        return 1
+    if not quiet and not sent:
+        print(tracking.ALL_SENT)
+    return 1 if refusals else 0
+
+
+def _waiting(root, folder, backlog, uri, sent):
+    """What is still to send: others end while this process sends. A stage that ran by then may have ended."""
+    folders = [folder] if folder else []
+    folders += tracking.unsent(root) if backlog else []
+    return [each for each in dict.fromkeys(folders) if not tracking.is_sent(each, uri)
+            and (each not in sent or sent[each] and not tracking.is_alive(each))]
+
+
+def _tell(path, messages):
+    """On stderr, and in a file for who cannot see it: the status, and a stage whose stderr is a pipe."""
+    for message in messages:
+        tracking._say(message)
+    if messages:
+        write_atomically(path, tracking.redacted(messages[-1]))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _reason(error):
+    lines = tracking.redacted(error).splitlines() or ["no message"]  # before it is cut: half a secret is not found
+    return f"{type(error).__name__}: {lines[0][:160]}"
+
+
+@contextlib.contextmanager
+def _stall_guard():
+    def stop(*_):
+        raise TimeoutError(f"nothing was sent for {STALL_S} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    _restart_stall_clock()
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _restart_stall_clock():
+    signal.setitimer(signal.ITIMER_REAL, STALL_S, STALL_S)  # again and again: MLflow may catch what is raised
 
 
 @contextlib.contextmanager
@@ -119,59 +173,89 @@ class _Client:
         else:
             self.experiment = found.experiment_id
 
+    def send_or_say_why(self, folder):
+        """Send one record; returns whether its stage is running, and why the store refused it, if it did.
+
+        A server that is gone raises. One that answers but does not take this record must not block the others.
+        """
+        for attempt in range(TRIES):
+            try:
+                return self.send(folder), None
+            except Exception as error:
+                reason = _reason(error)
+                time.sleep(attempt)  # a database that is locked by others is free again soon
+                self.client.get_experiment(self.experiment)
+        return False, reason
+
     def send(self, folder):
-        """Send what the store has not seen of one record, and remember each step of it."""
+        """Send what the store has not seen of one record, and remember each step; is its stage running?"""
         alive = tracking.is_alive(folder)  # asked before reading: whoever is dead then writes nothing more
         events = tracking.read_lines(folder / "events.jsonl")
         state = tracking.read_sent(folder).get(tracking.store_name(self.uri), {"events": 0, "done": False})
         if not events or events[0]["kind"] != "start":
-            return self._remember(folder, {**state, "done": not alive})  # killed before it began
+            self._remember(folder, {**state, "done": not alive})  # killed before it began
+            return alive
         start = events[0]
-        run_id, parent_id = self._find_or_create(folder, start)
-        position = state["events"]
+        run_id, parent_id = self._find_or_create(folder, start, state.get("run_id"))
+        position = state["events"] if run_id == state.get("run_id") else 0  # else that run was deleted
         while position < len(events):
-            count = self._send_from(events, position, folder, run_id, parent_id, start)
-            position += count
+            position += self._send_from(events, position, folder, run_id, parent_id, start)
             self._remember(folder, {"run_id": run_id, "events": position, "done": False})
+            _restart_stall_clock()
         if not alive:
             end = events[-1]
             status = end["status"] if end["kind"] == "end" else "KILLED"
             self.client.set_terminated(run_id, status, end_time=_milliseconds(end))
             if parent_id:
                 self.client.set_terminated(parent_id, "FINISHED", end_time=_milliseconds(end))
-            self._remember(folder, {"run_id": run_id, "events": position, "done": True})
+            for run in self._runs_of(folder):  # made by a request that we had given up
+                if run.info.run_id != run_id:
+                    self.client.delete_run(run.info.run_id)
             for event in events:
                 if event["kind"] == "model":  # the store has it; links would keep old weights on the disk
                     shutil.rmtree(folder / event["file"], ignore_errors=True)
+            self._remember(folder, {"run_id": run_id, "events": position, "done": True})
+        return alive
 
     def _remember(self, folder, state):
         write_json(folder / "sent.json", {**tracking.read_sent(folder), tracking.store_name(self.uri): state})
 
-    def _find_or_create(self, folder, start):
-        found = self._find(f"tags.`offramp.record` = '{folder.name}'")
+    def _runs_of(self, folder):
+        return self._find(f"tags.`offramp.record` = '{folder.name}'")
+
+    def _find_or_create(self, folder, start, remembered):
+        found = sorted(self._runs_of(folder), key=lambda run: run.info.run_id != remembered)
         if found:
-            return found.info.run_id, found.data.tags.get("mlflow.parentRunId")
+            return found[0].info.run_id, found[0].data.tags.get("mlflow.parentRunId")
         tags = {"offramp.record": folder.name, "offramp.kind": start["stage"]}
         tags |= {"mlflow.runName": start["name"]}
         parent_id = None
         if start["pipeline"]:
-            parent_id = self._parent(start)
-            tags |= {"pipeline.key": start["pipeline"], "mlflow.parentRunId": parent_id}
+            # One parent per checkout: two machines that look for it at once would both make it.
+            key = f"{start['pipeline']}-{self._checkout()}".replace("'", "")
+            parent_id = self._parent(start, key)
+            tags |= {"pipeline.key": key, "mlflow.parentRunId": parent_id}
         run = self.client.create_run(self.experiment, start_time=_milliseconds(start), tags=tags)
         return run.info.run_id, parent_id
 
-    def _parent(self, start):
-        key = start["pipeline"].replace("'", "")
+    def _checkout(self):
+        path = self.root / CHECKOUT
+        if not path.exists():
+            write_atomically(path, uuid.uuid4().hex[:8])
+        return path.read_text()
+
+    def _parent(self, start, key):
         found = self._find(f"tags.`pipeline.key` = '{key}' and tags.`offramp.kind` = 'pipeline'")
         if found:
-            return found.info.run_id
+            return found[0].info.run_id
         tags = {"mlflow.runName": start["parent"], "pipeline.key": key, "offramp.kind": "pipeline"}
         shared = ("git.", "mlflow.source.git", "machine.", "engine", "resolved.", "dvc.exp", "dvc.baseline")
         tags |= {name: value for name, value in start["tags"].items() if name.startswith(shared)}
         return self.client.create_run(self.experiment, start_time=_milliseconds(start), tags=tags).info.run_id
 
     def _find(self, condition):
-        return next(iter(self.client.search_runs([self.experiment], condition, max_results=1)), None)
+        oldest_first = ["attributes.start_time ASC", "attributes.run_id ASC"]
+        return self.client.search_runs([self.experiment], condition, max_results=10, order_by=oldest_first)
 
     def _send_from(self, events, position, folder, run_id, parent_id, start):
         """Send the event at this position, or all metric events in a row from there; returns how many."""
@@ -191,7 +275,7 @@ class _Client:
         elif kind == "dataset":
             self._send_dataset(event, run_id)
         elif kind == "model":
-            self._send_model(event, folder, run_id)
+            self._send_model(event, events, folder, run_id)
         return 1
 
     def _send_start(self, event, run_id):
@@ -240,20 +324,23 @@ class _Client:
         context = [InputTag("mlflow.data.context", "training")]
         self.client.log_inputs(run_id, [DatasetInput(dataset=dataset, tags=context)])
 
-    def _send_model(self, event, folder, run_id):
-        """Log the model as code plus files: nothing is pickled, and it loads where its requirements are."""
-        condition = f"name = '{event['name']}' and source_run_id = '{run_id}'"
-        logged = self.client.search_logged_models([self.experiment], condition)
-        if any(model.status == "READY" for model in logged):
-            return
+    def _send_model(self, event, events, folder, run_id):
+        """Log the model as code plus files: nothing is pickled, and it loads where its requirements are.
+
+        In the steps of mlflow.pyfunc.log_model, of which each may be repeated: the whole may not.
+        """
+        from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
+        from mlflow.models import Model
+
         weights, tokenizer = folder / event["file"], folder / f"{event['file']}.tokenizer"
         if not weights.exists():  # sent to another store before; the original will do if it is still the same
             weights, tokenizer = Path(event["folder"]), Path(event["tokenizer"])
             if not weights.exists() or sha256_of(weights) != event["sha256"]:
                 note = "the model was replaced before it could be sent"
                 return self.client.set_tag(run_id, _key(f"missing.{event['name']}"), note)
+        logged = self._logged_model(event["name"], run_id, events[0]["params"])
         packages = ("torch", "tokenizers", "safetensors", "numpy")
-        with tempfile.TemporaryDirectory() as staging, self.mlflow.start_run(run_id=run_id):
+        with tempfile.TemporaryDirectory() as staging:
             small = Path(staging) / "tokenizer"
             small.mkdir()
             for name in ("tokenizer.json", "card.json"):
@@ -261,14 +348,38 @@ class _Client:
                     shutil.copy2(tokenizer / name, small / name)
             code = Path(staging) / "stages"
             shutil.copytree(ROOT / "stages", code, ignore=shutil.ignore_patterns("__pycache__"))
-            self.mlflow.pyfunc.log_model(
-                name=event["name"],
+            model = Path(staging) / "model"
+            self.mlflow.pyfunc.save_model(
+                path=str(model),
+                mlflow_model=Model(artifact_path=logged.artifact_location, model_uuid=logged.model_id,
+                                   run_id=run_id, model_id=logged.model_id),
                 python_model=str(code / "served_model.py"),
                 artifacts={"model": str(weights), "tokenizer": str(small)},
                 code_paths=[str(code)],
                 pip_requirements=[f"{name}=={tracking._version(name).split('+')[0]}" for name in packages],
                 signature=_signature(),
             )
+            self.client.log_model_artifacts(logged.model_id, str(model))
+        self.client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+        outputs = self.client.get_run(run_id).outputs
+        if logged.model_id not in [output.model_id for output in outputs.model_outputs]:
+            self.client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+        results = [Metric(_key(name), value, _milliseconds(each), 0, model_id=logged.model_id, run_id=run_id)
+                   for each in events if each["kind"] == "metrics" and each["step"] is None
+                   for name, value in each["values"].items()]
+        for first in range(0, len(results), BATCH):  # models compare by them in MLflow's table of models
+            self.client.log_batch(run_id, metrics=results[first:first + BATCH])
+
+    def _logged_model(self, name, run_id, params):
+        """The model of this run with this name, made where it is not there yet."""
+        condition = f"name = '{name}' and source_run_id = '{run_id}'"
+        found = self.client.search_logged_models([self.experiment], condition)
+        if not found:
+            return self.client.create_logged_model(self.experiment, name, run_id, params=params)
+        kept, *others = sorted(found, key=lambda model: model.model_id)
+        for model in others:  # made by a request that we had given up
+            self.client.delete_logged_model(model.model_id)
+        return kept
 
 
 def _signature():

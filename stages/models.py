@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -225,8 +226,9 @@ def load(folder: Path | str) -> Teacher | Student:
     folder = Path(folder)
     config = read_json(folder / CONFIG)
     shape = _shape_from(config, folder / CONFIG)
-    model = _empty(shape)
     tensors = _read_weights(folder / WEIGHTS, config.get("weights_sha256"))
+    _refuse_larger_than(tensors, shape, folder / CONFIG)
+    model = _empty(shape)
     expected = {name: part.shape for name, part in _to_hub(model).items()}
     _check_weights(tensors, expected, folder / WEIGHTS)
     model.load_state_dict(_from_hub(tensors, model), strict=True, assign=True)
@@ -247,7 +249,7 @@ def _shape_from(config: Any, path: Path) -> TeacherShape | StudentShape:
         if config.get(key, value) != value:
             raise Refusal(f"{path}: {key} is {config[key]!r}, only {value!r} is supported")
     rope = config.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default" or config.get("rope_scaling"):
+    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default" or config.get("rope_scaling"):
         raise Refusal(f"{path}: scaled rotary positions are not supported, only rope_type 'default'")
     config = {"rope_theta": rope.get("rope_theta")} | config
     if not is_student:
@@ -257,7 +259,7 @@ def _shape_from(config: Any, path: Path) -> TeacherShape | StudentShape:
     for field in fields(shape_type):
         value = config.get(names[field.name])
         wanted: Any = {"int": int, "float": (int, float), "str": str}[str(field.type)]
-        if not isinstance(value, wanted) or isinstance(value, bool):
+        if not isinstance(value, wanted) or isinstance(value, bool) or value in (math.inf, -math.inf):
             raise Refusal(
                 f"{path}: {names[field.name]} is {value!r}, expected {field.type}: restore the file"
             )
@@ -273,7 +275,7 @@ def _read_weights(path: Path, recorded: str | None) -> dict[str, Tensor]:
     try:
         tensors = safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split())[:200]
         raise Refusal(f"{path} is damaged ({reason}): delete it and run dvc repro again") from None
     if recorded is not None and sha256_of(path) != recorded:
         raise Refusal(
@@ -281,6 +283,15 @@ def _read_weights(path: Path, recorded: str | None) -> dict[str, Tensor]:
             f"or remove weights_sha256 from {CONFIG} if you changed the weights on purpose"
         )
     return tensors
+
+
+def _refuse_larger_than(tensors: dict[str, Tensor], shape: TeacherShape | StudentShape, path: Path) -> None:
+    """Before a model is built: one of 10**9 layers would keep the machine busy until it is out of memory."""
+    numbers = sum(part.numel() for part in tensors.values())
+    for field in fields(shape):
+        most = len(tensors) if field.name in ("layers", "experts") else numbers
+        if field.type == "int" and field.name != "sequence_tokens" and getattr(shape, field.name) > most:
+            raise Refusal(f"{path}: {field.name} ({getattr(shape, field.name)}) is more than {WEIGHTS} can hold")
 
 
 def _check_weights(tensors: dict[str, Tensor], expected: dict[str, torch.Size], path: Path) -> None:

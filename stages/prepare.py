@@ -90,6 +90,8 @@ def main(settings, place, run):
     run.metrics(metrics)
     run.artifact(folder / "CORPUS.md")
     print(f"prepare: {summary(card)}", file=sys.stderr)
+    digests = sorted(document.digest for document in documents)
+    return {"inputs": {"corpus": hashlib.sha256(b"".join(digests)).hexdigest()}}
 
 
 def empty_folder(folder):

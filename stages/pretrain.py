@@ -36,8 +36,8 @@ def fits(settings, place: Place) -> Iterator:
     )
 
 
-def main(settings, place: Place, run) -> None:
-    result = launch("pretrain", settings, place, ["artifacts/data"], run)
+def main(settings, place: Place, run) -> dict:
+    result, conditions = launch("pretrain", settings, place, ["artifacts/data"], run)
     write_curves(place.write("plots/pretrain.csv"), result)
     teacher = result["teacher"]
     metrics = {k: teacher[k] for k in ("validation_bits_per_byte", "expert_load", "max_violation")}
@@ -45,6 +45,7 @@ def main(settings, place: Place, run) -> None:
     write_json(place.write("metrics/pretrain.json"), metrics)
     run.metrics({"validation_bits_per_byte": teacher["validation_bits_per_byte"]})
     run.model(place.write("artifacts/teacher"))
+    return {"conditions": conditions}
 
 
 if __name__ == "__main__":

@@ -16,6 +16,14 @@ import time
 import warnings
 from pathlib import Path
 
+from stages.artifacts import Refusal, read_json, write_atomically, write_json
+from stages.runs import Place, die_with_parent
+
+if __name__ == "__main__":  # before the imports, whose seconds a killed launcher would not live to see
+    die_with_parent()
+    if sys.platform == "linux" and not Path(f"/proc/{read_json(sys.argv[1])['launcher']}").exists():
+        sys.exit(1)  # killed before that: nobody is left to end this rank
+
 import lightning
 import torch
 import torch.distributed as dist
@@ -23,10 +31,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from stages import models, settings
-from stages.artifacts import Refusal, read_json, write_atomically, write_json
 from stages.checkpoints import Checkpoint
 from stages.optimizers import learning_rate_factor, make_optimizers
-from stages.runs import Place, die_with_parent
 from stages.shards import Tokens, Windows, read_card
 from stages.training import Fit, max_violation, validation_nats
 
@@ -41,8 +47,19 @@ class Batches(IterableDataset):
         self.rank, self.world_size, self.batch_sequences = rank, world_size, batch_sequences
 
     def __iter__(self):
-        for step in self.steps:
+        rehearsal = self.steps[:1] if needs_rehearsal(self.world_size) else []
+        for step in [*rehearsal, *self.steps]:
             yield self.windows.batch(step, self.rank, self.world_size, self.batch_sequences)
+
+
+def needs_rehearsal(world_size: int) -> bool:
+    """Does the first pass of a process sum gradients in another order than those that follow?
+
+    DDP lays its buckets out anew after the first backward pass, and where three ranks or more add up, the order
+    of summing hangs on an element's place in its bucket. A resumed run would differ from an uninterrupted one by
+    that first pass: so each makes one that it throws away.
+    """
+    return world_size > 2
 
 
 class Progress:
@@ -83,6 +100,7 @@ class Training(lightning.LightningModule):
         self.teacher = getattr(fit.objective, "teacher", None)  # a submodule, so that Lightning moves it to the device
         self.started = self.saved = time.monotonic()
         self.start = progress.step
+        self.rehearsed = not needs_rehearsal(job.world_size)
 
     def configure_optimizers(self):
         return self.both
@@ -97,6 +115,9 @@ class Training(lightning.LightningModule):
         torch.manual_seed((job.settings.seed << 40) + (progress.step << 16) + job.rank)  # whoever draws resumes exactly
         outcome = fit.objective(self.model, tokens_BT1)
         self.manual_backward(outcome.loss)
+        if not self.rehearsed:
+            self.rehearsed = True
+            return
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), job.optimizer.clip_norm)
 
         # One collective per step carries everything the ranks must agree on.
@@ -166,14 +187,14 @@ class Job:
 
     def __init__(self, path: Path):
         job = read_json(path)
-        self.stage, self.state, self.launcher = job["stage"], Path(job["state"]), job["launcher"]
+        self.stage, self.state = job["stage"], Path(job["state"])
         self.place = Place(Path(job["root"]), Path(job["out"]))
         self.settings = settings.validate(job["settings"], list(job["settings"]))
         self.optimizer, self.sequence_tokens = self.settings.optimizer, self.settings.sequence_tokens
         self.checkpoint_every_seconds = self.settings.trainer.checkpoint_every_seconds
         self.log_every_steps = self.settings.trainer.log_every_steps
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.accelerator = job["accelerator"]
+        self.accelerator, self.precision = job["accelerator"], job["precision"]
         data = self.place.read("artifacts/data")
         self.card = read_card(data)
         self.windows = Windows(Tokens(data, "train"), self.sequence_tokens, self.settings.seed)
@@ -212,14 +233,6 @@ class Job:
             )
 
 
-def precision_plugin(precision: str, accelerator: str) -> str:
-    """bfloat16 autocast where the matrix units have it: detected, not assumed."""
-    if precision == "auto":
-        fast = torch.cuda.is_bf16_supported() if accelerator == "gpu" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        precision = "bfloat16" if fast else "float32"
-    return "bf16-mixed" if precision == "bfloat16" else "32-true"
-
-
 def run_fit(fit: Fit, job: Job) -> dict:
     """Trains one fit to its end (from its checkpoint, if there is one) and writes the model."""
     optimizers = make_optimizers(fit.model, job.optimizer, fit.learning_rate_scale)
@@ -233,7 +246,7 @@ def run_fit(fit: Fit, job: Job) -> dict:
             accelerator=job.accelerator,
             devices=job.world_size,
             strategy=lightning.pytorch.strategies.DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True),
-            precision=precision_plugin(job.settings.trainer.precision, job.accelerator),
+            precision={"bfloat16": "bf16-mixed", "float32": "32-true"}[job.precision],
             max_epochs=1,
             use_distributed_sampler=False,
             logger=False,
@@ -263,11 +276,10 @@ def run_fit(fit: Fit, job: Job) -> dict:
 
 def main() -> None:
     warnings.filterwarnings("ignore", module="lightning")
-    die_with_parent()
     job = Job(Path(sys.argv[1]))
-    if not Path(f"/proc/{job.launcher}").exists() and sys.platform == "linux":
-        sys.exit(1)  # killed, torchrun with it, while this rank imported: nobody is left to end it
     torch.manual_seed(job.settings.seed)
+    torch.use_deterministic_algorithms(job.settings.trainer.deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes all memory twice
     results = {}
     try:
         if not dist.is_initialized():

@@ -19,6 +19,7 @@ import yaml
 from stages import charts
 from stages.artifacts import Refusal, read_json, write_atomically, write_json
 from stages.charts import Line, Point, number
+from stages.provenance import record_path
 from stages.runs import run_stage
 
 SECTIONS = ("seed",)
@@ -68,13 +69,14 @@ def main(settings, place, run) -> None:
     card = read_json(place.read("artifacts/data") / "card.json")
     texts = read_json(place.read("artifacts/samples.json"))
     measurements = {path.stem: read_json(path) for path in sorted(place.read("measurements").glob("*.json"))}
+    made = {stage: read_json(place.read(record_path(stage)))["conditions"] for stage in ("prepare", *STAGES)}
 
     by_count = make_claims(metrics, {}, absent=ELSEWHERE)
     write_json(place.write("report/claims.json"), {"claims": [claim._asdict() for claim in by_count]})
     claims = make_claims(metrics, measurements.get("evaluate", {}))
     write_atomically(place.write("report/claims.md"), claims_as_markdown(claims))
     page = place.write("report/index.html")
-    write_atomically(page, make_page(claims, metrics, curves, texts, card, measurements, settings.seed))
+    write_atomically(page, make_page(claims, metrics, curves, texts, card, measurements, made, settings.seed))
     run.artifact(page)
     print(f"report: {page}")
 
@@ -356,7 +358,7 @@ MARKS = {"beaten": "▲", "holds": "✓", "fails": "✕", NOT_TESTABLE: "?"}
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
-def make_page(claims, metrics, curves, texts, card, measurements, seed) -> str:
+def make_page(claims, metrics, curves, texts, card, measurements, made, seed) -> str:
     """The whole page; what is clock-dependent shows its absence in words."""
     evaluated, clock = metrics["evaluate"], measurements.get("evaluate", {})
     body = [
@@ -398,6 +400,12 @@ def make_page(claims, metrics, curves, texts, card, measurements, seed) -> str:
         ),
         section("Samples", "The opening of a test document, continued by each model.", samples(texts)),
         section("Corpus", "", corpus_table(card)),
+        section(
+            "Where these numbers were made",
+            "What the bytes of every file depend on beside settings, code and seed. Under the same conditions they "
+            "are the same; under others they may differ, and python -m stages.compare says by how much.",
+            conditions_table(made),
+        ),
         section("Reproduce", "", reproduce(card, seed)),
     ]
     return (
@@ -670,6 +678,20 @@ def corpus_table(card: dict) -> str:
         f"sha256 {card['tokenizer_sha256'][:16]}…"
     )
     return table(["split", "documents", "bytes", "tokens", "bytes per token"], rows, note)
+
+
+def conditions_table(made: dict[str, dict]) -> str:
+    """Each condition once where all stages share it, else with the stages of each value."""
+    rows = []
+    for name in dict.fromkeys(name for conditions in made.values() for name in conditions):
+        stages_of: dict[str, list[str]] = {}
+        for stage, conditions in made.items():
+            if name in conditions:
+                stages_of.setdefault(str(conditions[name]), []).append(stage)
+        everywhere = [*made] in stages_of.values()
+        told = [value if everywhere else f"{value} ({', '.join(stages)})" for value, stages in stages_of.items()]
+        rows.append([words(name), "; ".join(told)])
+    return table(["condition", "value"], rows)
 
 
 def reproduce(card: dict, seed: int) -> str:

@@ -8,6 +8,7 @@ python -m stages.distill -m distill.temperature=1,2,4   # a sweep in multirun/di
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import signal
 import sys
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from stages.artifacts import ROOT, Refusal, read_json, write_atomically
+from stages.artifacts import ROOT, Refusal, read_json, write_atomically, write_json
 from stages.settings import as_yaml, offer_sheet, one_line_errors, validate
 
 LOCK_SECONDS = 30  # a stage whose dvc was killed needs a moment to die
@@ -52,7 +53,10 @@ class Job:
 
 
 def run_stage(main, name: str, sections) -> None:
-    """Run `main(settings, place, run)`; a Refusal, or what Hydra refuses, is one line and exit code 1."""
+    """Run `main(settings, place, run)`; a Refusal, or what Hydra refuses, is one line and exit code 1.
+
+    It may return {"conditions": {...}, "inputs": {...}}: what its outs depend on and only it knows.
+    """
     try:
         if "DVC_STAGE" in os.environ:
             _run_under_dvc(main, name, tuple(sections))
@@ -93,12 +97,27 @@ def _run_tracked(main, name, plain, sections, place, sweep):
 
     try:
         with start_run(stage=name, settings=plain, out=place.out, root=place.root, sweep=sweep) as run:
-            return main(settings, place, run)
+            own = main(settings, place, run) or {}
+            if place.out == place.root:
+                _leave_record(name, own, place)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
         at = error.filename or place.out
         raise Refusal(f"{name} could not write ({error.strerror}: {at}): mend that and repeat the command") from None
+
+
+def _leave_record(name, own, place):
+    """What made these outs, beside them; and a word on how they compare with the committed ones."""
+    from stages import compare, provenance  # late: neither is needed to refuse a setting
+
+    record = provenance.record(name, own, place.root)
+    write_json(place.write(provenance.record_path(name)), record)
+    record = read_json(place.read(provenance.record_path(name)))  # as written: numbers are rounded
+    committed = compare.committed(place.root, name)
+    told = committed and compare.sentence(name, compare.compare(committed, record))
+    if told:
+        _say(told)
 
 
 def die_with_parent():
@@ -148,6 +167,7 @@ def _run_by_hand(main, name, sections):
     work.__module__ = f"stages.{name}"  # Hydra names the job, and so its folder, after this
     arguments = sys.argv[1:]
     offer_sheet(arguments)
+    _refuse_outside(arguments, name)
     import hydra
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing: it becomes one line here
@@ -164,6 +184,53 @@ def _run_by_hand(main, name, sections):
         raise Refusal(f"{count}, first job {failed[0].number}: {failed[0].failure}")
     if failed:
         raise Refusal(failed[0].failure)
+
+
+def _refuse_outside(arguments, name):
+    """Composes every job as Hydra will, and refuses what would write outside the project before a folder is made."""
+    from hydra import compose, initialize_config_dir
+    from hydra._internal.utils import get_args_parser
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import read_write
+
+    options = get_args_parser().parse_args(arguments)
+    for option in ("config_path", "config_name", "config_dir", "experimental_rerun"):  # the last reads a pickle
+        if getattr(options, option):
+            raise Refusal(f"--{option.replace('_', '-')}: settings come from params.yaml and conf/ only")
+    with one_line_errors(Exception), initialize_config_dir(str(ROOT / "conf"), version_base="1.3", job_name=name):
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+        choices = [
+            [f"{word.get_key_element()}={value}" for value in word.sweep_string_iterator()]
+            if word.is_discrete_sweep()
+            else [word.input_line]
+            for word in parser.parse_overrides(options.overrides)
+            if word.is_discrete_sweep() or not word.is_sweep_override()  # an interval, of Optuna's, is numbers
+        ]
+        if not any("hydra" in word for word in options.overrides):
+            choices = [values[:1] for values in choices]  # by default a job's folder is its number
+        for words in itertools.product(*choices):
+            cfg = compose("config", [*words, "hydra.job.num=0", "hydra.job.id=0"], return_hydra_config=True)
+            HydraConfig.instance().set_config(cfg)
+            sweep = cfg.hydra.sweep.dir
+            for folder in (cfg.hydra.run.dir, sweep, os.path.join(sweep, cfg.hydra.sweep.subdir)):
+                _refuse_unless_inside(folder)
+                _refuse_unless_inside(os.path.join(folder, cfg.hydra.output_subdir or ".hydra"))
+                with read_write(cfg.hydra.runtime):
+                    cfg.hydra.runtime.output_dir = folder
+                for logging in (cfg.hydra.job_logging, cfg.hydra.hydra_logging):
+                    for handler in logging.get("handlers", {}).values():
+                        _refuse_unless_inside(handler.get("filename", folder))
+
+
+def _refuse_unless_inside(path):
+    """Reading may be from anywhere. A symbolic link under the project is its owner's will, `..` behind it is not."""
+    plainly = ".." not in Path(path).parts and Path(os.path.abspath(path)).is_relative_to(ROOT)
+    if not plainly and not Path(path).resolve().is_relative_to(ROOT):
+        raise Refusal(f"{path}: a run writes inside {ROOT} only; for another disk put a symbolic link there")
+    if Path(path).resolve() == ROOT:
+        raise Refusal(f"{path}: a run by hand would overwrite DVC's outs here; name a folder such as outputs/mine")
 
 
 def _run_job(main, name, sections, cfg, jobs):
@@ -184,6 +251,7 @@ def _run_job(main, name, sections, cfg, jobs):
     if sweeping:
         _say(f"{name} job {job.number}: {' '.join(job.overrides)}")
     try:
+        _refuse_unless_inside(job.folder)  # a sweeper's own choice may have come into its name
         with one_line_errors():
             plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         validate(plain)  # all of it: a typo in a section of another stage is still a typo

@@ -119,6 +119,7 @@ class Optimizer:
 class Trainer:
     accelerator: Literal["auto", "cpu", "gpu"]
     precision: Literal["auto", "float32", "bfloat16"]
+    deterministic: bool
     ranks: int | Literal["auto"] = bounded(1, 65536)
     checkpoint_every_seconds: float = bounded(0, 1e9)
     log_every_steps: int = count()
@@ -267,6 +268,10 @@ def _read(value, kind, path, bounds):
         if not isinstance(value, (list, tuple)):
             _refuse(key, value, "must be a list")
         return tuple(_read(item, typing.get_args(kind)[0], path, bounds) for item in value)
+    if kind is bool:
+        if not isinstance(value, bool):
+            _refuse(key, value, "must be true or false")
+        return value
     if kind is str:
         if not isinstance(value, str) or not value.strip() or "\0" in value:
             _refuse(key, value, "must be a word")
@@ -444,7 +449,7 @@ def compose(overrides: Any = (), root: Path = ROOT) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     offer_sheet(overrides, root)
-    with one_line_errors(), hydra.initialize_config_dir(str(root / "conf"), version_base="1.3"):
+    with one_line_errors(Exception), hydra.initialize_config_dir(str(root / "conf"), version_base="1.3"):
         cfg = hydra.compose("config", overrides=list(overrides))
         return typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
 
@@ -536,7 +541,13 @@ def _flat(value, path=()):
 
 
 class one_line_errors:
-    """Turns what Hydra and OmegaConf raise, many lines about their internals, into one Refusal."""
+    """Turns what Hydra and OmegaConf raise, many lines about their internals, into one Refusal.
+
+    Where nothing but composition runs, they may raise anything: an assertion, or a decoding error.
+    """
+
+    def __init__(self, *kinds: type[Exception]):
+        self.kinds = kinds
 
     def __enter__(self):
         return self
@@ -546,14 +557,15 @@ class one_line_errors:
         from omegaconf.errors import OmegaConfBaseException
         from yaml import YAMLError
 
-        if not isinstance(error, (HydraException, OmegaConfBaseException, YAMLError)):
+        known = (HydraException, OmegaConfBaseException, YAMLError, *self.kinds)
+        if isinstance(error, Refusal) or not isinstance(error, known):
             return
-        text = str(error)
+        text = str(error) or f"Hydra cannot read this ({kind.__name__})"
         unknown = re.search(r"Could not override '([^']*)'", text)
         if unknown:
             close = difflib.get_close_matches(unknown[1], leaves(), n=1)
             hint = f"did you mean {close[0]}?" if close else "python -m stages.config lists them all"
             raise Refusal(f"{unknown[1]}: no such setting; {hint}") from None
         full_key = re.search(r"full_key: (\S+)", text)
-        first = " ".join(text.strip().split("\n")[0].split())
+        first = " ".join(text.strip().split("\n")[0].split())[:300]
         raise Refusal(f"{full_key[1]}: {first}" if full_key else first) from None

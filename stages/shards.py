@@ -135,9 +135,13 @@ class Tokens:
             self._shards.append(np.memmap(path, dtype=dtype, mode="r"))
             total += shard["tokens"]
         self._total = total
-        table = part["documents_table"]
-        _check(folder / table["file"], table["sha256"])  # small, and read whole anyway
-        self.documents = np.load(folder / table["file"], allow_pickle=False).astype(np.int64)
+        table = folder / part["documents_table"]["file"]
+        _check(table, part["documents_table"]["sha256"])  # small, and read whole anyway
+        try:
+            with open(table, "rb") as file:
+                self.documents = np.lib.format.read_array(file, allow_pickle=False).astype(np.int64)
+        except (ValueError, MemoryError):  # not numbers, or more than there are
+            raise _altered(table, "it is not a table of numbers") from None
         self.bytes_per_token = self.bytes / max(total, 1)
 
     def __len__(self):
@@ -312,4 +316,7 @@ def load_tokenizer(folder):
         return BytesTokenizer()
     import tokenizers
 
-    return BpeTokenizer(tokenizers.Tokenizer.from_file(str(path)))
+    try:
+        return BpeTokenizer(tokenizers.Tokenizer.from_file(str(path)))
+    except Exception as error:  # the library raises no narrower type
+        raise _altered(path, f"it is no tokenizer: {' '.join(str(error).split())[:200]}") from None

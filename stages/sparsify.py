@@ -56,8 +56,8 @@ def fits(settings, place: Place) -> Iterator:
         )
 
 
-def main(settings, place: Place, run) -> None:
-    result = launch("sparsify", settings, place, INPUTS, run)
+def main(settings, place: Place, run) -> dict:
+    result, conditions = launch("sparsify", settings, place, INPUTS, run)
     write_curves(place.write("plots/sparsify.csv"), result)
     metrics = {f"{name}_validation_bits_per_byte": fit["validation_bits_per_byte"] for name, fit in result.items()}
     for name in ("sparse_teacher", "sparse_student"):
@@ -66,6 +66,7 @@ def main(settings, place: Place, run) -> None:
     run.metrics(metrics)
     for name in ("sparse_teacher", "sparse_student"):
         run.model(place.write(f"artifacts/{name}"))
+    return {"conditions": conditions}
 
 
 if __name__ == "__main__":

@@ -4,12 +4,17 @@ A stage never talks to MLflow. It appends lines to `.runs/tracking/<run>/events.
 when it ends, a process of its own (`stages/mirror.py`, the only importer of MLflow) sends the record on.
 A server that is down costs nothing but a message; what it missed goes out later, complete and once:
 
+    python -m stages.tracking status                        # what waits to be sent, and why
     python -m stages.tracking sync                          # everything that no store has seen whole
     python -m stages.tracking sync .runs/tracking/<run>     # this run, to the store of MLFLOW_TRACKING_URI
+
+Once a store has a run whole, the weights that its record held are let go; the rest is small and stays.
 """
 
+import atexit
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -17,6 +22,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import time
@@ -24,23 +30,37 @@ import uuid
 from pathlib import Path
 
 import yaml
-from filelock import FileLock, Timeout
 
 from stages.artifacts import ROOT, sha256_of
 
 RECORDS = Path(".runs/tracking")
+ALL_SENT = "everything is sent"
+FAILURE = RECORDS / "failure.txt"  # why the last mirror did not send all; absent when it did
 BY_HAND_WAIT_S = 10.0  # a run by hand on the local store is in MLflow when the prompt returns
+SHORTEST_SECRET = 8  # a shorter value of a variable is too likely a word of the text
 
 _URI_SECRET = re.compile(r"(?<=://)[^/\s'\"]*@")  # user:password@, up to the last @ before the path
 _QUERY_SECRET = re.compile(r"(?i)\b(password|secret|token|access_token|api_?key|sig|signature)=[^&\s'\"]+")
 _TOKEN = re.compile(r"\b(hf_|ghp_|github_pat_|sk-)[A-Za-z0-9_-]{16,}")
 _SECRET_KEY = re.compile(r"(?i)(password|passwd|secret|api_?key|access_key|credential|auth_token)")
+_SECRET_VARIABLE = re.compile(r"(?i)(token|secret|passw|passphrase|credential|(^|_)(api_?)?(key|pass|auth)(_|$))")
+_URI_PASSWORD = re.compile(r"://[^/\s:]*:([^/\s]+)@")
 
 
 def redacted(text):
-    """The text without the passwords and tokens that URIs and settings may carry."""
-    text = _URI_SECRET.sub("***@", str(text))
+    """The text without passwords and tokens: those of the environment, and what URIs and settings may carry."""
+    text = str(text)
+    for secret in _secrets_of_the_environment():
+        text = text.replace(secret, "***")
+    text = _URI_SECRET.sub("***@", text)
     return _TOKEN.sub(r"\1***", _QUERY_SECRET.sub(r"\1=***", text))
+
+
+def _secrets_of_the_environment():
+    """Values of variables with a secret's name, and passwords in the URIs of any variable; longest first."""
+    values = {value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name)}
+    values.update(*(_URI_PASSWORD.findall(value) for value in os.environ.values()))
+    return sorted((value for value in values if len(value) >= SHORTEST_SECRET), key=len, reverse=True)
 
 
 def flat(values, prefix=""):
@@ -74,16 +94,16 @@ class Run:
 
     def text(self, name, text):
         """A small text shown beside the run, such as generated samples."""
-        self._event("text", name=str(name), text=redacted(text))
+        self._event("text", name=str(name), text=text)
 
     def artifact(self, path):
         """A file or folder to show beside the run; copied, since the next run of the stage replaces it."""
         with self._quietly():
             if self.folder:
-                self._event("artifact", file=self._keep(Path(path), shutil.copy2), name=Path(path).name)
+                self._event("artifact", file=self._keep(Path(path), _copy_redacted), name=Path(path).name)
 
     def tag(self, key, value):
-        self._event("tag", key=str(key), value=redacted(value))
+        self._event("tag", key=str(key), value=str(value))
 
     def model(self, folder, tokenizer=None):
         """The model in this folder, with the tokenizer, so that mlflow.pyfunc.load_model generates text."""
@@ -92,9 +112,9 @@ class Run:
                 tokenizer = Path(tokenizer or self.root / "artifacts/data")
                 # Linked, not copied: models are large, and replaced by renaming, never written in place.
                 kept = self._keep(Path(folder), _link_or_copy)
-                for name in ("tokenizer.json", "card.json"):
+                for name, copy in (("tokenizer.json", shutil.copy2), ("card.json", _copy_redacted)):
                     if (tokenizer / name).exists():
-                        self._keep(tokenizer / name, shutil.copy2, under=f"{kept}.tokenizer")
+                        self._keep(tokenizer / name, copy, under=f"{kept}.tokenizer")
                 self._event("model", name=Path(folder).name, file=kept, sha256=sha256_of(folder),
                             folder=str(Path(folder).resolve()), tokenizer=str(tokenizer.resolve()))
 
@@ -116,6 +136,8 @@ class Run:
         with self._quietly():
             if self._file is None:
                 return
+            if kind != "metrics":  # numbers hold no secret
+                fields = _redacted_within(fields)
             line = json.dumps({"kind": kind, "time": time.time(), **fields}, ensure_ascii=False, default=str)
             # After a line cut short by a full disk the next one starts afresh.
             line, self._torn = ("\n" if self._torn else "") + line + "\n", True
@@ -134,8 +156,8 @@ class Run:
     def _open(self):
         self.folder.mkdir(parents=True)
         # Held while the stage lives, so that the mirror can tell a running stage from a killed one.
-        self._alive = FileLock(self.folder / "alive")
-        self._alive.acquire(timeout=0)
+        self._alive = open(self.folder / "alive", "w")
+        fcntl.flock(self._alive, fcntl.LOCK_EX)
         self._file = open(self.folder / "events.jsonl", "a", encoding="utf-8", buffering=1)
 
     def _close(self):
@@ -144,16 +166,30 @@ class Run:
                 file, self._file = self._file, None
                 file.close()
             if self._alive is not None:
-                self._alive.release()
+                self._alive.close()
+
+
+def _redacted_within(value):
+    """The value with every string in it redacted, keys left alone."""
+    if isinstance(value, dict):
+        return {key: _redacted_within(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_redacted_within(inner) for inner in value]
+    return redacted(value) if isinstance(value, (str, Path)) else value
 
 
 def read_lines(path):
     """The whole JSON lines of a file; what a kill or a full disk cut short is passed over."""
     lines = []
     for line in path.read_bytes().split(b"\n")[:-1]:  # the last piece has no line end: empty, or torn
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             lines.append(json.loads(line))
-    return [line for line in lines if isinstance(line, dict)]
+    return [line for line in lines if isinstance(line, dict) and _names_own_file(line)]
+
+
+def _names_own_file(event):
+    """A record names only what `_keep` put into it: the mirror sends such files, and removes them."""
+    return "file" not in event or re.fullmatch(r"files/\d+-[^/]+", str(event["file"])) is not None
 
 
 @contextlib.contextmanager
@@ -182,7 +218,7 @@ def start_run(stage, settings, out, root, sweep=None):
         status = "FINISHED" if error.code in (0, None) else "FAILED"
         raise
     except BaseException as error:
-        run.tag("error", f"{type(error).__name__}: {error}"[:500])
+        run.tag("error", redacted(f"{type(error).__name__}: {error}")[:500])  # a secret cut in two is not found
         raise
     finally:
         with run._quietly():
@@ -241,11 +277,11 @@ def _identity(stage, settings, out, root, sweep, deps):
             tags[f"in.{path}"] = sha256_of(root / path)
     return {
         "stage": stage,
-        "name": redacted(name),
-        "pipeline": redacted(key) if key else None,
-        "parent": redacted(parent) if parent else None,
-        "params": {key: redacted(value) for key, value in flat(settings).items()},
-        "tags": {key: redacted(value) for key, value in tags.items() if value},
+        "name": name,
+        "pipeline": key,
+        "parent": parent,
+        "params": {key: str(value) for key, value in flat(settings).items()},
+        "tags": {key: value for key, value in tags.items() if value},
     }
 
 
@@ -342,27 +378,58 @@ def _link_or_copy(source, target):
         shutil.copy2(source, target)
 
 
+def _copy_redacted(source, target):
+    content = Path(source).read_bytes()
+    with contextlib.suppress(UnicodeDecodeError):
+        content = redacted(content.decode()).encode()
+    Path(target).write_bytes(content)
+
+
+_mirrors: list[subprocess.Popen] = []  # that this process waits for before it ends
+
+
 def _start_mirror(folder, store):
     """Send the record from a process of its own, in the background: the next stage need not wait for it."""
     home = store if (store / "stages/tracking.py").exists() else ROOT  # a temporary copy may vanish
     path = os.pathsep.join(filter(None, [str(home), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-m", "stages.tracking", "sync", str(folder), "--mirror", "--root", str(store)]
-    quiet = {"stdin": subprocess.DEVNULL, "start_new_session": True}
-    process = subprocess.Popen(words, cwd=home, env=environment, **quiet)
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": None}
+    if _is_pipe(2):
+        # Whoever reads the pipe waits until its last writer is gone: it must not be the mirror. So this
+        # process says what the mirror before it could not.
+        streams["stderr"] = subprocess.DEVNULL
+        with contextlib.suppress(FileNotFoundError):
+            _say((store / FAILURE).read_text(encoding="utf-8"))
+    process = subprocess.Popen(words, cwd=home, env=environment, start_new_session=True, **streams)
     if "DVC_STAGE" not in os.environ and "MLFLOW_TRACKING_URI" not in os.environ:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(BY_HAND_WAIT_S)
+        if not _mirrors:
+            atexit.register(_wait_for_mirrors)
+        _mirrors.append(process)
+
+
+def _is_pipe(descriptor):
+    try:
+        mode = os.fstat(descriptor).st_mode
+    except OSError:  # closed
+        return True
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+
+
+def _wait_for_mirrors():
+    deadline = time.monotonic() + BY_HAND_WAIT_S
+    with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+        for process in _mirrors:
+            process.wait(max(0.0, deadline - time.monotonic()))
 
 
 def is_alive(folder):
     """Is the stage that writes this record still running?"""
-    lock = FileLock(folder / "alive")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return True
-    lock.release()
+    with open(folder / "alive", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two that ask at once do not see each other
+        except BlockingIOError:
+            return True
     return False
 
 
@@ -381,9 +448,10 @@ def is_sent(folder, uri=None):
 def read_sent(folder):
     """What was sent where: store name -> {run_id, events, done}."""
     try:
-        return json.loads((folder / "sent.json").read_text())
-    except (OSError, ValueError):
+        states = json.loads((folder / "sent.json").read_text())
+    except (OSError, ValueError, RecursionError):
         return {}
+    return states if isinstance(states, dict) and all(isinstance(state, dict) for state in states.values()) else {}
 
 
 def store_name(uri):
@@ -395,31 +463,44 @@ def _say(message):
     print(f"offramp: {redacted(message)}", file=sys.stderr, flush=True)
 
 
+def _print_status(root):
+    """What waits, how much of it any store has, and why the last mirror did not send it."""
+    waiting = unsent(root)
+    for folder in waiting:
+        events = read_lines(folder / "events.jsonl")
+        running = is_alive(folder)
+        end = "running" if running else events[-1].get("status", "KILLED") if events else "KILLED"
+        sent = max([state["events"] for state in read_sent(folder).values()], default=0)
+        print(f"{RECORDS / folder.name}  {end}  {sent} of {len(events)} events sent")
+    print(f"{len(waiting)} runs wait to be sent: python -m stages.tracking sync" if waiting else ALL_SENT)
+    with contextlib.suppress(FileNotFoundError):
+        print(f"last failure: {(root / FAILURE).read_text(encoding='utf-8')}")
+
+
 def main(words):
-    """`sync [folder]`; `--mirror` is how a stage calls it: its own run first, then the backlog."""
+    """`sync [folder]`, `status`; `--mirror` is how a stage calls it: its own run first, then the backlog."""
     import argparse
 
     parser = argparse.ArgumentParser(prog="python -m stages.tracking", description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=["sync"])
-    parser.add_argument("folder", nargs="?", type=Path, help="a record; default: all unsent")
+    parser.add_argument("command", choices=["sync", "status"])
+    parser.add_argument("folder", nargs="?", type=Path, help="a record to send; default: all unsent")
     parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
     parser.add_argument("--mirror", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args(words)
-    folders = [options.folder.resolve()] if options.folder else []
-    for folder in folders:
-        if not (folder / "events.jsonl").exists():
-            parser.error(f"{folder} holds no events.jsonl: name a folder under {RECORDS}")
-    if options.mirror or not folders:
-        folders += [folder for folder in unsent(options.root) if folder not in folders]
-    if not folders:
-        print("everything is sent")
+    root, folder = options.root.resolve(), options.folder and options.folder.resolve()
+    if options.command == "status":
+        return _print_status(root)
+    if folder and not (folder / "events.jsonl").exists():
+        parser.error(f"{folder} holds no events.jsonl: name a folder under {RECORDS}")
+    if not folder and not unsent(root):
+        print(ALL_SENT)
         return 0
     if options.mirror and hasattr(os, "nice"):
         os.nice(10)  # the next stage goes first
 
     from stages import mirror  # MLflow takes two seconds to import, and no stage pays for it
 
-    return mirror.send(folders, options.root.resolve(), quiet=options.mirror)
+    return mirror.send(root, folder, backlog=options.mirror or not folder, quiet=options.mirror)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,19 @@ import torch
 from torch.nn.functional import one_hot
 
 from benchmarks import __main__ as bench
-from benchmarks import ceiling, checkpoint, losses, moe_layer, router, startup, table, timing, training_step
+from benchmarks import (
+    ceiling,
+    checkpoint,
+    determinism,
+    losses,
+    moe_layer,
+    router,
+    startup,
+    table,
+    timing,
+    tracking,
+    training_step,
+)
 from stages import models
 
 SHAPE = replace(
@@ -24,11 +36,13 @@ def small_rows() -> list:
     return [
         *ceiling.rows(square=32, seconds=0),
         *training_step.rows(SHAPE, sequences=2, seconds=0, least_rounds=1),
+        *determinism.rows(SHAPE, sequences=2, seconds=0, least_rounds=1),
         *moe_layer.rows(tokens=(16,), experts=(4,), width=16, expert_width=8, seconds=0),
         *router.rows(sizes=((4, 2),), tokens=16, width=16, expert_width=8, seconds=0),
         *losses.rows((50,), tokens=16, student_width=8, teacher_width=12, chunk_tokens=4, seconds=0),
         *checkpoint.rows({"little": 4800}, seconds=0),
         *startup.rows({"nothing": ("json", "re")}, seconds=0),
+        *tracking.rows(seconds=0, least_rounds=1),
     ]
 
 
@@ -36,6 +50,7 @@ def test_every_group_gives_rows_with_positive_finite_ratios(small_rows):
     rows = [row for row in small_rows if isinstance(row, table.Row)]
     assert {row.group for row in rows} == {
         "matmul ceiling", "training step", "MoE layer", "router", "distillation loss", "checkpoint", "start-up",
+        "tracking", "deterministic kernels",
     }  # fmt: skip
     for row in rows:
         assert 0 < row.low <= row.high < float("inf") and 0 < row.ratio < float("inf"), row
@@ -126,6 +141,12 @@ def test_rounds_are_interleaved_and_the_ratio_is_of_medians():
 
 def sizes_of(model):
     return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def test_the_step_whose_cost_is_measured_runs_on_deterministic_kernels_alone():
+    seen = []
+    determinism.switched(lambda: seen.append(torch.are_deterministic_algorithms_enabled()), True)()
+    assert seen == [True] and not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.parametrize("implementation", training_step.EXPERTS_IMPLEMENTATIONS)

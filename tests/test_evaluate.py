@@ -73,6 +73,14 @@ def checkout(tmp_path_factory, settings) -> Path:
     return root
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in all tests: two threads on two busy cores wait for each other most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "cores", lambda: 1)
+        yield
+
+
 @pytest.fixture(scope="module")
 def evaluated(checkout, settings):
     run = SilentRun()
@@ -167,6 +175,7 @@ def slow(*arguments):
     time.sleep(0.3)
     return plain(*arguments)
 scoring.window_scores = slow
+evaluate.cores = lambda: 1
 scoring.score = lambda *a, **named: original(*a, **named, save_every_seconds=0)
 settings = evaluate_settings()
 class Run:

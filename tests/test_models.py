@@ -1,11 +1,16 @@
 """Models on disk: equal to transformers' own classes, byte-identical, and refused when damaged."""
 
 import json
+import shutil
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_student import SHAPE as STUDENT
 from test_teacher import SHAPE as TEACHER
@@ -209,6 +214,68 @@ def test_wrong_weights_are_refused_by_name(saved, change, told):
 def test_a_config_that_does_not_fit_is_refused(saved, changes, told):
     edit_config(saved, **changes)
     assert told in refusal_of(saved)
+
+
+VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+VALUES |= st.lists(st.integers(), max_size=2) | st.sampled_from([10**9, 2**63, 10**30])
+FOLDERS = {}
+
+
+def folder_with(shape, tmp_path_factory):
+    """A saved model, made once: hypothesis calls a test many times."""
+    if shape not in FOLDERS:
+        FOLDERS[shape] = tmp_path_factory.mktemp("whole")
+        models.save(random_model(shape), FOLDERS[shape])
+    return FOLDERS[shape]
+
+
+def loads_the_same_weights_or_refuses(damaged, whole):
+    try:
+        state = models.load(damaged).state_dict()
+    except Refusal as refusal:
+        assert "\n" not in str(refusal) and str(damaged) in str(refusal)
+    else:
+        assert all(torch.equal(part, state[name]) for name, part in models.load(whole).state_dict().items())
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("shape", [TEACHER, STUDENT], ids=["teacher", "student"])
+def test_any_value_in_the_config_is_refused_or_leaves_the_weights_as_they_were(shape, tmp_path_factory, data):
+    whole = folder_with(shape, tmp_path_factory)
+    with tempfile.TemporaryDirectory() as damaged:
+        shutil.copytree(whole, damaged, dirs_exist_ok=True)
+        keys = sorted(json.loads((whole / "config.json").read_text()).keys() | {"rope_scaling"})
+        edit_config(Path(damaged), **{data.draw(st.sampled_from(keys)): data.draw(VALUES)})
+        loads_the_same_weights_or_refuses(damaged, whole)
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_any_change_of_the_bytes_is_refused_or_leaves_the_weights_as_they_were(name, tmp_path_factory, data):
+    whole = folder_with(STUDENT, tmp_path_factory)
+    with tempfile.TemporaryDirectory() as damaged:
+        shutil.copytree(whole, damaged, dirs_exist_ok=True)
+        content = (whole / name).read_bytes()
+        start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(content))] * 2)))
+        (Path(damaged) / name).write_bytes(content[:start] + data.draw(st.binary(max_size=8)) + content[end:])
+        loads_the_same_weights_or_refuses(damaged, whole)
+
+
+@pytest.mark.parametrize("length", [0, 10**9, 2**63 - 1, 2**64 - 1])
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"",
+        b'{"a":' * 100_000,
+        b'{"a": {"dtype": "F32", "shape": [1099511627776, 1099511627776], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [1099511627776], "data_offsets": [0, 4398046511104]}}',
+    ],
+)
+def test_a_weights_header_that_claims_the_impossible_is_refused(saved, header, length):
+    (saved / "model.safetensors").write_bytes((length or len(header)).to_bytes(8, "little") + header)
+    assert "damaged" in refusal_of(saved)
 
 
 def test_bfloat16_weights_without_a_recorded_hash_are_loaded_as_float32(saved):

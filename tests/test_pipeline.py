@@ -33,12 +33,12 @@ def clone(target: Path) -> Path:
     return target
 
 
-def user_types(tree: Path, *command: str, check: bool = True) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(tree), "MLFLOW_DISABLE_TELEMETRY": "true"}
+def user_types(tree: Path, *command: str, check: bool = True, umask: int = -1, **variables: str):
+    environment = os.environ | {"PYTHONPATH": str(tree), "MLFLOW_DISABLE_TELEMETRY": "true"} | variables
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     environment["DVC_SITE_CACHE_DIR"] = str(tree / ".dvc" / "site")
     environment.pop("DVC_STAGE", None)
-    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tree, env=environment, umask=umask, capture_output=True, text=True)
     assert not check or done.returncode == 0, f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done
 
@@ -160,8 +160,33 @@ def test_a_teacher_of_another_tokenizer_is_refused(tree):
     assert done.returncode != 0 and "another tokenizer" in done.stderr and "Traceback" not in done.stderr
 
 
+OTHER_HABITS = {"PYTHONHASHSEED": "7", "TZ": "Pacific/Kiritimati", "LC_ALL": "C", "LANG": "C", "umask": 0o077}
+
+
+def test_another_folder_and_another_persons_environment_give_identical_bytes(tree, tmp_path):
+    """prepare and pretrain elsewhere: hash seed, time zone, locale, umask, and a path of another depth."""
+    other = clone(new_folder(tmp_path / "a folder" / "größer" / "deep"))
+    user_types(other, *DVC, "repro", "pretrain", **OTHER_HABITS)
+    written = [
+        path.relative_to(other)
+        for name in ("artifacts", "metrics", "plots", "provenance")
+        for path in sorted((other / name).rglob("*"))
+        if path.is_file()
+    ]
+    assert {path.name for path in written} >= {"model.safetensors", "card.json", "prepare.json", "pretrain.csv"}
+    assert [path for path in written if (other / path).read_bytes() != (tree / path).read_bytes()] == []
+
+
+def new_folder(path: Path) -> Path:
+    path.mkdir(parents=True)
+    return path
+
+
 def test_a_forced_rerun_gives_identical_bytes(tree):
-    """The last test of the clone: DDP on, every out hashed by DVC, outs rebuilt from nothing."""
+    """The last test of the clone: DDP on, every out hashed by DVC, outs rebuilt from nothing.
+
+    Numbers of threads in the environment do not reach a stage: it takes its own, and bytes depend on them.
+    """
     lock = (tree / "dvc.lock").read_bytes()
-    user_types(tree, *DVC, "repro", "-f")
+    user_types(tree, *DVC, "repro", "-f", OMP_NUM_THREADS="3", MKL_NUM_THREADS="3", OPENBLAS_NUM_THREADS="3")
     assert (tree / "dvc.lock").read_bytes() == lock

@@ -169,6 +169,9 @@ def write_fixture(root: Path, measured: bool = True):
             "corpus": {"source": "stdlib", "name": "the standard library of Python 3.11.2"},
         },
     )
+    for stage in ("prepare", "pretrain", "distill", "sparsify", "evaluate"):
+        own = {"threads": 2} if stage == "evaluate" else {"ranks": 2} if stage != "prepare" else {}
+        write_json(root / f"provenance/{stage}.json", {"conditions": {"torch": "2.13.0+cpu", **own}})
     if measured:
         write_json(root / "measurements/evaluate.json", clock())
 
@@ -258,6 +261,12 @@ def test_the_reports_numbers_are_those_of_the_metrics_files(checkout):
         assert f"{model['bits_per_byte_low']:.4f} to {model['bits_per_byte_high']:.4f}" in page
     for row in evaluated["checkpointing"]:
         assert report.policy_words(row["policy"]) in page and report.signed(-row["memory_saved"]) in page
+
+
+def test_the_page_says_where_its_numbers_were_made(checkout):
+    page = page_of(checkout)
+    assert "<td>torch</td><td class=n>2.13.0+cpu</td>" in page
+    assert "<td>ranks</td><td class=n>2 (pretrain, distill, sparsify)</td>" in page
 
 
 def test_what_a_model_wrote_cannot_become_markup(checkout):

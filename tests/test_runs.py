@@ -13,7 +13,7 @@ import yaml
 
 from stages.artifacts import ROOT, read_json
 
-ROOMS = ("__init__", "artifacts", "settings", "config", "runs")
+ROOMS = ("__init__", "artifacts", "settings", "config", "runs", "provenance", "compare")
 TOY = """
 import os, sys, time
 from stages.artifacts import Refusal, write_json
@@ -30,6 +30,7 @@ def main(settings, place, run):
     t = settings.distill.temperature
     write_json(place.write("metrics/distill.json"),
                {"validation_bits_per_byte": abs(t - 2) + 1, "steps": 3, "curve": [1]})
+    return {"conditions": {"ranks": int(os.environ.get("TOY_RANKS", 2))}}
 
 if __name__ == "__main__":
     run_stage(main, "distill", ("distill", "seed"))
@@ -52,7 +53,8 @@ def start_run(stage, settings, out, root, sweep):
 def repository(tmp_path):
     """The real entry and settings around a toy stage, without MLflow."""
     shutil.copytree(ROOT / "conf", tmp_path / "conf")
-    shutil.copy(ROOT / "params.yaml", tmp_path / "params.yaml")
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "stages").mkdir()
     for room in ROOMS:
         shutil.copy(ROOT / f"stages/{room}.py", tmp_path / f"stages/{room}.py")
@@ -99,13 +101,16 @@ def test_a_sweep_prints_a_table_and_the_best_job(repository, words):
     assert (repository / lines[5].removeprefix("      in ") / "resolved.yaml").exists()
 
 
-def test_a_sweep_over_presets_is_composed_for_each_job(repository):
-    assert typed(repository, "-m", "scale=tiny,demo").returncode == 0
+@pytest.mark.parametrize(
+    ("word", "lengths"), [("scale=tiny,demo", [64, 256]), ("scale=glob(*,exclude=[gpu,node])", [256, 64])]
+)
+def test_a_sweep_over_presets_is_composed_for_each_job(repository, word, lengths):
+    assert typed(repository, "-m", word).returncode == 0
     steps = [
         yaml.safe_load((job / "resolved.yaml").read_text())["sequence_tokens"]
         for job in jobs_in(repository / "multirun")
     ]
-    assert steps == [64, 256]
+    assert steps == lengths
 
 
 def test_a_refusing_job_leaves_the_others_running_and_the_sweep_fails(repository):
@@ -133,6 +138,71 @@ def test_a_mistake_on_the_command_line_is_one_line(repository, words, line):
     assert done.stderr.startswith(line)
 
 
+OUTSIDE = [
+    ["hydra.run.dir=../elsewhere"],
+    ["hydra.run.dir={elsewhere}"],
+    ["hydra.run.dir=outputs/../../elsewhere"],
+    ["hydra.run.dir=${{oc.env:ELSEWHERE}}"],
+    ["hydra.run.dir=outputs/a", "hydra.output_subdir=../../../elsewhere"],
+    ["+hydra.job_logging.handlers={{file: {{class: logging.FileHandler, filename: {elsewhere}}}}}"],
+    ["-m", "hydra.sweep.dir={elsewhere}"],
+    ["-m", "hydra.sweep.subdir=../../../../elsewhere", "seed=1,2"],
+    ["-m", "hydra.sweep.subdir={elsewhere}/${{hydra.job.num}}", "seed=1,2"],
+    ["-m", "hydra.sweep.subdir=${{corpus.text_field}}", "corpus.text_field=text,../../../../elsewhere"],
+    ["-m", "hydra.sweep.subdir=${{hydra.job.override_dirname}}", "corpus.text_field=a/../../../../../elsewhere"],
+    ["hydra.run.dir=.."],
+    ["hydra.run.dir=outputs/link/.."],
+]
+
+
+@pytest.mark.parametrize("words", OUTSIDE, ids=range(len(OUTSIDE)))
+def test_a_run_that_would_write_outside_the_project_is_refused_before_a_folder_is_made(
+    repository, tmp_path_factory, monkeypatch, words
+):
+    elsewhere = tmp_path_factory.mktemp("outside") / "elsewhere"
+    monkeypatch.setenv("ELSEWHERE", str(elsewhere))
+    (repository / "outputs").mkdir()
+    (repository / "outputs/link").symlink_to(tmp_path_factory.mktemp("linked"))
+    before = sorted(repository.parent.rglob("*")), sorted(elsewhere.parent.rglob("*"))
+    done = typed(repository, *[word.format(elsewhere=elsewhere) for word in words])
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert f"a run writes inside {repository} only" in line
+    after = sorted(repository.parent.rglob("*")), sorted(elsewhere.parent.rglob("*"))
+    assert [[path for path in paths if "__pycache__" not in path.parts] for paths in after] == list(before)
+
+
+def test_a_preset_that_would_write_outside_the_project_is_refused(repository):
+    config = repository / "conf/config.yaml"
+    config.write_text(config.read_text().replace("dir: outputs/", "dir: ../outputs/"))
+    assert "a run writes inside" in typed(repository).stderr and not (repository.parent / "outputs").exists()
+
+
+@pytest.mark.parametrize("words", [["hydra.run.dir=outputs/mine"], ["hydra.run.dir={repository}/outputs/mine"]])
+def test_a_folder_inside_the_project_may_be_named(repository, words):
+    done = typed(repository, *[word.format(repository=repository) for word in words])
+    assert done.returncode == 0 and (repository / "outputs/mine/metrics/distill.json").exists(), done.stderr
+
+
+def test_a_link_that_the_owner_made_leads_to_another_disk(repository, tmp_path_factory):
+    disk = tmp_path_factory.mktemp("disk")
+    (repository / "multirun").symlink_to(disk)
+    done = typed(repository, "-m", "seed=1,2", "hydra.sweep.subdir=seed-${seed}")
+    assert done.returncode == 0 and len(list(disk.rglob("seed-*/metrics/distill.json"))) == 2, done.stderr
+
+
+def test_a_run_by_hand_in_the_project_itself_would_overwrite_the_outs_and_is_refused(repository):
+    assert "DVC's outs" in typed(repository, "hydra.run.dir=.").stderr
+    assert not (repository / "metrics").exists()
+
+
+@pytest.mark.parametrize("option", ["--config-dir", "--config-path", "--config-name", "--experimental-rerun"])
+def test_settings_from_elsewhere_are_refused(repository, option):
+    done = typed(repository, option, "conf")
+    assert done.returncode == 1
+    assert done.stderr == f"offramp: {option}: settings come from params.yaml and conf/ only\n"
+
+
 def test_under_dvc_a_stage_reads_its_sections_of_resolved_yaml_and_writes_the_outs(repository):
     assert "run dvc repro config" in typed(repository, dvc=True).stderr
     assert typed(repository, stage="config", dvc=True).returncode == 0
@@ -141,6 +211,23 @@ def test_under_dvc_a_stage_reads_its_sections_of_resolved_yaml_and_writes_the_ou
     done = typed(repository, dvc=True)
     assert done.returncode == 0, done.stderr
     assert (repository / "metrics/distill.json").exists() and not (repository / "outputs").exists()
+
+
+def test_under_dvc_a_stage_records_what_made_its_outs_and_compares_it_with_the_commit(repository, monkeypatch):
+    typed(repository, stage="config", dvc=True)
+    typed(repository, dvc=True)
+    record = (repository / "provenance/distill.json").read_bytes()
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "run"]):
+        subprocess.run([*git, *words], cwd=repository, check=True)
+    (repository / "provenance/distill.json").unlink()  # as DVC does before a rerun
+    assert typed(repository, dvc=True).stderr == "offramp: distill: same bytes as the committed run\n"
+    assert (repository / "provenance/distill.json").read_bytes() == record
+
+    monkeypatch.setenv("TOY_RANKS", "4")
+    assert "on another kind of machine than the committed run (ranks: 2 -> 4)" in typed(repository, dvc=True).stderr
+    by_hand = typed(repository, "distill.temperature=3")
+    assert "committed run" not in by_hand.stderr and not list((repository / "outputs").rglob("provenance"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")

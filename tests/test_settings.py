@@ -84,6 +84,7 @@ MISTAKES = [
     ("pretrain.steps", None, "pretrain.steps = None: must be a whole number"),
     ("trainer.ranks", 3, "pretrain.batch_sequences = 8: must be a multiple of trainer.ranks (3)"),
     ("trainer.ranks", "many", "trainer.ranks = many: must be auto or a number"),
+    ("trainer.deterministic", "often", "trainer.deterministic = often: must be true or false"),
     ("prepare.vocab_size", 257, "prepare.vocab_size = 257: must be at least 258"),
     ("prepare.val_share", 0.6, "prepare.val_share = 0.6: must be at most 0.5"),
     ("optimizer.decay_share", 0.99, "optimizer.decay_share = 0.99: must be at most 1 - "),
@@ -209,6 +210,23 @@ def test_a_mistyped_override_is_refused_in_one_line(override, line):
     with pytest.raises(Refusal) as refusal:
         validate(compose([override]))
     assert str(refusal.value).startswith(line) and "\n" not in str(refusal.value)
+
+
+PIECES = [*leaves(), *SECTIONS, "scale", "corpus", "hydra.run.dir", "hydra", "hydra:", "now:%Y", "oc.env:HOME"]
+PIECES += ["choice:scale", "choice(1,2)", "range(1,3)", "interval(0,1)", "demo", "tiny", "null"]
+PIECES += ["1", "nan", "1e400", "9" * 5000, "[" * 200]
+PIECES += [*"+~=,[]{}$'\"\\@:/. \n\0é\ud800", "++", "${", "..", "???", "_self_", "@_global_", "_target_"]
+words = st.lists(st.sampled_from(PIECES), max_size=5).map("".join)
+overrides = words | st.builds("{}{}={}".format, st.sampled_from(["", "+", "++", "~"]), st.sampled_from(PIECES), words)
+
+
+@effort(max_examples=60, deadline=None)
+@given(st.lists(overrides, min_size=1, max_size=2))
+def test_arbitrary_overrides_give_settings_or_one_refusal(given_words):
+    try:
+        validate(compose(given_words))
+    except Refusal as refusal:
+        assert len(str(refusal).splitlines()) == 1 and len(str(refusal)) < 6000
 
 
 def test_the_config_stage_writes_the_same_bytes_each_time_without_machine_paths(tmp_path):

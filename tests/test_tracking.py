@@ -126,16 +126,14 @@ def test_jobs_of_a_sweep_stand_under_one_parent_named_by_their_overrides(made, n
         "sweep distill 20260101", "distill temperature=1", "distill temperature=2"}
 
 
-def test_an_unreachable_server_neither_raises_nor_slows_and_nothing_is_lost(made, monkeypatch, capfd):
+def test_an_unreachable_server_does_not_raise_and_nothing_is_lost(made, monkeypatch, capfd):
     with socket.socket() as closed:  # a port that nothing listens on
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{SECRET}@127.0.0.1:{port}")
-    started = time.monotonic()
     folder = record(made)
-    assert time.monotonic() - started < 5  # most of it the 700 steps and git
-    waited = ""
-    while "sync" not in waited and time.monotonic() - started < 60:
+    waited, deadline = "", time.monotonic() + 60
+    while "sync" not in waited and time.monotonic() < deadline:
         time.sleep(0.2)
         waited += capfd.readouterr().err
     assert "the run is kept" in waited and "python -m stages.tracking sync" in waited

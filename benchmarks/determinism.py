@@ -1,0 +1,51 @@
+"""What `trainer.deterministic` costs: the teacher's training step with the switch on against off.
+
+On GPU both have cuBLAS's fixed workspaces (CUBLAS_WORKSPACE_CONFIG is read once per process); the row is the
+cost of the kernels that the switch exchanges: sorted scatters, attention's backward pass in one order.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.ceiling import DTYPES
+from benchmarks.table import Row
+from benchmarks.timing import DEVICE, interleaved
+from benchmarks.training_step import REFERENCE, SEQUENCES, Step, new_teacher, teacher_step
+from stages.teacher import TeacherShape
+
+
+def switched(step: Step, on: bool) -> Step:
+    def run():
+        torch.use_deterministic_algorithms(on)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        try:
+            return step()
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    return run
+
+
+def rows(
+    shape: TeacherShape = REFERENCE, sequences: int = SEQUENCES, seconds: float = 15.0, least_rounds: int = 4
+) -> Iterator[Row]:
+    generator = torch.Generator().manual_seed(0)
+    tokens_BT1 = torch.randint(shape.vocab_size, (sequences, shape.sequence_tokens + 1), generator=generator)
+    tokens = sequences * shape.sequence_tokens
+    for name, dtype in DTYPES.items():
+        actions = {
+            "on": switched(teacher_step(new_teacher(shape), tokens_BT1.to(DEVICE), dtype), True),
+            "off": switched(teacher_step(new_teacher(shape), tokens_BT1.to(DEVICE), dtype), False),
+        }
+        times = interleaved(actions, seconds, least_rounds)
+        yield Row.of(
+            "deterministic kernels",
+            f"teacher's step, {name}",
+            tokens / times.median("on"),
+            "the switch off",
+            tokens / times.median("off"),
+            "tokens/s",
+            times.ratio("off", "on"),
+            times.rounds,
+        )

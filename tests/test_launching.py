@@ -1,0 +1,113 @@
+"""The ranks of a real, tiny training run: whom they listen to, and what is said when one of them is killed."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from stages.artifacts import ROOT
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}  # of /proc/net
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy of the code at `scale: tiny`, with its data and more steps than any test waits for."""
+    tree = tmp_path_factory.mktemp("tree")
+    for name in ("stages", "conf"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    sheet = (ROOT / "params.yaml").read_text()
+    (tree / "params.yaml").write_text(sheet.replace("scale: demo", "scale: tiny"))
+    tiny = tree / "conf/scale/tiny.yaml"
+    tiny.write_text(tiny.read_text().replace("pretrain: {steps: 20,", "pretrain: {steps: 100000,"))
+    for stage in ("config", "prepare"):
+        subprocess.run([sys.executable, "-m", f"stages.{stage}"], cwd=tree, env=environment(stage), check=True)
+    return tree
+
+
+def environment(stage):
+    return os.environ | {"DVC_STAGE": stage, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}  # nothing listens there
+
+
+@pytest.fixture
+def training(tree):
+    """A stage that trains, from its first logged step on."""
+    shutil.rmtree(tree / ".runs/resume", ignore_errors=True)
+    command = [sys.executable, "-m", "stages.pretrain"]
+    stage = subprocess.Popen(command, cwd=tree, env=environment("pretrain"), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list((tree / ".runs/resume").glob("pretrain-*/steps.jsonl")):
+        assert stage.poll() is None, stage.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    yield stage
+    if stage.poll() is None:
+        stage.terminate()
+    stage.communicate(timeout=60)
+
+
+def descendants(root):
+    """The process and all below it: pid -> command."""
+    children = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+            command = (stat.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:  # it ended meanwhile
+            continue
+        children.setdefault(parent, []).append((int(stat.parent.name), command))
+    found, waiting = {}, [(root, "")]
+    while waiting:
+        pid, command = waiting.pop()
+        found[pid] = command
+        waiting += children.get(pid, [])
+    return found
+
+
+def listening_addresses(pids):
+    """Local addresses, in the hexadecimal of /proc/net, on which these processes take connections."""
+    own = set()
+    for pid in pids:
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            target = os.readlink(entry)
+            if target.startswith("socket:["):
+                own.add(target[8:-1])
+    addresses = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A" and words[9] in own:  # 0A: LISTEN
+                addresses.add(words[1])
+    return addresses
+
+
+def test_a_training_stage_listens_on_loopback_only(training):
+    addresses = listening_addresses(descendants(training.pid))
+    assert len(addresses) >= 3, "the store and two ranks"
+    assert {address.split(":")[0] for address in addresses} <= LOOPBACK
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_stage_in_seconds_with_one_line_and_no_orphan(training, rank):
+    below = descendants(training.pid)
+    (victim,) = [pid for pid in below if f"LOCAL_RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes()]
+    os.kill(victim, signal.SIGKILL)
+    started = time.monotonic()
+    assert training.wait(60) == 1
+    seconds = time.monotonic() - started
+    told = training.stderr.read()  # the mirror adds that no MLflow server is there
+    assert "Traceback" not in told
+    assert told.startswith(f"offramp: rank {rank} was killed by SIGKILL, perhaps for lack of memory; the same command")
+    assert seconds < 15, f"{seconds:.1f} s"
+    assert not [pid for pid in below if alive(pid)]
+
+
+def alive(pid):
+    status = Path(f"/proc/{pid}/status")  # a dead process may wait there as a zombie for a lazy init
+    return status.exists() and "State:\tZ" not in status.read_text()

@@ -1,0 +1,59 @@
+"""The fast twins of the layers give the numbers and gradients of the plain ones."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from stages.layers import NORM_EPSILON, FewPassRMSNorm, attend
+
+
+def test_the_norm_passes_a_numerical_gradient_check():
+    x = torch.randn(2, 3, 5, dtype=torch.double, requires_grad=True)
+    weight = torch.rand(5, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(FewPassRMSNorm.apply, (x, weight))
+
+
+def test_the_norm_equals_pytorchs_also_at_extreme_sizes():
+    for scale in (1e-12, 1.0, 1e12):
+        x, weight = torch.randn(4, 7, 64) * scale, torch.rand(64)
+        torch.testing.assert_close(FewPassRMSNorm.apply(x, weight), F.rms_norm(x, (64,), weight, NORM_EPSILON))
+
+
+def qkv(tokens: int, key_dim: int, value_dim: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    shapes = [(2, 3, tokens, dim) for dim in (key_dim, key_dim, value_dim)]
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def output_and_gradients(parts: list[torch.Tensor], dtype: torch.dtype, attention) -> list[torch.Tensor]:
+    parts = [part.detach().to(dtype).requires_grad_() for part in parts]
+    out = attention(*parts)
+    out.backward(torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out))
+    return [out.detach().float(), *(part.grad.float() for part in parts)]
+
+
+@pytest.mark.parametrize(("tokens", "key_dim", "value_dim"), [(2, 8, 8), (128, 16, 16), (130, 16, 16), (300, 16, 24)])
+def test_blockwise_attention_is_as_exact_as_the_fused_kernel(tokens, key_dim, value_dim):
+    scale = key_dim**-0.5
+
+    def fused(query, key, value):
+        pad = (0, value_dim - key_dim)  # the fused kernel needs one size
+        query, key = F.pad(query, pad), F.pad(key, pad)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+
+    parts = qkv(tokens, key_dim, value_dim)
+    exact = output_and_gradients(parts, torch.float32, fused)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = output_and_gradients(parts, torch.bfloat16, lambda *qkv: attend(*qkv, scale))
+    theirs = output_and_gradients(parts, torch.bfloat16, fused)
+    for name, true, here, there in zip(("out", "query", "key", "value"), exact, ours, theirs, strict=True):
+        assert (here - true).norm() < 2 * (there - true).norm() + 1e-3 * true.norm(), name
+
+
+def test_blockwise_attention_sees_nothing_that_follows():
+    query, key, value = (part.bfloat16() for part in qkv(260, 16, 16))
+    before = attend(query, key, value, 0.25)
+    key[:, :, 200:], value[:, :, 200:] = 100.0, -100.0
+    after = attend(query, key, value, 0.25)
+    assert torch.equal(before[:, :, :200], after[:, :, :200])
+    assert not torch.equal(before[:, :, 200:], after[:, :, 200:])
