@@ -4,7 +4,6 @@ the settings once, and a Hydra sweep or a retry can never give two ranks differe
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -13,8 +12,9 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from stages.artifacts import Refusal, read_json, sha256_of, write_atomically, write_json
+from stages.artifacts import Refusal, read_json, write_atomically, write_json
 from stages.provenance import cores, device_conditions
+from stages.resuming import resume_key
 from stages.runs import die_with_parent
 
 
@@ -43,16 +43,6 @@ def chosen_precision(precision: str, accelerator: str) -> str:
     return precision
 
 
-def resume_key(stage: str, settings: dict, conditions: dict, inputs: list[Path]) -> str:
-    """Hash of all that the bytes depend on: settings, conditions, code, inputs. None of them meets stale state."""
-    import hashlib
-
-    digest = hashlib.sha256(json.dumps([stage, settings, conditions], sort_keys=True).encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")) + inputs:
-        digest.update(sha256_of(path).encode())
-    return digest.hexdigest()[:16]
-
-
 def launch(stage: str, settings, place, inputs: list[str], run) -> tuple[dict, dict]:
     """Runs `stages.<stage>.fits` in every rank; returns rank zero's results by name of the fit, and the conditions.
 
@@ -67,13 +57,13 @@ def launch(stage: str, settings, place, inputs: list[str], run) -> tuple[dict, d
         "precision": chosen_precision(settings.trainer.precision, accelerator),
         "deterministic": settings.trainer.deterministic,
     }
-    key = resume_key(stage, plain, conditions, [place.read(path) for path in inputs])
+    key = resume_key(stage, [plain, conditions], [place.read(path) for path in inputs])
     state = place.root / ".runs" / "resume" / f"{stage}-{key}"
     state.mkdir(parents=True, exist_ok=True)
     for name in ("error.txt", "result.json", "steps.jsonl"):
         (state / name).unlink(missing_ok=True)
     job = {"stage": stage, "settings": plain, "accelerator": accelerator, "precision": conditions["precision"]}
-    job |= {"root": str(place.root), "out": str(place.out), "state": str(state), "launcher": os.getpid()}
+    job |= {"root": str(place.root), "out": str(place.out), "state": str(state)}
     write_atomically(state / "job.json", json.dumps(job))  # not write_json, which rounds: ranks get the exact settings
 
     started = time.monotonic()
@@ -83,22 +73,12 @@ def launch(stage: str, settings, place, inputs: list[str], run) -> tuple[dict, d
         error = state / "error.txt"
         if error.exists():
             raise Refusal(error.read_text().strip())
-        raise Refusal(_how_it_ended(stage, code, state / "ranks.log"))
+        raise Refusal(f"a rank of {stage} ended with code {code}; its last words are in {state / 'ranks.log'}")
     result = read_json(state / "result.json")
     clock = {"seconds": time.monotonic() - started, "ranks": ranks, "accelerator": accelerator}
     write_json(place.write(f"measurements/{stage}.json"), clock | speeds)
     shutil.rmtree(state)  # finished: the outs are the state now
     return result, conditions
-
-
-def _how_it_ended(stage: str, code: int, log: Path) -> str:
-    """In one line, from torchrun's account of the rank that failed first."""
-    first = re.search(r"Root Cause.*?rank +: (\d+).*?exitcode +: -(\d+)", log.read_text(errors="replace"), re.DOTALL)
-    if not first:
-        return f"a rank of {stage} ended with code {code}; its last words are in {log}"
-    name = signal.Signals(int(first[2])).name
-    hint = " (by hand, or by the kernel for want of memory)" if name == "SIGKILL" else f"; see {log}"
-    return f"rank {first[1]} of {stage} was killed by {name}{hint}; the same command continues from the last checkpoint"
 
 
 def _record_steps(path: Path, run) -> dict[str, float]:

@@ -79,7 +79,7 @@ def check_shape(shape: TeacherShape | StudentShape, where: str = "the model's sh
                 value >= (0 if field.name in may_be_zero else 1e-9), f"{field.name} ({value}) is too small"
             )
     if isinstance(shape, TeacherShape):
-        require(shape.gating in ("sigmoid", "softmax"), f"gating ({shape.gating}) must be sigmoid or softmax")
+        require(shape.gating in ("sigmoid", "softmax"), f"gating ({shape.gating!r}) must be sigmoid or softmax")
         require(
             shape.dense_layers <= shape.layers,
             f"dense_layers ({shape.dense_layers}) must not exceed layers ({shape.layers})",

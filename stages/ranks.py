@@ -19,10 +19,8 @@ from pathlib import Path
 from stages.artifacts import Refusal, read_json, write_atomically, write_json
 from stages.runs import Place, die_with_parent
 
-if __name__ == "__main__":  # before the imports, whose seconds a killed launcher would not live to see
-    die_with_parent()
-    if sys.platform == "linux" and not Path(f"/proc/{read_json(sys.argv[1])['launcher']}").exists():
-        sys.exit(1)  # killed before that: nobody is left to end this rank
+if __name__ == "__main__":  # before the imports: in their seconds torchrun may be killed, and nobody else ends a rank
+    die_with_parent(int(os.environ.get("OFFRAMP_TORCHRUN", os.getppid())))
 
 import lightning
 import torch
@@ -276,12 +274,12 @@ def run_fit(fit: Fit, job: Job) -> dict:
 
 def main() -> None:
     warnings.filterwarnings("ignore", module="lightning")
-    job = Job(Path(sys.argv[1]))
-    torch.manual_seed(job.settings.seed)
-    torch.use_deterministic_algorithms(job.settings.trainer.deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes all memory twice
-    results = {}
+    path, results = Path(sys.argv[1]), {}
     try:
+        job = Job(path)
+        torch.manual_seed(job.settings.seed)
+        torch.use_deterministic_algorithms(job.settings.trainer.deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes all memory twice
         if not dist.is_initialized():
             dist.init_process_group("nccl" if job.accelerator == "gpu" else "gloo")
         for fit in importlib.import_module(f"stages.{job.stage}").fits(job.settings, job.place):
@@ -289,8 +287,9 @@ def main() -> None:
         if job.rank == 0:
             write_json(job.state / "result.json", results)
     except Refusal as refusal:
-        if job.rank == 0 or not (job.state / "error.txt").exists():
-            write_atomically(job.state / "error.txt", str(refusal))
+        told = path.parent / "error.txt"
+        if os.environ["RANK"] == "0" or not told.exists():
+            write_atomically(told, str(refusal))
         sys.exit(1)
 
 

@@ -120,7 +120,7 @@ def _leave_record(name, own, place):
         _say(told)
 
 
-def die_with_parent():
+def die_with_parent(parent=None):
     """Linux: the kernel ends this process when its parent dies, even by SIGKILL.
 
     A stage whose dvc was killed would meet a second copy of itself, and a rank would be orphaned.
@@ -129,7 +129,7 @@ def die_with_parent():
         return
     import ctypes
 
-    parent = os.getppid()
+    parent = parent or os.getppid()
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:  # it died just before
         sys.exit(1)

@@ -184,8 +184,7 @@ def processes_of(tree: Path) -> list[psutil.Process]:
 
 def is_running(process: psutil.Process, module: str) -> bool:
     with contextlib.suppress(psutil.Error):
-        words = process.cmdline()
-        return module in words and "torch.distributed.run" not in words
+        return module in process.cmdline()
     return False
 
 
@@ -230,7 +229,8 @@ def last_saved(tree: Path) -> float:
             times.append(path.stat().st_mtime if path.name not in ("job.json", "result.json") else 0)
     for process in processes_of(tree):
         with contextlib.suppress(psutil.Error):
-            if "stages.ranks" not in (words := process.cmdline()) and words[1:3] != ["-m", "stages.tracking"]:
+            _, flag, module, *_ = [*process.cmdline(), "", "", ""]
+            if flag == "-m" and module not in ("stages.torchrun", "stages.tracking"):
                 times.append(process.create_time())  # dvc, or the stage that it runs
     return max(times, default=time.time())
 
@@ -280,7 +280,7 @@ def forget(tree: Path, *stages: str) -> None:
             path = tree / out["path"]
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     (tree / "dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False))
-    shutil.rmtree(tree / ".dvc/cache/runs")
+    shutil.rmtree(tree / ".dvc/cache/runs", ignore_errors=True)
 
 
 def remember(row: Row, text: str) -> None:
@@ -345,7 +345,7 @@ def rank_killed(bench: Bench, row: Row, victims: tuple = (0, 1)) -> None:
         assert slowest < RANK_SECONDS, f"the stage ended {slowest:.0f} s after its rank"
         await_end(tree, 10, mirrors=False)
         assert "Traceback" not in said(tree)
-        line = line_with(f"rank {victim} of pretrain was killed", said(tree))
+        line = line_with(f"rank {victim} was killed", said(tree))
         line_with("continues after step", bench.finish(tree, row))
         row.survived += 1
     row.message = f"after {slowest:.1f} s: {line}"
