@@ -13,7 +13,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from stages.artifacts import Refusal, read_json, sha256_of, write_atomically, write_json
+from stages.artifacts import Refusal, read_json, write_atomically, write_json
+from stages.resuming import resume_key
 from stages.runs import die_with_parent
 
 
@@ -32,16 +33,6 @@ def rank_count(accelerator: str, ranks: int | str) -> tuple[str, int]:
     return accelerator, int(ranks)
 
 
-def resume_key(stage: str, settings: dict, root: Path, inputs: list[Path]) -> str:
-    """Hash of all that the stage reads: settings, code, inputs. A changed input never meets stale state."""
-    import hashlib
-
-    digest = hashlib.sha256(json.dumps([stage, settings], sort_keys=True).encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")) + inputs:
-        digest.update(sha256_of(path).encode())
-    return digest.hexdigest()[:16]
-
-
 def launch(stage: str, settings, place, inputs: list[str], run) -> dict:
     """Runs `stages.<stage>.fits` in every rank and returns rank zero's results by name of the fit.
 
@@ -49,7 +40,7 @@ def launch(stage: str, settings, place, inputs: list[str], run) -> dict:
     """
     plain = {k: v for k, v in asdict(settings).items() if v is not None}
     accelerator, ranks = rank_count(settings.trainer.accelerator, settings.trainer.ranks)
-    key = resume_key(stage, plain, place.root, [place.read(path) for path in inputs])
+    key = resume_key(stage, [plain, accelerator, ranks], [place.read(path) for path in inputs])
     state = place.root / ".runs" / "resume" / f"{stage}-{key}"
     state.mkdir(parents=True, exist_ok=True)
     for name in ("error.txt", "result.json", "steps.jsonl"):
