@@ -317,7 +317,7 @@ def kept_texts(rows, text_field, name, state):
             count += 1
         steps, position = steps + 1, step["position"]
     if steps:
-        print(f"prepare: continuing the download after row {count}", file=sys.stderr)
+        print(f"prepare: continuing the download after {count} rows", file=sys.stderr)
         rows.load_state_dict(position)
     copied, size, saved = [], 0, time.monotonic()
 
