@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from benchmarks import ceiling, losses, moe_layer, router, startup, training_step
+from benchmarks import ceiling, checkpoint, losses, moe_layer, router, startup, training_step
 from benchmarks.table import ROOT, Row, as_json, as_markdown, conditions, rendered
 from stages.artifacts import write_atomically
 
@@ -23,6 +23,7 @@ GROUPS: dict[str, Callable[[], Iterable[Row | str]]] = {
     "moe_layer": moe_layer.rows,
     "router": router.rows,
     "losses": losses.rows,
+    "checkpoint": checkpoint.rows,
     "startup": startup.rows,
 }
 

@@ -1,6 +1,7 @@
 """What every stage needs to leave files behind: atomic writes, canonical JSON, checksums, and the
 one exception (`Refusal`) that means "the user can mend this, and here is how"."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -17,13 +18,18 @@ class Refusal(Exception):
 def write_atomically(path, content):
     """Write bytes or text so that a reader sees the old file or the whole new one, never a part."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        file.write(content.encode("utf-8") if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
+        os.replace(partial, path)
+    except OSError as error:  # a full disk, a read-only folder
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise Refusal(f"{path} could not be written ({error.strerror}): mend that and repeat the command") from None
 
 
 def write_json(path, value):

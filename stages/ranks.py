@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from stages import models, settings
 from stages.artifacts import Refusal, read_json, write_atomically, write_json
+from stages.checkpoints import Checkpoint
 from stages.optimizers import learning_rate_factor, make_optimizers
 from stages.runs import Place, die_with_parent
 from stages.shards import Tokens, Windows, read_card
@@ -44,23 +45,21 @@ class Batches(IterableDataset):
 
 
 class Progress:
-    """What rank zero saves and every rank resumes from: step, weights, optimisers, curve, loads."""
+    """What rank zero saves and every rank resumes from: step, weights, optimisers, curve, loads.
 
-    def __init__(self, path: Path):
-        self.path = path
+    The sampler and the random numbers of a step are functions of the step, and need no saving.
+    """
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint = checkpoint
         self.step = 0
         self.curve: list[dict] = []
         self.recent_loads: list[list[list[float]]] = []
 
-    def load(self, model, optimizers) -> None:
-        if not self.path.exists():
+    def load(self, model, optimizers, quiet: bool) -> None:
+        state = self.checkpoint.load(quiet)
+        if state is None:
             return
-        try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torn or altered: a restart of this fit costs time, a wrong resume costs the result
-            raise Refusal(
-                f"{self.path}: the checkpoint is damaged ({type(error).__name__}); delete it to restart this fit"
-            ) from None
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -69,12 +68,7 @@ class Progress:
     def save(self, model, optimizers) -> None:
         state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
         state |= {"step": self.step, "curve": self.curve, "recent_loads": self.recent_loads}
-        temporary = self.path.with_suffix(".writing")
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        self.checkpoint.save(self.step, state)
 
 
 class Training(lightning.LightningModule):
@@ -99,41 +93,46 @@ class Training(lightning.LightningModule):
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
             optimizer.zero_grad(set_to_none=True)
+        torch.manual_seed((job.settings.seed << 40) + (progress.step << 16) + job.rank)  # whoever draws resumes exactly
         outcome = fit.objective(self.model, tokens_BT1)
         self.manual_backward(outcome.loss)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), job.optimizer.clip_norm)
 
         # One collective per step carries everything the ranks must agree on.
-        now = time.monotonic()
-        due = now - self.saved > job.checkpoint_every_seconds
         parts = {"loss": outcome.loss.detach()} | outcome.parts
-        flags = torch.tensor([float(job.stop_requested), float(due and job.rank == 0)], device=norm.device)
-        message = torch.cat([torch.stack(list(parts.values())).float(), flags, *outcome.loads])
+        stop = torch.tensor([float(job.stop_requested)], device=norm.device)
+        message = torch.cat([torch.stack(list(parts.values())).float(), stop, *outcome.loads])
         dist.all_reduce(message)
         means = dict(zip(parts, (message[: len(parts)] / job.world_size).tolist(), strict=True))
-        stop, save = (message[len(parts) : len(parts) + 2] > 0).tolist()
         self._refuse_unless_finite(means["loss"], norm.item())
         for optimizer in self.optimizers():
             optimizer.step()
-        self._balance(message[len(parts) + 2 :])
+        self._balance(message[len(parts) + 1 :])
         progress.step += 1
+        now = time.monotonic()
         self._record(means | {"gradient_norm": norm.item()}, now)
-        if save or stop:
-            if job.rank == 0:
-                progress.save(self.model, self.both)
-            self.saved = time.monotonic()
-        if stop:
-            raise Refusal(
-                f"{fit.name}: interrupted after step {progress.step} of {fit.steps};"
-                " the same command continues from there"
-            )
+        if message[len(parts)] > 0:
+            self._save_and_stop()
+        due = now - self.saved > job.checkpoint_every_seconds
+        if due and job.rank == 0 and not progress.checkpoint.busy:
+            progress.save(self.model, self.both)
+            self.saved = now
+
+    def _save_and_stop(self) -> None:
+        progress, fit, job = self.progress, self.fit, self.job
+        if job.rank == 0:
+            progress.save(self.model, self.both)
+            progress.checkpoint.wait()
+        dist.barrier()  # torchrun ends all ranks when one is gone
+        done = f"{fit.name}: interrupted after step {progress.step} of {fit.steps}; "
+        raise Refusal(done + (progress.checkpoint.failure or "the same command continues from there"))
 
     def _refuse_unless_finite(self, loss: float, norm: float) -> None:
         """All ranks see the same two numbers, so all stop here together, before the step could do harm."""
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        step, path = self.progress.step, self.progress.path
-        kept = f"the checkpoint of an earlier step is kept in {path}" if path.exists() else "no step was saved yet"
+        step, index = self.progress.step, self.progress.checkpoint.index
+        kept = f"the checkpoint of an earlier step is kept in {index}" if index.exists() else "no step was saved yet"
         raise Refusal(
             f"{self.fit.name}: not finite at step {step}: loss {loss}, gradient norm {norm}; {kept}."
             f" Lower optimizer.*_learning_rate or {self.job.stage}.learning_rate_scale"
@@ -223,8 +222,8 @@ def precision_plugin(precision: str, accelerator: str) -> str:
 def run_fit(fit: Fit, job: Job) -> dict:
     """Trains one fit to its end (from its checkpoint, if there is one) and writes the model."""
     optimizers = make_optimizers(fit.model, job.optimizer, fit.learning_rate_scale)
-    progress = Progress(job.state / f"{fit.name}.pt")
-    progress.load(fit.model, optimizers)
+    progress = Progress(Checkpoint(job.state, fit.name))
+    progress.load(fit.model, optimizers, quiet=job.rank != 0)
     if progress.step < fit.steps:
         fit.model.train()
         trainer = lightning.Trainer(
@@ -247,6 +246,7 @@ def run_fit(fit: Fit, job: Job) -> dict:
             progress.save(fit.model, optimizers)
     fit.model.cpu()
     if job.rank == 0:
+        progress.checkpoint.wait()
         models.save(fit.model, job.place.write(fit.out), job.card["end_of_text"], job.card["tokenizer_sha256"])
     loads = torch.tensor(progress.recent_loads).sum(0) if progress.recent_loads else torch.zeros(0)
     return {

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import one_hot
 
 from benchmarks import __main__ as bench
-from benchmarks import ceiling, losses, moe_layer, router, startup, table, timing, training_step
+from benchmarks import ceiling, checkpoint, losses, moe_layer, router, startup, table, timing, training_step
 from stages import models
 
 SHAPE = replace(
@@ -27,6 +27,7 @@ def small_rows() -> list:
         *moe_layer.rows(tokens=(16,), experts=(4,), width=16, expert_width=8, seconds=0),
         *router.rows(sizes=((4, 2),), tokens=16, width=16, expert_width=8, seconds=0),
         *losses.rows((50,), tokens=16, student_width=8, teacher_width=12, chunk_tokens=4, seconds=0),
+        *checkpoint.rows({"little": 4800}, seconds=0),
         *startup.rows({"nothing": ("json", "re")}, seconds=0),
     ]
 
@@ -34,7 +35,7 @@ def small_rows() -> list:
 def test_every_group_gives_rows_with_positive_finite_ratios(small_rows):
     rows = [row for row in small_rows if isinstance(row, table.Row)]
     assert {row.group for row in rows} == {
-        "matmul ceiling", "training step", "MoE layer", "router", "distillation loss", "start-up",
+        "matmul ceiling", "training step", "MoE layer", "router", "distillation loss", "checkpoint", "start-up",
     }  # fmt: skip
     for row in rows:
         assert 0 < row.low <= row.high < float("inf") and 0 < row.ratio < float("inf"), row

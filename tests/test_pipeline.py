@@ -114,7 +114,7 @@ def test_training_interrupted_and_resumed_gives_the_bytes_of_an_uninterrupted_ru
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate()
     assert process.returncode != 0 and "interrupted after step" in said and "Traceback" not in said
-    assert list((tree / ".runs/resume").glob("pretrain-*/teacher.pt"))
+    assert list((tree / ".runs/resume").glob("pretrain-*/teacher.json"))
     subprocess.run(command, cwd=tree, env=environment, check=True, capture_output=True)
     assert (tree / "artifacts/teacher/model.safetensors").read_bytes() == whole
 
