@@ -7,10 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from test_evaluate import VOCAB, write_data
 
-from stages import resuming
+from stages import distill, resuming, sparsify
 from stages.artifacts import Refusal
+from stages.checkpoints import made_once
+from stages.models import build_student, build_teacher, save
 from stages.resuming import Interruption, ResumeState, resume_key
+from stages.runs import Place
+from stages.shards import read_card
 
 
 def test_what_was_saved_comes_back_until_the_work_ends_well(tmp_path):
@@ -86,3 +92,37 @@ def test_a_second_signal_ends_a_stage_that_does_not_come_to_its_check():
     with pytest.raises(KeyboardInterrupt), Interruption("prepare"):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("stage", [distill, sparsify], ids=["distill", "sparsify"])
+def test_warm_start_and_calibration_are_made_once_and_are_the_same_whenever_made(tmp_path, tiny_settings, stage):
+    """A rank that resumes takes them from the state; one that finds nothing there makes the same bytes."""
+    write_data(tmp_path / "artifacts/data")
+    T, tokenizer = tiny_settings.sequence_tokens, read_card(tmp_path / "artifacts/data")["tokenizer_sha256"]
+    for name, build in (("teacher", build_teacher), ("student", build_student)):
+        model = build(getattr(tiny_settings, name), VOCAB, T, seed=1)
+        save(model, tmp_path / "artifacts" / name, tokenizer_sha256=tokenizer)
+    made, state = [], tmp_path / "state"
+    state.mkdir()
+
+    def starts(rank, seed):
+        torch.manual_seed(seed)  # nothing may depend on it
+
+        def keep(name, make):
+            return made_once(state, rank, name, lambda: made.append(name) or make())
+
+        fits = stage.fits(tiny_settings, Place(tmp_path, tmp_path), keep)
+        return {fit.name: (fit.notes, {k: v.clone() for k, v in fit.model.state_dict().items()}) for fit in fits}
+
+    runs = [starts(rank=1, seed=1)]
+    assert not list(state.iterdir()), "only rank zero keeps"
+    runs += [starts(rank=0, seed=2), starts(rank=1, seed=3)]
+    once = ["warm_start"] if stage is distill else ["teacher_calibration", "student_calibration"]
+    assert made == once * 2, "the third run, a resumed one, made nothing"
+    for run in runs[1:]:
+        for name, (notes, weights) in run.items():
+            assert notes == runs[0][name][0]
+            assert all(torch.equal(part, runs[0][name][1][key]) for key, part in weights.items()), name
+    (state / f"{once[0]}-0.pt").write_bytes(b"damaged")
+    starts(rank=0, seed=4)
+    assert made == once * 2 + once[:1], "damage is not believed"
