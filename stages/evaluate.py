@@ -59,7 +59,7 @@ def main(settings, place: Place, run) -> None:
             print(f"evaluate: {name} {scoring.bits_per_byte(table):.4f} bits per byte", flush=True)
         scored = time.perf_counter()
 
-        interruption.at_once = "counting"
+        interruption.at_once("counting")
         if (kept := state.load("counted")) is None:
             texts = samples(loaded, stream, load_tokenizer(place.read("artifacts/data")), settings.seed)
             kept = json.dumps([count(settings, loaded, stream, tables), texts]).encode()
@@ -70,7 +70,7 @@ def main(settings, place: Place, run) -> None:
         write_atomically(place.write("plots/quality.csv"), quality_csv(metrics["models"]))
         counted = time.perf_counter()
 
-        interruption.at_once = "timing"
+        interruption.at_once("timing")
         teacher, repetitions = loaded["teacher"], e.timing_repetitions
         policies = [row["policy"] for row in metrics["checkpointing"]]
         loss_of = training_loss(teacher, stream, e.checkpoint_batch_sequences, T)

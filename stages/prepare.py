@@ -79,7 +79,7 @@ def main(settings, place, run):
                     parts[split] = encode_split(tokenizer, spool, splits[split], split, knobs, state, interruption)
                     refuse_short(split, parts[split], settings.sequence_tokens)
 
-            for path in sorted((state.folder / DATA).iterdir()):
+            for path in (state.folder / DATA).glob("[!.]*"):
                 link_or_copy(path, folder / path.name)
             write_atomically(folder / TOKENIZER, tokenizer.to_json())
             card = {

@@ -85,8 +85,7 @@ class Interruption:
     """SIGTERM and Ctrl-C are noted, and the stage stops where it can save most. A second one ends it at once."""
 
     def __init__(self, stage: str):
-        self.stage, self.requested = stage, False
-        self.at_once = ""  # what the stage does, where nothing would be saved by going on
+        self.stage, self.requested, self.doing = stage, False, ""
 
     def __enter__(self):
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -95,8 +94,8 @@ class Interruption:
     def _note(self, number, _):
         self.requested = True
         signal.signal(number, self._before[number])
-        if self.at_once:
-            self.check(self.at_once)
+        if self.doing:
+            self.check(self.doing)
 
     def __exit__(self, *_):
         for number, handler in self._before.items():
@@ -105,3 +104,8 @@ class Interruption:
     def check(self, doing: str) -> None:
         if self.requested:
             raise KeyboardInterrupt(f"{self.stage}: interrupted while {doing}; the same command continues there")
+
+    def at_once(self, doing: str) -> None:
+        """From here on nothing would be saved by going on: a signal ends the stage where it meets it."""
+        self.doing = doing
+        self.check(doing)

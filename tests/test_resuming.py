@@ -82,8 +82,10 @@ def test_a_signal_waits_for_the_check_or_ends_what_saves_nothing_at_once():
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt, match="evaluate: interrupted while scoring; the same command"):
             interruption.check("scoring")
+        with pytest.raises(KeyboardInterrupt, match="while timing"):  # noted before, not forgotten
+            interruption.at_once("timing")
     with Interruption("evaluate") as interruption, pytest.raises(KeyboardInterrupt, match="while timing"):
-        interruption.at_once = "timing"
+        interruption.at_once("timing")
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "as before"
 
