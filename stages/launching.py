@@ -12,8 +12,9 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from stages.artifacts import Refusal, read_json, sha256_of, write_atomically, write_json
+from stages.artifacts import Refusal, read_json, write_atomically, write_json
 from stages.provenance import cores, device_conditions
+from stages.resuming import resume_key
 from stages.runs import die_with_parent
 
 
@@ -42,16 +43,6 @@ def chosen_precision(precision: str, accelerator: str) -> str:
     return precision
 
 
-def resume_key(stage: str, settings: dict, conditions: dict, inputs: list[Path]) -> str:
-    """Hash of all that the bytes depend on: settings, conditions, code, inputs. None of them meets stale state."""
-    import hashlib
-
-    digest = hashlib.sha256(json.dumps([stage, settings, conditions], sort_keys=True).encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")) + inputs:
-        digest.update(sha256_of(path).encode())
-    return digest.hexdigest()[:16]
-
-
 def launch(stage: str, settings, place, inputs: list[str], run) -> tuple[dict, dict]:
     """Runs `stages.<stage>.fits` in every rank; returns rank zero's results by name of the fit, and the conditions.
 
@@ -66,7 +57,7 @@ def launch(stage: str, settings, place, inputs: list[str], run) -> tuple[dict, d
         "precision": chosen_precision(settings.trainer.precision, accelerator),
         "deterministic": settings.trainer.deterministic,
     }
-    key = resume_key(stage, plain, conditions, [place.read(path) for path in inputs])
+    key = resume_key(stage, [plain, conditions], [place.read(path) for path in inputs])
     state = place.root / ".runs" / "resume" / f"{stage}-{key}"
     state.mkdir(parents=True, exist_ok=True)
     for name in ("error.txt", "result.json", "steps.jsonl"):

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import lightning
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from stages import models, settings
 from stages.artifacts import Refusal, read_json, write_atomically, write_json
-from stages.checkpoints import Checkpoint
+from stages.checkpoints import Checkpoint, made_once
 from stages.optimizers import learning_rate_factor, make_optimizers
 from stages.runs import Place, die_with_parent
 from stages.shards import Tokens, Windows, read_card
@@ -276,7 +277,8 @@ def main() -> None:
     try:
         if not dist.is_initialized():
             dist.init_process_group("nccl" if job.accelerator == "gpu" else "gloo")
-        for fit in importlib.import_module(f"stages.{job.stage}").fits(job.settings, job.place):
+        keep = partial(made_once, job.state, job.rank)
+        for fit in importlib.import_module(f"stages.{job.stage}").fits(job.settings, job.place, keep):
             results[fit.name] = run_fit(fit, job)
         if job.rank == 0:
             write_json(job.state / "result.json", results)
