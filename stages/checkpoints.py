@@ -13,6 +13,7 @@ and that library's folders hold no checksum and an index that is a pickle.
 
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class Checkpoint:
         except Exception as error:  # whatever a damaged file makes its readers raise
             if not quiet:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                _say(f"{self.name}: the checkpoint {self.index} is damaged ({reason}); this fit starts again")
+                _say(f"{self.name}: the checkpoint {self.index} is damaged ({reason}); its work is done again")
             return None
 
     @property
@@ -84,6 +85,19 @@ class Checkpoint:
         for old in self.folder.glob(f"{self.name}-*.pt"):
             if old != path:
                 old.unlink()
+
+
+def made_once(folder: Path, rank: int, name: str, make: Callable[[], Any]) -> Any:
+    """What `make` gives, kept for the process that resumes. It must depend on nothing but the stage's inputs:
+    a rank that does not find it yet makes the same."""
+    checkpoint = Checkpoint(folder, name)
+    state = checkpoint.load(quiet=rank != 0)
+    if state is None:
+        state = make()
+        if rank == 0:
+            checkpoint.save(0, state)
+            checkpoint.wait()
+    return state
 
 
 def _copied(value: Any, before: Any = None) -> Any:

@@ -14,11 +14,15 @@ import json
 import platform
 import sys
 import sysconfig
+import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from stages.artifacts import Refusal
+from stages.resuming import ResumeState, resume_key
 
+KEEP_SECONDS, KEEP_BYTES = 10, 1 << 26  # a stream's rows are kept this often, or when they are this many
 LONG_TEXT_BYTES = 1 << 18
 PIECE_CHARACTERS = 1 << 14
 BLOCK_BYTES = 1 << 20
@@ -32,7 +36,10 @@ GENERATED = ("_sysconfigdata", "config-")
 
 @dataclass
 class Corpus:
-    """Iterate it to get texts; afterwards it knows what was read, skipped and cut."""
+    """Iterate it to get texts; afterwards it knows what was read, skipped and cut.
+
+    Within `with corpus:` what it streams from the hub is kept, until the work on it has ended well.
+    """
 
     source: str
     paths: tuple = ()
@@ -48,6 +55,13 @@ class Corpus:
     empty: int = 0
     undecodable: int = 0
     reached_max_bytes: bool = False
+    _kept: ExitStack = field(default_factory=ExitStack)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._kept.__exit__(*error)
 
     def __iter__(self):
         readers = {"stdlib": self._stdlib, "files": self._files, "huggingface": self._huggingface}
@@ -121,10 +135,16 @@ class Corpus:
             yield from reader(path, self.text_field) if reader else text_documents(path)
 
     def _huggingface(self):
-        rows = open_dataset(self.dataset, self.subset, self.split, self.root)
-        for number, row in enumerate(rows):
-            where = f"corpus.dataset {self.dataset}, row {number}"
-            yield where, _text_of(row, self.text_field, where)
+        rows, revision = open_dataset(self.dataset, self.subset, self.split, self.root)
+        name = f"corpus.dataset {self.dataset}"
+        if revision is None:
+            yield from row_texts(rows, self.text_field, name)
+            return
+        stream = [self.dataset, self.subset, self.split, self.text_field, revision]
+        state = self._kept.enter_context(ResumeState(self.root, "prepare", resume_key("prepare", stream)))
+        texts = kept_texts(rows, self.text_field, name, state)
+        self._kept.callback(texts.close)  # an interruption, too, keeps what has arrived
+        yield from texts
 
 
 def find_files(paths, root):
@@ -245,7 +265,10 @@ def parquet_documents(path, text_field):
 
 
 def open_dataset(dataset, subset, split, root):
-    """Rows of a Hugging Face dataset: streamed from the hub, or from the local cache when it is offline."""
+    """Rows of a Hugging Face dataset: streamed from the hub, or from the local cache when it is offline.
+
+    And the revision of the stream, None for what is on this machine.
+    """
     if not dataset:
         raise Refusal("corpus.dataset is empty: name a dataset of the hub, or the folder of a saved one")
     try:
@@ -260,8 +283,10 @@ def open_dataset(dataset, subset, split, root):
         if not folder.is_dir():
             if dataset.startswith(("/", ".", "~")):
                 raise Refusal(f"corpus.dataset: the folder {dataset} does not exist")
-            streaming = not datasets.config.HF_HUB_OFFLINE  # so that max_bytes also bounds the download
-            return datasets.load_dataset(dataset, subset, split=split, streaming=streaming)
+            if datasets.config.HF_HUB_OFFLINE:
+                return datasets.load_dataset(dataset, subset, split=split), None
+            builder = datasets.load_dataset_builder(dataset, subset)  # its hash is the commit on the hub
+            return builder.as_streaming_dataset(split), builder.hash  # so that max_bytes also bounds the download
         saved = datasets.load_from_disk(str(folder))
     except Refusal:
         raise
@@ -269,11 +294,49 @@ def open_dataset(dataset, subset, split, root):
         reason = f"{type(error).__name__}: {_first_line(error)}"
         raise Refusal(f"corpus.dataset {dataset} cannot be opened: {reason}") from None
     if not isinstance(saved, datasets.DatasetDict):
-        return saved
+        return saved, None
     if split not in saved:
         known = ", ".join(saved)
         raise Refusal(f"corpus.dataset {dataset} has no split {split!r}: corpus.split must be one of {known}")
-    return saved[split]
+    return saved[split], None
+
+
+def row_texts(rows, text_field, name, first=0):
+    for number, row in enumerate(rows, first):
+        where = f"{name}, row {number}"
+        yield where, _text_of(row, text_field, where)
+
+
+def kept_texts(rows, text_field, name, state):
+    """The texts of a stream, copied as they arrive: an interrupted download goes on after them."""
+    steps, count, position = 0, 0, None
+    while (content := state.load(f"rows-{steps:05d}")) is not None:
+        step = json.loads(content)
+        for text in step["texts"]:
+            yield f"{name}, row {count}", text
+            count += 1
+        steps, position = steps + 1, step["position"]
+    if steps:
+        print(f"prepare: continuing the download after {count} rows", file=sys.stderr)
+        rows.load_state_dict(position)
+    copied, size, saved = [], 0, time.monotonic()
+
+    def save():
+        step = {"texts": copied, "position": rows.state_dict()}
+        state.save(f"rows-{steps:05d}", json.dumps(step).encode())
+
+    try:
+        for where, text in row_texts(rows, text_field, name, first=count):
+            copied.append(text)
+            size += len(text or "")
+            yield where, text
+            if size >= KEEP_BYTES or time.monotonic() - saved >= KEEP_SECONDS:
+                save()
+                steps, copied, size, saved = steps + 1, [], 0, time.monotonic()
+        save()
+    except GeneratorExit:
+        save()
+        raise
 
 
 def _text_of(row, text_field, where):

@@ -7,7 +7,7 @@ Student and control see the same tokens in the same order. Hinton et al. 2015: s
 scaled by T², mixed with cross-entropy on the data.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from stages.artifacts import Refusal, read_json, write_json
 from stages.launching import launch, write_curves
@@ -17,7 +17,7 @@ SECTIONS = ("sequence_tokens", "seed", "student", "distill", "optimizer", "train
 INPUTS = ["artifacts/data", "artifacts/teacher"]
 
 
-def fits(settings, place: Place) -> Iterator:
+def fits(settings, place: Place, keep: Callable) -> Iterator:
     from stages.models import build_student, load
     from stages.moe_to_dense import initialise_student
     from stages.shards import Tokens, Windows, read_card
@@ -42,8 +42,15 @@ def fits(settings, place: Place) -> Iterator:
     student = build_student(settings.student, vocab_size, settings.sequence_tokens, settings.seed)
     copied = {}
     if recipe.init == "teacher":
-        windows = Windows(Tokens(data, "train"), settings.sequence_tokens, settings.seed)
-        copied = initialise_student(student, teacher, [windows.batch(0, 0, 1, recipe.batch_sequences)])
+
+        def warm_start():
+            windows = Windows(Tokens(data, "train"), settings.sequence_tokens, settings.seed)
+            copied = initialise_student(student, teacher, [windows.batch(0, 0, 1, recipe.batch_sequences)])
+            return {"copied": copied, "weights": student.state_dict()}
+
+        kept = keep("warm_start", warm_start)
+        student.load_state_dict(kept["weights"])
+        copied = kept["copied"]
     yield Fit(
         name="student",
         model=student,

@@ -10,29 +10,27 @@ Scoring is in float32 in one process; its progress is saved, and an interrupted 
 bytes.
 """
 
-import hashlib
 import io
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from stages import cost, memory, models, scoring
-from stages.artifacts import Refusal, sha256_of, write_atomically, write_json
+from stages.artifacts import Refusal, write_atomically, write_json
 from stages.experts import load_and_balance, permutation, route
 from stages.generation import generate
 from stages.losses import next_token
 from stages.provenance import cores, device_conditions
+from stages.resuming import Interruption, ResumeState, resume_key
 from stages.runs import Place, run_stage
 from stages.shards import Tokens, load_tokenizer
 
@@ -47,6 +45,7 @@ SAMPLE_PROMPT_TOKENS, SAMPLE_NEW_TOKENS, SAMPLE_TEMPERATURE = 32, 96, 0.7  # gre
 def main(settings, place: Place, run) -> dict:
     e, T = settings.evaluate, settings.sequence_tokens
     torch.set_num_threads(cores())
+    conditions = device_conditions(int(torch.cuda.is_available())) | {"threads": cores(), "precision": "float32"}
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before CUDA starts: one order of summing for what DVC keeps
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -57,57 +56,36 @@ def main(settings, place: Place, run) -> dict:
     n_tokens, n_documents = len(stream.document_of), len(stream.document_bytes)
     print(f"evaluate: {n_tokens:,} tokens of {n_documents} test documents", flush=True)
 
-    state = place.root / ".runs" / "resume" / "evaluate" / resume_key(settings, place)
-    tables = scoring.score(
-        loaded, stream, T, e.batch_sequences, "teacher", state / "progress", on_batch=tell_progress
-    )
-    for name, table in tables.items():
-        save_table(place.write(f"artifacts/scores/{name}.npy"), table)
-        print(f"evaluate: {name} {scoring.bits_per_byte(table):.4f} bits per byte", flush=True)
-    scored = time.perf_counter()
+    key = state_key(settings, conditions, place)
+    with Interruption("evaluate") as interruption, ResumeState(place.root, "evaluate", key) as state:
+        tables = scoring.score(
+            loaded, stream, T, e.batch_sequences, "teacher", state, interruption, on_batch=tell_progress
+        )
+        for name, table in tables.items():
+            save_table(place.write(f"artifacts/scores/{name}.npy"), table)
+            print(f"evaluate: {name} {scoring.bits_per_byte(table):.4f} bits per byte", flush=True)
+        scored = time.perf_counter()
 
-    bootstrap = scoring.Bootstrap(n_documents, e.bootstrap_resamples, settings.seed)
-    figures = {
-        name: quality(bootstrap, tables[name], name != "teacher") | size(model, T)
-        for name, model in loaded.items()
-    }
-    policies = memory.policies(e.checkpoint_every_blocks, len(loaded["teacher"].blocks))
-    loss_of = training_loss(loaded["teacher"], stream, e.checkpoint_batch_sequences, T)
-    metrics: dict[str, Any] = {
-        "test": {"documents": n_documents, "tokens": n_tokens, "bytes": int(stream.document_bytes.sum())},
-        "models": figures,
-        "comparisons": comparisons(bootstrap, tables, figures),
-        "checkpointing": memory.compare_policies(loaded["teacher"], policies, loss_of),
-    }
-    texts = samples(loaded, stream, load_tokenizer(place.read("artifacts/data")), settings.seed)
-    write_json(place.write("artifacts/samples.json"), texts)
-    write_json(place.write("metrics/evaluate.json"), metrics)
-    write_atomically(place.write("plots/quality.csv"), quality_csv(figures))
-    counted = time.perf_counter()
+        interruption.at_once("counting")
+        if (kept := state.load("counted")) is None:
+            texts = samples(loaded, stream, load_tokenizer(place.read("artifacts/data")), settings.seed)
+            kept = json.dumps([count(settings, loaded, stream, tables), texts]).encode()
+            state.save("counted", kept)
+        metrics, texts = json.loads(kept)
+        write_json(place.write("artifacts/samples.json"), texts)
+        write_json(place.write("metrics/evaluate.json"), metrics)
+        write_atomically(place.write("plots/quality.csv"), quality_csv(metrics["models"]))
+        counted = time.perf_counter()
 
-    torch.use_deterministic_algorithms(False)  # from here on only the clock's numbers
-    teacher, repetitions = loaded["teacher"], e.timing_repetitions
-    measurements = {
-        "latency": latency(loaded, stream, e.prefill_tokens, e.decode_tokens, repetitions),
-        "checkpointing": checkpointing_time(teacher, policies, loss_of, repetitions, settings.seed),
-        "router": router_time(
-            e.router_tokens, teacher.shape, e.router_experts, e.router_experts_per_token,
-            repetitions, settings.seed,
-        ),
-        "machine": {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": device_name()},
-        "seconds": {
-            "scoring": scored - started,
-            "counting": counted - scored,
-            "timing": time.perf_counter() - counted,
-        },
-    }  # fmt: skip
-    write_json(place.write("measurements/evaluate.json"), measurements)
+        interruption.at_once("timing")
+        torch.use_deterministic_algorithms(False)  # from here on only the clock's numbers
+        measurements = timings(settings, loaded, stream, [row["policy"] for row in metrics["checkpointing"]])
+        seconds = {"scoring": scored - started, "counting": counted - scored, "timing": time.perf_counter() - counted}
+        write_json(place.write("measurements/evaluate.json"), measurements | {"seconds": seconds})
     run.metrics(headline(metrics))
     for name, text in texts.items():
         run.text(f"samples/{name}.txt", text)
-    shutil.rmtree(state, ignore_errors=True)  # finished: the outs are the state now
-    computed = {"threads": torch.get_num_threads(), "precision": "float32"}
-    return {"conditions": device_conditions(int(torch.cuda.is_available())) | computed}
+    return {"conditions": conditions}
 
 
 def tell_progress(done: int, total: int) -> None:
@@ -133,15 +111,10 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
-def resume_key(settings, place: Place) -> str:
-    """Of all that the scores depend on: progress under another key is never looked at."""
-    read = [asdict(settings.evaluate), settings.sequence_tokens, settings.seed]
-    read += [torch.__version__, torch.get_num_threads(), device_name()]
-    read += [sha256_of(place.read(f"artifacts/{name}")) for name in MODELS]
-    read += [sha256_of(place.read("artifacts/data") / "card.json")]
-    rooms = ("scoring", "models", "teacher", "student", "experts", "layers", "shards")
-    read += [sha256_of(Path(__file__).parent / f"{room}.py") for room in rooms]
-    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()[:16]
+def state_key(settings, conditions: dict, place: Place) -> str:
+    read = [asdict(settings.evaluate), settings.sequence_tokens, settings.seed, conditions]
+    inputs = [place.read(f"artifacts/{name}") for name in MODELS]
+    return resume_key("evaluate", read, [*inputs, place.read("artifacts/data/card.json")])
 
 
 def save_table(path: Path, table: np.ndarray) -> None:
@@ -151,6 +124,26 @@ def save_table(path: Path, table: np.ndarray) -> None:
 
 
 # ---- quality
+
+
+def count(settings, loaded: dict, stream: scoring.Stream, tables: dict) -> dict:
+    """All that goes to the metrics."""
+    e, T = settings.evaluate, settings.sequence_tokens
+    teacher, n_documents = loaded["teacher"], len(stream.document_bytes)
+    bootstrap = scoring.Bootstrap(n_documents, e.bootstrap_resamples, settings.seed)
+    figures = {
+        name: quality(bootstrap, tables[name], name != "teacher") | size(model, T)
+        for name, model in loaded.items()
+    }
+    policies = memory.policies(e.checkpoint_every_blocks, len(teacher.blocks))
+    loss_of = training_loss(teacher, stream, e.checkpoint_batch_sequences, T)
+    tokens, n_bytes = len(stream.document_of), int(stream.document_bytes.sum())
+    return {
+        "test": {"documents": n_documents, "tokens": tokens, "bytes": n_bytes},
+        "models": figures,
+        "comparisons": comparisons(bootstrap, tables, figures),
+        "checkpointing": memory.compare_policies(teacher, policies, loss_of),
+    }
 
 
 def quality(bootstrap: scoring.Bootstrap, table: np.ndarray, beside_teacher: bool) -> dict:
@@ -237,6 +230,18 @@ def headline(metrics: dict) -> dict[str, float]:
 
 
 # ---- what hangs on the clock
+
+
+def timings(settings, loaded: dict, stream: scoring.Stream, policies: list[str]) -> dict:
+    e, teacher, repetitions = settings.evaluate, loaded["teacher"], settings.evaluate.timing_repetitions
+    loss_of = training_loss(teacher, stream, e.checkpoint_batch_sequences, settings.sequence_tokens)
+    router = (e.router_tokens, teacher.shape, e.router_experts, e.router_experts_per_token)
+    return {
+        "latency": latency(loaded, stream, e.prefill_tokens, e.decode_tokens, repetitions),
+        "checkpointing": checkpointing_time(teacher, policies, loss_of, repetitions, settings.seed),
+        "router": router_time(*router, repetitions, settings.seed),
+        "machine": {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": device_name()},
+    }
 
 
 def training_loss(model, stream: scoring.Stream, batch_sequences: int, sequence_tokens: int):

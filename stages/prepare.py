@@ -9,16 +9,21 @@ others come or go, and the order on disk is that of the checksums: any first n t
 """
 
 import hashlib
+import json
+import os
+import shutil
 import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 from stages.artifacts import Refusal, sha256_of, write_atomically, write_json
 from stages.corpus import Corpus
+from stages.resuming import Interruption, ResumeState, resume_key
 from stages.runs import run_stage
 from stages.shards import (
     END_OF_TEXT,
@@ -26,6 +31,7 @@ from stages.shards import (
     TOKENIZER,
     BpeTokenizer,
     BytesTokenizer,
+    Written,
     token_dtype,
     write_card,
     write_split,
@@ -33,6 +39,7 @@ from stages.shards import (
 from stages.tracking import machine
 
 SECTIONS = ("corpus", "prepare", "sequence_tokens")
+DATA = "data"  # of the resume state: the folder that becomes artifacts/data
 BATCH_BYTES = 1 << 22  # of text, tokenized at once
 FEWEST = {"train": 1, "val": 1, "test": 2}  # documents; an interval over documents needs two
 FEWEST_HELD_OUT = 4  # documents of validation and of test that max_documents leaves
@@ -52,41 +59,45 @@ def main(settings, place, run):
     )
     folder = empty_folder(place.write("artifacts/data"))
 
-    # The source is read once. Its texts wait in a file without a name, which a killed process cannot leave.
-    with tempfile.TemporaryFile(dir=folder) as spool:
+    # The source is read once. Its texts wait in a file without a name, which a killed process cannot leave. A
+    # resumed run reads it again: that is how it knows that it is the same.
+    with Interruption("prepare") as interruption, corpus, tempfile.TemporaryFile(dir=folder) as spool:
         with watch.phase("read"):
-            documents, duplicates = gather(corpus, spool)
+            documents, duplicates = gather(corpus, spool, interruption)
             splits = split_documents(documents, knobs.val_share, knobs.test_share)
             splits = choose(splits, knobs.max_documents, knobs.val_share, knobs.test_share)
             refuse_few(splits)
 
-        with watch.phase("train_tokenizer"):
-            tokenizer = train_tokenizer(knobs.tokenizer, knobs.vocab_size, texts(spool, splits["train"]))
+        with ResumeState(place.root, "prepare", state_key(knobs, splits)) as state:
+            with watch.phase("train_tokenizer"):
+                tokenizer = tokenizer_of(knobs, texts(spool, splits["train"]), state)
+
+            with watch.phase("encode"):
+                parts = {}
+                for split in SPLITS:
+                    interruption.check(f"encoding {split}")
+                    parts[split] = encode_split(tokenizer, spool, splits[split], split, knobs, state, interruption)
+                    refuse_short(split, parts[split], settings.sequence_tokens)
+
+            for path in (state.folder / DATA).glob("[!.]*"):
+                link_or_copy(path, folder / path.name)
             write_atomically(folder / TOKENIZER, tokenizer.to_json())
+            card = {
+                "vocab_size": tokenizer.vocab_size,
+                "end_of_text": tokenizer.end_of_text,
+                "tokenizer": tokenizer.kind,
+                "tokenizer_sha256": sha256_of(folder / TOKENIZER),
+                "dtype": token_dtype(tokenizer.vocab_size),
+                "splits": parts,
+                "duplicates_dropped": duplicates,
+                "corpus": corpus.describe(),
+            }
+            write_atomically(folder / "CORPUS.md", corpus_card(card, knobs))
+            write_card(folder, card)
 
-        with watch.phase("encode"):
-            parts = {}
-            for split in SPLITS:
-                encoded = encode(tokenizer, spool, splits[split], split)
-                parts[split] = write_split(folder, split, encoded, tokenizer, knobs.shard_tokens)
-                refuse_short(split, parts[split], settings.sequence_tokens)
-
-    card = {
-        "vocab_size": tokenizer.vocab_size,
-        "end_of_text": tokenizer.end_of_text,
-        "tokenizer": tokenizer.kind,
-        "tokenizer_sha256": sha256_of(folder / TOKENIZER),
-        "dtype": token_dtype(tokenizer.vocab_size),
-        "splits": parts,
-        "duplicates_dropped": duplicates,
-        "corpus": corpus.describe(),
-    }
-    write_atomically(folder / "CORPUS.md", corpus_card(card, knobs))
-    write_card(folder, card)
-
-    metrics = metrics_of(card, splits)
-    write_json(place.write("metrics/prepare.json"), metrics)
-    write_json(place.write("measurements/prepare.json"), measurements_of(watch, corpus.bytes, parts))
+            metrics = metrics_of(card, splits)
+            write_json(place.write("metrics/prepare.json"), metrics)
+            write_json(place.write("measurements/prepare.json"), measurements_of(watch, corpus.bytes, parts))
     run.metrics(metrics)
     run.artifact(folder / "CORPUS.md")
     print(f"prepare: {summary(card)}", file=sys.stderr)
@@ -103,6 +114,14 @@ def empty_folder(folder):
     return folder
 
 
+def link_or_copy(source, target):
+    """A second name for the file, where the file system has that; else a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 # ---- reading
 
 
@@ -112,11 +131,12 @@ class Document(NamedTuple):
     size: int  # utf-8 bytes
 
 
-def gather(corpus, spool):
+def gather(corpus, spool, interruption):
     """Copy every text once into the spool; returns the documents and the number of duplicates dropped."""
     documents, seen, position, duplicates = [], set(), 0, 0
     with progress("reading", unit="B", unit_scale=True) as bar:
         for text in corpus:
+            interruption.check("reading the corpus")
             data = text.encode("utf-8")
             bar.update(len(data))
             digest = hashlib.sha256(data).digest()
@@ -222,7 +242,7 @@ def _counted(items, bar):
         yield item
 
 
-def encode(tokenizer, spool, documents, split):
+def encode(tokenizer, spool, documents, split, interruption):
     """(token ids, utf-8 bytes) of each document in order, tokenized a few megabytes at a time."""
     batch, held = [], 0
     with progress(f"encoding {split}", total=len(documents), unit=" documents") as bar:
@@ -230,6 +250,7 @@ def encode(tokenizer, spool, documents, split):
             batch.append((text, document.size))
             held += document.size
             if held >= BATCH_BYTES:
+                interruption.check(f"encoding {split}")
                 yield from _encoded(tokenizer, batch)
                 bar.update(len(batch))
                 batch, held = [], 0
@@ -240,6 +261,67 @@ def encode(tokenizer, spool, documents, split):
 def _encoded(tokenizer, batch):
     ids = tokenizer.encode_batch([text for text, _ in batch])
     return zip(ids, [size for _, size in batch], strict=True)
+
+
+# ---- what is kept of unfinished work
+
+
+def state_key(knobs, splits):
+    """Of what the tokens depend on: the texts that were read, whatever file or dataset they came from."""
+    digest = hashlib.sha256()
+    for documents in splits.values():
+        digest.update(b"".join(document.digest for document in documents) + b"\n")
+    return resume_key("prepare", [asdict(knobs), digest.hexdigest()])
+
+
+def tokenizer_of(knobs, training_texts, state):
+    """The tokenizer that an interrupted run had trained, else a fresh one."""
+    kept = state.load(TOKENIZER) if knobs.tokenizer == "bpe" else None
+    if kept is not None:
+        from tokenizers import Tokenizer
+
+        print("prepare: continuing with the tokenizer of the interrupted run", file=sys.stderr)
+        return BpeTokenizer(Tokenizer.from_str(kept.decode()))
+    tokenizer = train_tokenizer(knobs.tokenizer, knobs.vocab_size, training_texts)
+    state.save(TOKENIZER, tokenizer.to_json().encode())
+    return tokenizer
+
+
+def encode_split(tokenizer, spool, documents, split, knobs, state, interruption):
+    """Encodes and writes a split into the state, from the shard on that an interrupted run had come to."""
+    folder, written = state.folder / DATA, shards_kept(state, split)
+    if written.shards:
+        print(f"prepare: continuing {split} after {len(written.shards)} shards", file=sys.stderr)
+    rows, shards = len(written.table), len(written.shards)
+
+    def keep(now):
+        nonlocal rows, shards
+        step = {"table": now.table[rows:], "shards": now.shards[shards:]}
+        state.save(step_name(split, shards), json.dumps(step).encode())
+        rows, shards = len(now.table), len(now.shards)
+
+    rest = documents[max(0, len(written.table) - 1) :]  # the last one may have ended in the next shard
+    encoded = encode(tokenizer, spool, rest, split, interruption)
+    return write_split(folder, split, encoded, tokenizer, knobs.shard_tokens, written, keep)
+
+
+def shards_kept(state, split):
+    """The shards of an interrupted run, up to the first that is not there as it was recorded."""
+    table, shards = [], []
+    while (kept := state.load(step_name(split, len(shards)))) is not None:
+        step = json.loads(kept)
+        for shard in step["shards"]:
+            path = state.folder / DATA / shard["file"]
+            if not path.is_file() or sha256_of(path) != shard["sha256"]:
+                state.say_damaged(f"{DATA}/{shard['file']}")
+                return Written(table, shards)
+        table += step["table"]
+        shards += step["shards"]
+    return Written(table, shards)
+
+
+def step_name(split, shard):
+    return f"{split}-{shard:05d}"
 
 
 # ---- telling

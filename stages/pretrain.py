@@ -14,7 +14,7 @@ from stages.runs import Place, run_stage
 SECTIONS = ("sequence_tokens", "seed", "teacher", "pretrain", "optimizer", "trainer")
 
 
-def fits(settings, place: Place) -> Iterator:
+def fits(settings, place: Place, _) -> Iterator:
     """What every rank trains."""
     from stages.models import build_teacher
     from stages.shards import read_card

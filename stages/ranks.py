@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 from stages.artifacts import Refusal, read_json, write_atomically, write_json
@@ -29,7 +30,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from stages import models, settings
-from stages.checkpoints import Checkpoint
+from stages.checkpoints import Checkpoint, made_once
 from stages.optimizers import learning_rate_factor, make_optimizers
 from stages.shards import Tokens, Windows, read_card
 from stages.training import Fit, max_violation, validation_nats
@@ -282,7 +283,8 @@ def main() -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes all memory twice
         if not dist.is_initialized():
             dist.init_process_group("nccl" if job.accelerator == "gpu" else "gloo")
-        for fit in importlib.import_module(f"stages.{job.stage}").fits(job.settings, job.place):
+        keep = partial(made_once, job.state, job.rank)
+        for fit in importlib.import_module(f"stages.{job.stage}").fits(job.settings, job.place, keep):
             results[fit.name] = run_fit(fit, job)
         if job.rank == 0:
             write_json(job.state / "result.json", results)

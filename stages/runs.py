@@ -65,8 +65,8 @@ def run_stage(main, name: str, sections) -> None:
     except Refusal as refusal:
         _say(refusal)
         sys.exit(1)
-    except KeyboardInterrupt:
-        _say("interrupted; the same command continues where it can")
+    except KeyboardInterrupt as interruption:
+        _say(str(interruption) or "interrupted; the same command continues where it can")
         sys.exit(130)
 
 

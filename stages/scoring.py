@@ -7,25 +7,24 @@ Shapes: M models, B windows, T tokens of a window, C tokens of a chunk, V vocabu
 of scores, R bootstrap resamples.
 """
 
-import hashlib
 import io
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stages.artifacts import Refusal, write_atomically
+from stages.artifacts import Refusal
+from stages.resuming import Interruption, ResumeState
 
 # Columns of a score table, sums over the tokens of a document; the last two are against the reference.
 COLUMNS = ("nats", "bytes", "tokens", "correct", "agreement", "kl_nats")
 NATS, BYTES, TOKENS, CORRECT, AGREEMENT, KL = range(len(COLUMNS))
 CHUNK_TOKENS = 1024  # logits [1024, V] at a time
-SHA256_BYTES = 32
+SUMS, SAVE_SECONDS = "sums", 2.0  # of unfinished work
 
 
 Models = dict[str, nn.Module]
@@ -100,18 +99,21 @@ def score(
     sequence_tokens: int,
     batch_sequences: int,
     reference: str,
-    progress: Path | None = None,
-    save_every_seconds: float = 2.0,
+    state: ResumeState | None = None,
+    interruption: Interruption | None = None,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, np.ndarray]:
     """The score table [G, columns] of every model over fixed, non-overlapping windows of the stream.
 
-    `progress` is a file that receives the sums so far; an interrupted call continues from it and ends with
-    the same bits, because the batches and the order of their sums do not depend on where it stopped.
+    `state` receives the sums so far, every SAVE_SECONDS and when an interruption is requested; the next call
+    continues from them and ends with the same bits, because the batches and the order of their sums do not
+    depend on where it stopped.
     """
     n_tokens, n_documents = len(stream.document_of), len(stream.document_bytes)
     n_windows = math.ceil(n_tokens / sequence_tokens)
-    first, tables_MGS = read_progress(progress, (len(models), n_documents, len(COLUMNS)))
+    first, tables_MGS = _continued(state, (len(models), n_documents, len(COLUMNS)))
+    if first:
+        print(f"evaluate: continuing after window {first:,} of {n_windows:,}", flush=True)
     saved = time.monotonic()
     device = next(models[reference].parameters()).device
     for window in range(first, n_windows, batch_sequences):
@@ -124,12 +126,16 @@ def score(
                 windows = [stream.tokens[at : at + length + 1] for at in range(low, high, length)]
                 scores = window_scores(models, torch.from_numpy(np.stack(windows)).to(device), reference)
                 _add_by_document(tables_MGS, stream.document_of[low:high], scores)
-        if progress is not None and time.monotonic() - saved >= save_every_seconds:
-            write_progress(progress, window + batch_sequences, tables_MGS)
+        done = min(window + batch_sequences, n_windows)
+        stopping = interruption is not None and interruption.requested  # asked once, so that no stop goes unsaved
+        if state is not None and (stopping or done == n_windows or time.monotonic() - saved >= SAVE_SECONDS):
+            buffer = io.BytesIO()
+            np.save(buffer, np.append(tables_MGS.ravel(), done))
+            state.save(SUMS, buffer.getvalue())
             saved = time.monotonic()
-        on_batch(min(window + batch_sequences, n_windows), n_windows)
-    if progress is not None:
-        write_progress(progress, n_windows, tables_MGS)
+        on_batch(done, n_windows)
+        if interruption is not None and stopping:
+            interruption.check(f"scoring, after window {done:,} of {n_windows:,}")
     tables = dict(zip(models, tables_MGS, strict=True))
     for name, table in tables.items():
         table[:, BYTES] = stream.document_bytes
@@ -141,36 +147,23 @@ def score(
     return tables
 
 
+def _continued(state: ResumeState | None, shape: tuple[int, int, int]) -> tuple[int, np.ndarray]:
+    """The next window and the sums so far; from the start where nothing usable was saved."""
+    fresh = 0, np.zeros(shape)
+    if state is None or (kept := state.load(SUMS)) is None:
+        return fresh
+    try:
+        saved = np.lib.format.read_array(io.BytesIO(kept), allow_pickle=False)
+        return int(saved[-1]), saved[:-1].reshape(shape)
+    except (ValueError, MemoryError):  # not these numbers, or more than there are
+        state.say_damaged(SUMS)
+        return fresh
+
+
 def _add_by_document(tables_MGS: np.ndarray, document_of: np.ndarray, scores: np.ndarray) -> None:
     for table, columns in zip(tables_MGS, scores, strict=True):
         for column, values in zip((NATS, CORRECT, AGREEMENT, KL), columns.T, strict=True):
             table[:, column] += np.bincount(document_of, weights=values, minlength=len(table))
-
-
-def write_progress(path: Path, next_window: int, tables_MGS: np.ndarray) -> None:
-    buffer = io.BytesIO()
-    np.save(buffer, np.append(tables_MGS.ravel(), next_window))
-    payload = buffer.getvalue()
-    write_atomically(path, hashlib.sha256(payload).digest() + payload)
-
-
-def read_progress(path: Path | None, shape: tuple[int, int, int]) -> tuple[int, np.ndarray]:
-    """The next window and the sums so far; from the start where nothing usable was saved."""
-    fresh = 0, np.zeros(shape)
-    if path is None or not path.exists():
-        return fresh
-    content = path.read_bytes()
-    checksum, payload = content[:SHA256_BYTES], content[SHA256_BYTES:]
-    if hashlib.sha256(payload).digest() != checksum:  # scoring again costs seconds, a wrong sum the result
-        print(f"offramp: the saved scores in {path} are damaged; scoring starts again", flush=True)
-        return fresh
-    try:
-        saved = np.lib.format.read_array(io.BytesIO(payload), allow_pickle=False)
-    except (ValueError, MemoryError):  # not numbers, or more than there are
-        return fresh
-    if saved.size != math.prod(shape) + 1:
-        return fresh
-    return int(saved[-1]), saved[:-1].reshape(shape)
 
 
 # ---- from tables to figures with intervals

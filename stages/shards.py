@@ -14,6 +14,7 @@ import json
 import re
 from bisect import bisect_right
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -69,14 +70,25 @@ def token_dtype(vocab_size):
     return "uint16" if vocab_size <= 65535 else "uint32"
 
 
-def write_split(folder, split, documents, tokenizer, shard_tokens):
+class Written(NamedTuple):
+    """What of a split is on disk: its documents so far, of the last perhaps only the beginning, and its shards."""
+
+    table: list  # of (start token, tokens, utf-8 bytes)
+    shards: list  # as the card names them
+
+
+def write_split(folder, split, documents, tokenizer, shard_tokens, written=None, on_shards=lambda written: None):
     """Write a split's shards and its table of documents; returns its part of the card.
 
-    `documents` yields (tokens, utf-8 bytes); each is closed by one end-of-text token, which counts no byte.
+    `documents` yields (tokens, utf-8 bytes); each is closed by one end-of-text token, which counts no byte. To
+    continue after what was `written`, give the documents from its last one on. `on_shards` hears of every step.
     """
     folder, dtype = Path(folder), np.dtype(token_dtype(tokenizer.vocab_size)).newbyteorder("<")
     ending = np.asarray([tokenizer.end_of_text], dtype=dtype)
-    table, shards, waiting, held, tokens = [], [], [], 0, 0
+    table, shards = (list(part) for part in written or Written([], []))
+    tokens = table.pop()[0] if table else 0  # where the first document to come starts
+    skip = sum(shard["tokens"] for shard in shards) - tokens  # of its tokens, already in the shards
+    waiting, held = [], 0
 
     def write_shard(content):
         path = folder / f"{split}-{len(shards):05d}.bin"
@@ -87,14 +99,15 @@ def write_split(folder, split, documents, tokenizer, shard_tokens):
 
     for ids, size in documents:
         table.append((tokens, len(ids) + 1, size))
-        waiting.append(np.append(np.asarray(ids, dtype=dtype), ending))
-        tokens, held = tokens + len(ids) + 1, held + len(ids) + 1
+        waiting.append(np.append(np.asarray(ids, dtype=dtype), ending)[skip:])
+        tokens, held, skip = tokens + len(ids) + 1, held + len(waiting[-1]), 0
         if held >= shard_tokens:
             joined = np.concatenate(waiting)
             whole = held - held % shard_tokens
             for start in range(0, whole, shard_tokens):
                 write_shard(joined[start : start + shard_tokens])
             waiting, held = [joined[whole:]], held - whole
+            on_shards(Written(table, shards))
     if held:
         write_shard(np.concatenate(waiting))
 

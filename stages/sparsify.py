@@ -7,7 +7,8 @@ Nothing is merely zeroed: heads, neurons and experts leave the tensors. Beside e
 the dense model trained on for the same extra tokens, since recovery alone also improves a model.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from stages.artifacts import write_json
 from stages.launching import launch, write_curves
@@ -17,11 +18,11 @@ SECTIONS = ("sequence_tokens", "seed", "sparsify", "optimizer", "trainer")
 INPUTS = ["artifacts/data", "artifacts/teacher", "artifacts/student"]
 
 
-def fits(settings, place: Place) -> Iterator:
+def fits(settings, place: Place, keep: Callable) -> Iterator:
     from stages import models
-    from stages.pruning import importance, prune
+    from stages.pruning import Importance, prune
     from stages.shards import Tokens, Windows
-    from stages.training import Distillation, Fit, NextToken, validation_nats
+    from stages.training import Distillation, Fit, NextToken
 
     recipe, data = settings.sparsify.recovery, place.read("artifacts/data")
     windows = Windows(Tokens(data, "train"), settings.sequence_tokens, settings.seed + 1)
@@ -35,16 +36,15 @@ def fits(settings, place: Place) -> Iterator:
         "validation_sequences": recipe.validation_sequences,
     }
     for name in ("teacher", "student"):
-        keep = getattr(settings.sparsify, name)
-        dense = models.load(place.read(f"artifacts/{name}"))
-        sparse = prune(dense, keep, importance(dense, calibration))
-        before, after = (validation_nats(model, held_out).item() for model in (dense, sparse))
+        shares, dense = getattr(settings.sparsify, name), models.load(place.read(f"artifacts/{name}"))
+        kept = keep(f"{name}_calibration", partial(calibrate, dense, shares, calibration, held_out))
+        sparse = prune(dense, shares, Importance(**kept["importance"]))
         yield Fit(
             name=f"sparse_{name}",
             model=sparse,
             objective=Distillation(dense, recipe.temperature, recipe.soft_weight, recipe.chunk_tokens),
             out=f"artifacts/sparse_{name}",
-            notes={"one_shot_loss_ratio": after / before},
+            notes={"one_shot_loss_ratio": kept["one_shot_loss_ratio"]},
             **common,
         )
         yield Fit(
@@ -54,6 +54,17 @@ def fits(settings, place: Place) -> Iterator:
             out=f"artifacts/continued_{name}",
             **common,
         )
+
+
+def calibrate(dense, shares, calibration: list, held_out: list) -> dict:
+    """What decides which structures go, and how much worse the model is right after they went."""
+    from stages.pruning import importance, prune
+    from stages.training import validation_nats
+
+    scores = importance(dense, calibration)
+    sparse = prune(dense, shares, scores)
+    before, after = (validation_nats(model, held_out).item() for model in (dense, sparse))
+    return {"importance": vars(scores), "one_shot_loss_ratio": after / before}
 
 
 def main(settings, place: Place, run) -> dict:

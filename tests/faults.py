@@ -220,13 +220,16 @@ def checkpoint_of(tree: Path, fit: str = "teacher") -> Path | None:
     return next(tree.glob(f".runs/resume/*/{fit}.json"), None)
 
 
+NOT_PROGRESS = ("job.json", "ranks.log", "steps.jsonl", "result.json", "error.txt", "lock", "data")
+
+
 def last_saved(tree: Path) -> float:
     """When something was last kept: a finished stage, a checkpoint, scores; or the running stage's own start."""
-    kept = [tree / "dvc.lock", *tree.glob(".runs/resume/*/*.json"), *tree.glob(".runs/resume/evaluate/*/progress")]
     times = []
-    for path in kept:
-        with contextlib.suppress(FileNotFoundError):  # finished in this moment
-            times.append(path.stat().st_mtime if path.name not in ("job.json", "result.json") else 0)
+    for path in [tree / "dvc.lock", *tree.glob(".runs/resume/*/[!.]*"), *tree.glob(".runs/resume/*/data/[!.]*")]:
+        if path.suffix != ".pt" and path.name not in NOT_PROGRESS:  # a checkpoint counts from its index on
+            with contextlib.suppress(FileNotFoundError):  # finished in this moment
+                times.append(path.stat().st_mtime)
     for process in processes_of(tree):
         with contextlib.suppress(psutil.Error):
             _, flag, module, *_ = [*process.cmdline(), "", "", ""]
@@ -285,10 +288,10 @@ def forget(tree: Path, *stages: str) -> None:
 
 def remember(row: Row, text: str) -> None:
     """The line that says most about an interruption."""
-    for told in ("interrupted after step", "continues after step", "the same command continues"):
-        if told not in row.message and (found := re.search(f".*{told}.*", text)):
+    for told in ("interrupted (after|while)", "continues after step", "the same command continues"):
+        if found := re.search(f".*{told}.*", text):
             row.message = found[0].strip()
-        if told in row.message:
+        if re.search(told, row.message):
             return
 
 
@@ -506,23 +509,24 @@ def damaged_checkpoint(bench: Bench, row: Row) -> None:
             kill_everything(tree)
             row.tried += 1
             harm(next(tree.glob(f".runs/resume/*/{part}")), bench.random(name))
-            row.message = line_with("is damaged .* starts again", bench.finish(tree, row))
+            row.message = line_with("is damaged .* its work is done again", bench.finish(tree, row))
             row.survived += 1
 
 
 def damaged_progress(bench: Bench, row: Row) -> None:
-    """evaluate's saved progress, the same; then dvc repro"""
-    for harm in (truncate, flip_a_bit):
-        name = f"damaged-progress-{row.tried}"
-        tree = bench.copy(name)
-        forget(tree, "evaluate")
-        process = start(tree, *REPRO, "evaluate")
-        until(lambda tree=tree: list(tree.glob(".runs/resume/evaluate/*/progress")), process, tree)
-        kill_everything(tree)
-        row.tried += 1
-        harm(next(tree.glob(".runs/resume/evaluate/*/progress")), bench.random(name))
-        row.message = line_with("damaged", bench.finish(tree, row))
-        row.survived += 1
+    """what evaluate and prepare saved of unfinished work, the same; then dvc repro"""
+    for stage, part in (("evaluate", "sums"), ("prepare", "tokenizer.json")):
+        for harm in (truncate, flip_a_bit):
+            name = f"damaged-{part}-{harm.__name__}"
+            tree = bench.copy(name)
+            forget(tree, stage)
+            process = start(tree, *REPRO, stage)
+            until(lambda tree=tree, at=f".runs/resume/{stage}-*/{part}": list(tree.glob(at)), process, tree)
+            kill_everything(tree)
+            row.tried += 1
+            harm(next(tree.glob(f".runs/resume/{stage}-*/{part}")), bench.random(name))
+            row.message = line_with("is damaged: what it held is done again", bench.finish(tree, row))
+            row.survived += 1
 
 
 def damaged_lock(bench: Bench, row: Row) -> None:

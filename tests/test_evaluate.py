@@ -92,6 +92,7 @@ def outs_of(root: Path) -> dict[str, bytes]:
     files = [
         root / "metrics/evaluate.json",
         root / "plots/quality.csv",
+        root / "artifacts/samples.json",
         *(root / "artifacts/scores").iterdir(),
     ]
     return {path.name: path.read_bytes() for path in sorted(files)}
@@ -165,70 +166,126 @@ def test_a_second_evaluation_gives_the_same_bytes(evaluated, settings, tmp_path)
     assert outs_of(tmp_path) == outs_of(evaluated.root)
 
 
-KILLED = """
+# A checkout evaluated by a process of its own, each batch slowed down so that a signal meets it.
+VICTIM = """
 import sys, time
+from dataclasses import replace
 from pathlib import Path
 from stages import evaluate, scoring
 from stages.runs import Place
-original, plain = scoring.score, scoring.window_scores
+from stages.settings import compose, validate
+
+s = validate(compose(["scale=tiny", "corpus=stdlib"]))
+quick = replace(s.evaluate, timing_repetitions=2, decode_tokens=4, bootstrap_resamples=50, batch_sequences=2)
+plain, scoring.SAVE_SECONDS = scoring.window_scores, float(sys.argv[3])
+
 def slow(*arguments):
-    time.sleep(0.3)
+    time.sleep(0.2)
     return plain(*arguments)
-scoring.window_scores = slow
-evaluate.cores = lambda: 1
-scoring.score = lambda *a, **named: original(*a, **named, save_every_seconds=0)
-settings = evaluate_settings()
+
 class Run:
     metrics = text = lambda *a, **k: None
-evaluate.main(settings, Place(Path(sys.argv[1]), Path(sys.argv[2])), Run())
+
+scoring.window_scores, evaluate.cores = slow, lambda: 1
+try:
+    evaluate.main(replace(s, evaluate=quick), Place(Path(sys.argv[1]), Path(sys.argv[2])), Run())
+except KeyboardInterrupt as interruption:
+    sys.exit(f"offramp: {interruption}")
 """
 
 
-def test_an_evaluation_killed_in_the_middle_resumes_and_gives_the_same_bytes(evaluated, settings, tmp_path):
-    """kill -9 while windows are scored; the next run starts from what was saved, not from nothing."""
-    composed = (
-        "from stages.settings import compose, validate\nfrom dataclasses import replace\n"
-        "def evaluate_settings():\n"
-        "    s = validate(compose(['scale=tiny', 'corpus=stdlib']))\n"
-        "    return replace(s, evaluate=replace(s.evaluate, timing_repetitions=2, decode_tokens=4,"
-        " bootstrap_resamples=50, batch_sequences=2))\n"
-    )
-    settings = replace(settings, evaluate=replace(settings.evaluate, batch_sequences=2))
-    root, out = tmp_path / "checkout", tmp_path / "out"
-    shutil.copytree(evaluated.root / "artifacts", root / "artifacts")
+@pytest.fixture
+def copy(evaluated, tmp_path) -> Path:
+    root = tmp_path / "checkout"
+    shutil.copytree(evaluated.root / "artifacts", root / "artifacts", ignore=shutil.ignore_patterns("scores"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def by_two(settings):
+    return replace(settings, evaluate=replace(settings.evaluate, batch_sequences=2))
+
+
+def start_victim(root: Path, out: Path, save_seconds: float) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
-    child = subprocess.Popen([sys.executable, "-c", composed + KILLED, root, out], env=environment)
-    resume = root / ".runs/resume/evaluate"
+    command = [sys.executable, "-c", VICTIM, str(root), str(out), str(save_seconds)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(found, child: subprocess.Popen) -> None:
     deadline = time.monotonic() + 60
-    while not list(resume.glob("*/progress")) and time.monotonic() < deadline and child.poll() is None:
+    while not found():
+        assert child.poll() is None and time.monotonic() < deadline, child.communicate()[1]
         time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    (state,) = resume.iterdir()
-    assert (state / "progress").exists()
-    assert not (out / "metrics/evaluate.json").exists()
-
-    counts, original = {"resumed": 0, "whole": 0}, scoring.window_scores
-    for name in counts:
-
-        def counted(*arguments, name=name):
-            counts[name] += 1
-            return original(*arguments)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(scoring, "window_scores", counted)
-            evaluate.main(settings, Place(root, tmp_path / name), SilentRun())
-    assert outs_of(tmp_path / "resumed") == outs_of(tmp_path / "whole")
-    assert 0 < counts["resumed"] < counts["whole"], "what was scored before the kill is not scored again"
-    assert not list(resume.iterdir()), "a finished evaluation leaves no state behind"
 
 
-def test_progress_of_other_models_or_settings_is_never_used(evaluated, settings):
-    place = Place(evaluated.root, evaluated.root)
-    key = evaluate.resume_key(settings, place)
-    assert key == evaluate.resume_key(settings, place)
-    other = replace(settings, evaluate=replace(settings.evaluate, test_tokens=100))
-    assert key != evaluate.resume_key(other, place)
+def windows_scored(root: Path, out: Path, settings) -> int:
+    """How many calls of the models this evaluation needs."""
+    calls, original = [], scoring.window_scores
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "window_scores", lambda *arguments: calls.append(1) or original(*arguments))
+        evaluate.main(settings, Place(root, out), SilentRun())
+    assert not list((root / ".runs/resume").iterdir()), "a finished evaluation leaves no state behind"
+    return len(calls)
+
+
+@pytest.fixture(scope="module")
+def whole(evaluated, by_two, tmp_path_factory):
+    """What an uninterrupted evaluation writes, and how often it calls the models."""
+    out = tmp_path_factory.mktemp("whole")
+    calls = windows_scored(evaluated.root, out, by_two)
+    return SimpleNamespace(outs=outs_of(out), calls=calls)
+
+
+def test_an_evaluation_killed_twice_resumes_and_gives_the_same_bytes(copy, by_two, whole, tmp_path):
+    """kill -9 while windows are scored, and again when only the timing is left."""
+    for name in ("sums", "counted"):
+        child = start_victim(copy, tmp_path / "killed", save_seconds=0)
+        wait_for(lambda name=name: list((copy / ".runs/resume").glob(f"evaluate-*/{name}")), child)
+        child.send_signal(signal.SIGKILL)
+        said, _ = child.communicate()
+        assert not (tmp_path / "killed/measurements/evaluate.json").exists()
+    assert "evaluate: continuing after window" in said, "the second one scored only what the first had not"
+    assert windows_scored(copy, tmp_path / "resumed", by_two) == 0
+    assert outs_of(tmp_path / "resumed") == whole.outs
+
+
+def test_an_evaluation_told_to_stop_saves_says_so_in_a_line_and_continues(copy, by_two, whole, tmp_path):
+    child = start_victim(copy, tmp_path / "stopped", save_seconds=3600)
+    wait_for(lambda: list((copy / ".runs/resume").glob("evaluate-*/lock")), child)
+    time.sleep(0.3)
+    child.send_signal(signal.SIGTERM)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 1 and "Traceback" not in said
+    assert "interrupted while scoring, after window" in said and "the same command continues there" in said
+    assert windows_scored(copy, tmp_path / "resumed", by_two) < whole.calls
+    assert outs_of(tmp_path / "resumed") == whole.outs
+
+
+def test_a_damaged_count_is_named_and_counted_again(copy, by_two, whole, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(evaluate, "latency", lambda *arguments: 1 / 0)
+        evaluate.main(by_two, Place(copy, tmp_path / "failed"), SilentRun())
+    (kept,) = (copy / ".runs/resume").glob("evaluate-*/counted")
+    content = bytearray(kept.read_bytes())
+    content[content.index(b'"bits_per_byte": ') + 19] ^= 1  # another digit: still JSON
+    kept.write_bytes(content)
+    assert windows_scored(copy, tmp_path / "resumed", by_two) == 0
+    assert f"{kept} is damaged" in capsys.readouterr().err
+    assert outs_of(tmp_path / "resumed") == whole.outs
+
+
+def test_progress_of_other_models_or_settings_is_never_used(copy, settings):
+    def key_of(settings, **conditions):
+        return evaluate.state_key(settings, {"threads": 1} | conditions, Place(copy, copy))
+
+    key = key_of(settings)
+    assert key == key_of(settings)
+    assert key != key_of(settings, threads=2)
+    assert key != key_of(replace(settings, seed=settings.seed + 1))
+    assert key != key_of(replace(settings, evaluate=replace(settings.evaluate, test_tokens=100)))
+    save(build_student(settings.student, VOCAB, settings.sequence_tokens, seed=99), copy / "artifacts/control")
+    assert key != key_of(settings)
 
 
 def test_models_of_another_vocabulary_are_refused(evaluated, settings, tmp_path):

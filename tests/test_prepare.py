@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -200,3 +202,164 @@ def test_command_of_a_user_refuses_a_missing_file_in_one_line(tmp_path):
     lines = [line for line in done.stderr.splitlines() if "no/such.txt" in line]
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert len(lines) == 1 and lines[0].startswith("offramp: ")
+
+
+# ---- interrupted and continued
+
+# prepare in a process of its own; it holds its breath after each thing it keeps, so that a signal meets it there
+VICTIM = """
+import sys, time
+sys.path.insert(0, "tests")
+from pathlib import Path
+from stages import prepare, resuming, runs
+from test_prepare import prepare as prepare_here
+
+kept, save = [], resuming.ResumeState.save
+
+def slow(self, name, content):
+    save(self, name, content)
+    kept.append(name)
+    if len(kept) == int(sys.argv[3]):
+        print(name, flush=True)
+        time.sleep(0.5)
+
+resuming.ResumeState.save = slow
+try:
+    prepare_here(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[4:])
+except KeyboardInterrupt as interruption:
+    sys.exit(f"offramp: {interruption}")
+"""
+SHARDS = "prepare.shard_tokens=500"
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    return sha256_of(prepare(corpus, tmp_path_factory.mktemp("whole"), SHARDS))
+
+
+def stopped_after(kept, number, root, out, *overrides):
+    """Send a signal when the process has kept so many things; returns what it said."""
+    command = [sys.executable, "-c", VICTIM, str(root), str(out), str(kept), *overrides]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.stdout.readline(), child.communicate()[1]
+    child.send_signal(number)
+    said = child.communicate(timeout=60)[1].decode()
+    assert child.returncode != 0 and "Traceback" not in said
+    return said
+
+
+@pytest.fixture
+def root(corpus, tmp_path):
+    """A checkout whose resume state no other test sees."""
+    shutil.copytree(corpus / "texts", tmp_path / "root/texts")
+    return tmp_path / "root"
+
+
+def test_killed_at_any_moment_it_continues_and_ends_with_the_same_bytes(root, whole, tmp_path, capsys, monkeypatch):
+    for kept in random.Random(3).sample(range(1, 8), 2):  # the tokenizer is the first thing kept, then come shards
+        out = tmp_path / str(kept)
+        stopped_after(kept, signal.SIGKILL, root, out, SHARDS)
+        assert not (out / "artifacts/data/card.json").exists()
+        shutil.rmtree(out / "artifacts")  # as DVC does before it runs a stage again
+    (state,) = (root / ".runs/resume").glob("prepare-*")
+    steps = len(list(state.glob("train-*")))
+    monkeypatch.setattr("stages.prepare.train_tokenizer", lambda *arguments: 1 / 0)  # nobody trains it again
+    assert sha256_of(prepare(root, tmp_path / "out", SHARDS)) == whole
+    said = capsys.readouterr().err
+    assert "continuing with the tokenizer" in said and f"continuing train after {steps} shards" in said
+    assert not list((root / ".runs/resume").iterdir())
+
+
+def test_told_to_stop_it_says_so_in_a_line_and_continues(root, whole, tmp_path, capsys):
+    said = stopped_after(1, signal.SIGTERM, root, tmp_path / "stopped", SHARDS)
+    assert "prepare: interrupted while encoding train; the same command continues there" in said
+    assert sha256_of(prepare(root, tmp_path / "out", SHARDS)) == whole
+    assert "continuing with the tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "train-00002", "data/train-00001.bin"])
+def test_damage_to_what_was_kept_is_named_and_done_again(root, whole, tmp_path, capsys, name):
+    stopped_after(6, signal.SIGKILL, root, tmp_path / "killed", SHARDS)
+    (damaged,) = (root / ".runs/resume").glob(f"prepare-*/{name}")
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    assert sha256_of(prepare(root, tmp_path / "out", SHARDS)) == whole
+    assert f"{damaged} is damaged" in capsys.readouterr().err
+
+
+def test_changed_text_setting_or_code_starts_afresh(root, folder, tmp_path, capsys, monkeypatch):
+    stopped_after(3, signal.SIGKILL, root, tmp_path / "killed", SHARDS)
+    capsys.readouterr()
+    assert sha256_of(prepare(root, tmp_path / "setting")) == sha256_of(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr("stages.resuming.platform.python_version", lambda: "4.0")  # as good as another room of code
+        prepare(root, tmp_path / "code", SHARDS)
+    changed, before = root / "texts/000.txt", os.stat(root / "texts/000.txt")
+    text = changed.read_text()
+    for path in (changed, root / "texts/000-again.txt"):
+        path.write_text(text.replace("sees", "seas"))  # neither the size nor, below, the time tells
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    now = prepare(root, tmp_path / "text", SHARDS)
+    assert "continuing" not in capsys.readouterr().err
+    assert any("seas" in text for split in SPLITS for text in texts_of(now, split))
+
+
+def test_an_interrupted_download_goes_on_after_the_rows_it_had(corpus, tmp_path, monkeypatch, capsys):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"text": path.read_bytes().decode(), "n": 1} for path in sorted(corpus.glob("texts/*.txt"))]
+    served, revision = [], "one"
+
+    def stream(shards):
+        for shard in shards:
+            for row in rows[shard * 9 : shard * 9 + 9]:
+                served.append(row)
+                yield row
+
+    class Builder:
+        def as_streaming_dataset(self, split):
+            return datasets.IterableDataset.from_generator(stream, gen_kwargs={"shards": list(range(15))})
+
+    def hub(dataset, subset):
+        builder = Builder()
+        builder.hash = revision
+        return builder
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", hub)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    words = ("corpus=huggingface", "corpus.dataset=org/name")
+    whole = sha256_of(prepare(tmp_path / "root", tmp_path / "whole", *words))
+    everything = len(served)
+
+    served.clear()
+    monkeypatch.setattr("stages.corpus.KEEP_BYTES", 20_000)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("stages.prepare.Interruption.check", stop_at_document(70))
+        prepare(tmp_path / "root", tmp_path / "stopped", *words)
+    assert 0 < len(served) < everything
+
+    before = len(served)
+    assert sha256_of(prepare(tmp_path / "root", tmp_path / "resumed", *words)) == whole
+    assert "continuing the download after 70 rows" in capsys.readouterr().err
+    assert len(served) - before <= everything - 63, "at most the shard of the stream that was open is asked for again"
+    assert not list((tmp_path / "root/.runs/resume").iterdir())
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("stages.prepare.Interruption.check", stop_at_document(70))
+        prepare(tmp_path / "root", tmp_path / "stopped", *words)
+    revision = "two"
+    served.clear()
+    prepare(tmp_path / "root", tmp_path / "newer", *words)
+    assert len(served) == everything, "another revision of the dataset starts afresh"
+
+
+def stop_at_document(count):
+    calls = []
+
+    def check(self, doing):
+        calls.append(doing)
+        if len(calls) == count:
+            raise KeyboardInterrupt
+
+    return check

@@ -1,6 +1,9 @@
 """Scores belong to documents, add up to the plain loss, survive interruption, and bear honest intervals."""
 
+import contextlib
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import torch.nn.functional as F
 from stages import scoring
 from stages.artifacts import Refusal
 from stages.models import build_student, build_teacher
+from stages.resuming import Interruption, ResumeState
 
 
 def fake_table(bits, bytes_per_document=1000, seed=0, spread=0.2):
@@ -80,10 +84,11 @@ class Interrupted(Exception):
     pass
 
 
-def test_an_interrupted_scoring_continues_and_ends_with_the_same_bytes(student, tmp_path):
+def test_an_interrupted_scoring_continues_and_ends_with_the_same_bytes(student, tmp_path, monkeypatch):
     stream = stream_of([200, 150, 300])
     whole = score(student, stream)
-    progress, seen = tmp_path / "progress", []
+    monkeypatch.setattr(scoring, "SAVE_SECONDS", 0)
+    seen = []
 
     def stop_at(window):
         def on_batch(done, total):
@@ -94,21 +99,38 @@ def test_an_interrupted_scoring_continues_and_ends_with_the_same_bytes(student, 
         return on_batch
 
     for window in (4, 8):
-        with pytest.raises(Interrupted):
-            score(student, stream, progress=progress, save_every_seconds=0, on_batch=stop_at(window))
-    resumed = score(student, stream, progress=progress, on_batch=stop_at(None))
-    assert resumed.tobytes() == whole.tobytes()
-    assert seen == [2, 4, 6, 8, 10, 11], "no batch is scored twice"
-    assert score(student, stream, progress=progress).tobytes() == whole.tobytes()
+        with pytest.raises(Interrupted), ResumeState(tmp_path, "evaluate", "key") as state:
+            score(student, stream, state=state, on_batch=stop_at(window))
+    with ResumeState(tmp_path, "evaluate", "key") as state:
+        assert score(student, stream, state=state, on_batch=stop_at(None)).tobytes() == whole.tobytes()
+        assert seen == [2, 4, 6, 8, 10, 11], "no batch is scored twice"
+        assert score(student, stream, state=state).tobytes() == whole.tobytes()
 
 
-def test_damaged_progress_is_dropped_not_believed(student, tmp_path):
-    stream, progress = stream_of([100, 80]), tmp_path / "progress"
-    whole = score(student, stream, progress=progress)
-    content = bytearray(progress.read_bytes())
-    for damaged in (content[:-9], content[:200] + bytes([content[200] ^ 1]) + content[201:], b""):
-        progress.write_bytes(damaged)
-        assert score(student, stream, progress=progress).tobytes() == whole.tobytes()
+def test_a_signal_saves_the_sums_of_the_batch_that_it_met(student, tmp_path):
+    stream, seen = stream_of([200, 150, 300]), []
+
+    def on_batch(done, total):
+        seen.append(done)
+        if done == 6:  # noticed after the next batch
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    for _ in range(2):
+        with contextlib.suppress(KeyboardInterrupt), ResumeState(tmp_path, "evaluate", "key") as state:
+            with Interruption("evaluate") as interruption:
+                score(student, stream, state=state, interruption=interruption, on_batch=on_batch)
+    assert seen == [2, 4, 6, 8, 10, 11], "the period had not passed, the signal saved"
+
+
+def test_damaged_progress_is_named_and_done_again(student, tmp_path, capsys):
+    stream = stream_of([100, 80])
+    with ResumeState(tmp_path, "evaluate", "key") as state:
+        whole = score(student, stream, state=state)
+        content = bytearray((state.folder / scoring.SUMS).read_bytes())
+        for damaged in (content[:-9], content[:200] + bytes([content[200] ^ 1]) + content[201:], b""):
+            (state.folder / scoring.SUMS).write_bytes(damaged)
+            assert score(student, stream, state=state).tobytes() == whole.tobytes()
+            assert f"{state.folder / scoring.SUMS} is damaged" in capsys.readouterr().err
 
 
 def test_weights_that_are_not_finite_are_refused(tiny_settings):

@@ -1,6 +1,7 @@
 """Nothing that a stage reads can run code: traps in place of every artifact, and rules held over the sources."""
 
 import ast
+import hashlib
 import io
 import json
 import os
@@ -22,6 +23,7 @@ from test_student import SHAPE
 from stages import models, scoring, tracking
 from stages.artifacts import ROOT, Refusal, read_json, sha256_of, write_json
 from stages.checkpoints import Checkpoint
+from stages.resuming import ResumeState
 from stages.runs import _resolved
 from stages.settings import compose, validate
 from stages.shards import Tokens, load_tokenizer, read_card, write_card
@@ -145,14 +147,14 @@ def test_a_checkpoint_is_dropped_and_the_fit_starts_again(tmp_path, trap, marker
     assert len(told) == 2 and all("damaged" in line for line in told) and not marker.exists()
 
 
-def test_the_progress_of_a_scoring_is_dropped_and_it_starts_again(tmp_path, trap, marker):
-    import hashlib
-
-    path = tmp_path / "progress"
-    for content in (trap, hashlib.sha256(trap).digest() + trap):
-        path.write_bytes(content)
-        first, sums = scoring.read_progress(path, (1, 2, 3))
-        assert first == 0 and not sums.any() and not marker.exists()
+def test_the_progress_of_a_scoring_is_dropped_and_it_starts_again(tmp_path, trap, marker, capsys):
+    with ResumeState(tmp_path, "evaluate", "key") as state:
+        for content in (trap, hashlib.sha256(trap).digest() + trap):
+            (state.folder / scoring.SUMS).write_bytes(content)
+            first, sums = scoring._continued(state, (1, 2, 3))
+            assert first == 0 and not sums.any() and not marker.exists()
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2 and all("damaged" in line for line in told)
 
 
 def test_the_resolved_settings(tmp_path, trap, marker):

@@ -1,0 +1,130 @@
+"""Kept work comes back whole or not at all, under the hash of what it was made from, to one process at a time."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_evaluate import VOCAB, write_data
+
+from stages import distill, resuming, sparsify
+from stages.artifacts import Refusal
+from stages.checkpoints import made_once
+from stages.models import build_student, build_teacher, save
+from stages.resuming import Interruption, ResumeState, resume_key
+from stages.runs import Place
+from stages.shards import read_card
+
+
+def test_what_was_saved_comes_back_until_the_work_ends_well(tmp_path):
+    with pytest.raises(ZeroDivisionError), ResumeState(tmp_path, "evaluate", "key") as state:
+        state.save("sums", b"kept")
+        raise ZeroDivisionError
+    with ResumeState(tmp_path, "evaluate", "key") as state:
+        assert state.load("sums") == b"kept" and state.load("other") is None
+    assert not state.folder.exists()
+
+
+@pytest.mark.parametrize("place", [0, 31, 32, -1])
+def test_one_altered_bit_anywhere_is_noticed_and_named(tmp_path, place, capsys):
+    with ResumeState(tmp_path, "evaluate", "key") as state:
+        state.save("sums", b"0123456789")
+        content = bytearray((state.folder / "sums").read_bytes())
+        content[place] ^= 1
+        (state.folder / "sums").write_bytes(content)
+        assert state.load("sums") is None
+        assert f"evaluate: {state.folder / 'sums'} is damaged" in capsys.readouterr().err
+
+
+def test_the_same_work_is_done_by_one_process_at_a_time(tmp_path):
+    script = (
+        "import sys; from pathlib import Path; from stages.resuming import ResumeState\n"
+        "with ResumeState(Path(sys.argv[1]), 'prepare', 'key'): print('at work', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent)
+    other.stdout.readline()
+    with pytest.raises(Refusal, match="by another process"), ResumeState(tmp_path, "prepare", "key"):
+        pass
+    with ResumeState(tmp_path, "prepare", "another key"):
+        pass
+    other.kill()
+    other.communicate()
+    with ResumeState(tmp_path, "prepare", "key"):  # the kernel freed it
+        pass
+
+
+def test_the_key_changes_with_settings_inputs_code_and_libraries(tmp_path, monkeypatch):
+    room, text = tmp_path / "room.py", tmp_path / "input.txt"
+    room.write_text("x = 1\n")
+    text.write_text("one")
+    monkeypatch.setattr(resuming, "__file__", str(tmp_path / "resuming.py"))
+
+    def key(settings=1):
+        return resume_key("prepare", [settings], [text])
+
+    keys = [key(), key(settings=2)]
+    text.write_text("two")
+    keys.append(key())
+    room.write_text("x = 2\n")
+    keys.append(key())
+    monkeypatch.setattr(resuming.metadata, "version", lambda name: "0")
+    keys.append(key())
+    assert len(set(keys)) == 5 and key() == keys[-1]
+
+
+def test_a_signal_waits_for_the_check_or_ends_what_saves_nothing_at_once():
+    with Interruption("evaluate") as interruption:
+        interruption.check("scoring")
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt, match="evaluate: interrupted while scoring; the same command"):
+            interruption.check("scoring")
+        with pytest.raises(KeyboardInterrupt, match="while timing"):  # noted before, not forgotten
+            interruption.at_once("timing")
+    with Interruption("evaluate") as interruption, pytest.raises(KeyboardInterrupt, match="while timing"):
+        interruption.at_once("timing")
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "as before"
+
+
+def test_a_second_signal_ends_a_stage_that_does_not_come_to_its_check():
+    with pytest.raises(KeyboardInterrupt), Interruption("prepare"):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("stage", [distill, sparsify], ids=["distill", "sparsify"])
+def test_warm_start_and_calibration_are_made_once_and_are_the_same_whenever_made(tmp_path, tiny_settings, stage):
+    """A rank that resumes takes them from the state; one that finds nothing there makes the same bytes."""
+    write_data(tmp_path / "artifacts/data")
+    T, tokenizer = tiny_settings.sequence_tokens, read_card(tmp_path / "artifacts/data")["tokenizer_sha256"]
+    for name, build in (("teacher", build_teacher), ("student", build_student)):
+        model = build(getattr(tiny_settings, name), VOCAB, T, seed=1)
+        save(model, tmp_path / "artifacts" / name, tokenizer_sha256=tokenizer)
+    made, state = [], tmp_path / "state"
+    state.mkdir()
+
+    def starts(rank, seed):
+        torch.manual_seed(seed)  # nothing may depend on it
+
+        def keep(name, make):
+            return made_once(state, rank, name, lambda: made.append(name) or make())
+
+        fits = stage.fits(tiny_settings, Place(tmp_path, tmp_path), keep)
+        return {fit.name: (fit.notes, {k: v.clone() for k, v in fit.model.state_dict().items()}) for fit in fits}
+
+    runs = [starts(rank=1, seed=1)]
+    assert not list(state.iterdir()), "only rank zero keeps"
+    runs += [starts(rank=0, seed=2), starts(rank=1, seed=3)]
+    once = ["warm_start"] if stage is distill else ["teacher_calibration", "student_calibration"]
+    assert made == once * 2, "the third run, a resumed one, made nothing"
+    for run in runs[1:]:
+        for name, (notes, weights) in run.items():
+            assert notes == runs[0][name][0]
+            assert all(torch.equal(part, runs[0][name][1][key]) for key, part in weights.items()), name
+    (state / f"{once[0]}-0.pt").write_bytes(b"damaged")
+    starts(rank=0, seed=4)
+    assert made == once * 2 + once[:1], "damage is not believed"
