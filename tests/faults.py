@@ -530,14 +530,15 @@ def damaged_progress(bench: Bench, row: Row) -> None:
 
 
 def damaged_lock(bench: Bench, row: Row) -> None:
-    """dvc.lock, truncated; where DVC cannot read it, it is deleted"""
+    """dvc.lock, truncated; where DVC cannot read it, the user gets it back from git"""
     tree, rng = bench.copy("damaged-lock"), bench.random("damaged-lock")
+    committed = (tree / "dvc.lock").read_bytes()
     for _ in range(3):
         row.tried += 1
         truncate(tree / "dvc.lock", rng)
         if start(tree, *REPRO).wait(PATIENCE):
             row.message = line_with("dvc.lock", said(tree))
-            (tree / "dvc.lock").unlink()
+            (tree / "dvc.lock").write_bytes(committed)
         bench.finish(tree, row)
         row.survived += 1
 
@@ -547,13 +548,16 @@ def damaged_settings(bench: Bench, row: Row) -> None:
     damaged(bench, row, "resolved.yaml", None)
 
 
-def out_removed(bench: Bench, row: Row) -> None:
+OUTS = ("artifacts/teacher", "metrics/pretrain.json", "artifacts/data/train-00000.bin", "artifacts/scores")
+
+
+def out_removed(bench: Bench, row: Row, paths: tuple = OUTS) -> None:
     """an out is removed by hand"""
     tree = bench.copy("out-removed")
-    for path in ("artifacts/teacher", "metrics/pretrain.json", "artifacts/data/train-00000.bin"):
+    for path in paths:
         row.tried += 1
         shutil.rmtree(tree / path) if (tree / path).is_dir() else (tree / path).unlink()
-        row.message = line_with("checking out outputs", bench.finish(tree, row))
+        row.message = line_with("checking out outputs|Running stage", bench.finish(tree, row))
         row.survived += 1
 
 
