@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: env repro test bench ui lint audit
+.PHONY: env repro test chaos bench ui lint audit
 .DELETE_ON_ERROR:
 
 env: .venv/.run .venv/.develop
@@ -41,6 +41,9 @@ repro: .venv/.run
 
 test: .venv/.develop
 	python -m pytest
+
+chaos: .venv/.develop
+	python -m tests.faults
 
 bench: .venv/.develop
 	python -m benchmarks

@@ -5,11 +5,14 @@ DeepseekV3ForCausalLM (teacher, sigmoid gating) and Qwen3ForCausalLM (student) r
 teacher with softmax gating has no equal there (transformers always applies a sigmoid): it is saved
 with "scoring_func": "softmax" under a model type of its own, which AutoModel refuses.
 
-Saving is a pure function of the weights: same model, same bytes. config.json records the weights' SHA-256.
+Saving is a pure function of the weights: same model, same bytes. config.json records the weights' SHA-256 and
+its own.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from dataclasses import fields
 from pathlib import Path
@@ -76,7 +79,7 @@ def check_shape(shape: TeacherShape | StudentShape, where: str = "the model's sh
                 value >= (0 if field.name in may_be_zero else 1e-9), f"{field.name} ({value}) is too small"
             )
     if isinstance(shape, TeacherShape):
-        require(shape.gating in ("sigmoid", "softmax"), f"gating ({shape.gating}) must be sigmoid or softmax")
+        require(shape.gating in ("sigmoid", "softmax"), f"gating ({shape.gating!r}) must be sigmoid or softmax")
         require(
             shape.dense_layers <= shape.layers,
             f"dense_layers ({shape.dense_layers}) must not exceed layers ({shape.layers})",
@@ -131,6 +134,13 @@ def save(
         "tokenizer_sha256": tokenizer_sha256,
     }
     write_json(folder / CONFIG, config)
+    config = read_json(folder / CONFIG)  # as rounded, so that the reader's checksum is of the same numbers
+    write_json(folder / CONFIG, config | {"config_sha256": _config_sha256(config)})
+
+
+def _config_sha256(config: dict[str, Any]) -> str:
+    rest = {key: value for key, value in config.items() if key != "config_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 # our field -> the name in config.json
@@ -226,6 +236,11 @@ def load(folder: Path | str) -> Teacher | Student:
 
 
 def _shape_from(config: Any, path: Path) -> TeacherShape | StudentShape:
+    if isinstance(config, dict) and config.get("config_sha256", (own := _config_sha256(config))) != own:
+        raise Refusal(
+            f"{path} is not the file that was saved (SHA-256 differs): run dvc repro again, "
+            "or remove config_sha256 from it if you changed it on purpose"
+        )
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in ("deepseek_v3", SOFTMAX_TEACHER, "qwen3"):
         raise Refusal(f"{path}: model_type {kind!r} is neither deepseek_v3 (teacher) nor qwen3 (student)")

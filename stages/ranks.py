@@ -5,6 +5,7 @@ the sampler, the checkpoint and the two optimisers are ours, so that a resumed r
 uninterrupted one.
 """
 
+import contextlib
 import importlib
 import json
 import math
@@ -16,6 +17,12 @@ import warnings
 from functools import partial
 from pathlib import Path
 
+from stages.artifacts import Refusal, read_json, write_atomically, write_json
+from stages.runs import Place, die_with_parent
+
+if __name__ == "__main__":  # before the imports: in their seconds torchrun may be killed, and nobody else ends a rank
+    die_with_parent(int(os.environ.get("OFFRAMP_TORCHRUN", os.getppid())))
+
 import lightning
 import torch
 import torch.distributed as dist
@@ -23,10 +30,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from stages import models, settings
-from stages.artifacts import Refusal, read_json, write_atomically, write_json
 from stages.checkpoints import Checkpoint, made_once
 from stages.optimizers import learning_rate_factor, make_optimizers
-from stages.runs import Place, die_with_parent
 from stages.shards import Tokens, Windows, read_card
 from stages.training import Fit, max_violation, validation_nats
 
@@ -223,8 +228,8 @@ class Job:
         if self.rank != 0:
             return
         row = {"step": step, "time": time.time(), "figures": {f"{name}/{k}": v for k, v in figures.items()}}
-        with (self.state / "steps.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        with contextlib.suppress(OSError), (self.state / "steps.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")  # a full disk costs the curve of this run's record, not the run
         if validated:
             print(
                 f"{name}: step {step}/{steps}  loss {figures['loss']:.4f}"
@@ -239,6 +244,8 @@ def run_fit(fit: Fit, job: Job) -> dict:
     optimizers = make_optimizers(fit.model, job.optimizer, fit.learning_rate_scale)
     progress = Progress(Checkpoint(job.state, fit.name))
     progress.load(fit.model, optimizers, quiet=job.rank != 0)
+    if progress.step and job.rank == 0:
+        print(f"{fit.name}: continues after step {progress.step} of {fit.steps}", flush=True)
     if progress.step < fit.steps:
         fit.model.train()
         trainer = lightning.Trainer(
@@ -275,13 +282,12 @@ def run_fit(fit: Fit, job: Job) -> dict:
 
 def main() -> None:
     warnings.filterwarnings("ignore", module="lightning")
-    die_with_parent()
-    job = Job(Path(sys.argv[1]))
-    torch.manual_seed(job.settings.seed)
-    torch.use_deterministic_algorithms(job.settings.trainer.deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes all memory twice
-    results = {}
+    path, results = Path(sys.argv[1]), {}
     try:
+        job = Job(path)
+        torch.manual_seed(job.settings.seed)
+        torch.use_deterministic_algorithms(job.settings.trainer.deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes all memory twice
         if not dist.is_initialized():
             dist.init_process_group("nccl" if job.accelerator == "gpu" else "gloo")
         keep = partial(made_once, job.state, job.rank)
@@ -290,8 +296,9 @@ def main() -> None:
         if job.rank == 0:
             write_json(job.state / "result.json", results)
     except Refusal as refusal:
-        if job.rank == 0 or not (job.state / "error.txt").exists():
-            write_atomically(job.state / "error.txt", str(refusal))
+        told = path.parent / "error.txt"
+        if os.environ["RANK"] == "0" or not told.exists():
+            write_atomically(told, str(refusal))
         sys.exit(1)
 
 

@@ -8,10 +8,13 @@ report/index.html and report/claims.md add what hangs on the clock (measurements
 """
 
 import csv
+import hashlib
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import yaml
 
 from stages import charts
 from stages.artifacts import Refusal, read_json, write_atomically, write_json
@@ -60,6 +63,7 @@ class Claim(NamedTuple):
 
 
 def main(settings, place, run) -> None:
+    refuse_altered(place.root)
     metrics = {stage: read_json(place.read(f"metrics/{stage}.json")) for stage in STAGES}
     curves = {stage: read_curves(place.read(f"plots/{stage}.csv")) for stage in STAGES[:-1]}
     card = read_json(place.read("artifacts/data") / "card.json")
@@ -75,6 +79,21 @@ def main(settings, place, run) -> None:
     write_atomically(page, make_page(claims, metrics, curves, texts, card, measurements, made, settings.seed))
     run.artifact(page)
     print(f"report: {page}")
+
+
+def refuse_altered(root: Path) -> None:
+    """What stands on the page is what DVC recorded: JSON and CSV carry no checksum of their own."""
+    if not (root / "dvc.lock").exists():
+        return
+    try:
+        stages = yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8"))["stages"]
+        recorded = {out["path"]: out["md5"] for name in STAGES if name in stages for out in stages[name]["outs"]}
+    except (yaml.YAMLError, ValueError, LookupError, TypeError):
+        raise Refusal(f"{root / 'dvc.lock'} is damaged: restore it (git checkout dvc.lock), then dvc repro") from None
+    for path, md5 in recorded.items():
+        if path.endswith((".json", ".csv")) and (root / path).is_file():
+            if hashlib.md5((root / path).read_bytes(), usedforsecurity=False).hexdigest() != md5:
+                raise Refusal(f"{root / path} is not the file that dvc.lock records: run dvc repro")
 
 
 def read_curves(path: Path) -> dict[str, list[dict]]:

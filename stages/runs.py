@@ -6,6 +6,7 @@ python -m stages.distill -m distill.temperature=1,2,4   # a sweep in multirun/di
 """
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import os
@@ -22,6 +23,7 @@ from stages.artifacts import ROOT, Refusal, read_json, write_atomically, write_j
 from stages.settings import as_yaml, offer_sheet, one_line_errors, validate
 
 LOCK_SECONDS = 30  # a stage whose dvc was killed needs a moment to die
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # for the user to mend
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,16 @@ def _run_tracked(main, name, plain, sections, place, sweep):
     settings = validate(plain, sections)
     from stages.tracking import start_run  # late: a refused setting should not wait for MLflow's import
 
-    with start_run(stage=name, settings=plain, out=place.out, root=place.root, sweep=sweep) as run:
-        own = main(settings, place, run) or {}
-        if place.out == place.root:
-            _leave_record(name, own, place)
+    try:
+        with start_run(stage=name, settings=plain, out=place.out, root=place.root, sweep=sweep) as run:
+            own = main(settings, place, run) or {}
+            if place.out == place.root:
+                _leave_record(name, own, place)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        at = error.filename or place.out
+        raise Refusal(f"{name} could not write ({error.strerror}: {at}): mend that and repeat the command") from None
 
 
 def _leave_record(name, own, place):
@@ -112,7 +120,7 @@ def _leave_record(name, own, place):
         _say(told)
 
 
-def die_with_parent():
+def die_with_parent(parent=None):
     """Linux: the kernel ends this process when its parent dies, even by SIGKILL.
 
     A stage whose dvc was killed would meet a second copy of itself, and a rank would be orphaned.
@@ -121,7 +129,7 @@ def die_with_parent():
         return
     import ctypes
 
-    parent = os.getppid()
+    parent = parent or os.getppid()
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:  # it died just before
         sys.exit(1)

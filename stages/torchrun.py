@@ -5,6 +5,7 @@ interface. torchrun's own listens on all of them, and whoever reaches it may wri
 several machines start `stages.ranks` with torchrun itself.
 """
 
+import os
 import signal
 import socket
 import sys
@@ -45,6 +46,7 @@ def killed(error: ChildFailedError) -> str:
 
 
 def main(job: Path, ranks: str) -> int:
+    os.environ["OFFRAMP_TORCHRUN"] = str(os.getpid())  # a rank that starts when this is dead must not go on
     rendezvous_handler_registry.register(BACKEND, LoopbackRendezvous)
     try:
         run.main(["--nproc-per-node", ranks, "--rdzv-backend", BACKEND, "-m", "stages.ranks", str(job)])

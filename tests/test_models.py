@@ -161,8 +161,15 @@ def test_a_single_changed_byte_is_refused(saved):
     assert "SHA-256 differs" in refusal_of(saved)
 
 
+def test_a_changed_setting_in_the_config_is_refused(saved):
+    config = saved / "config.json"
+    config.write_text(config.read_text().replace('"num_experts_per_tok": ', '"num_experts_per_tok": 1'))
+    assert "SHA-256 differs" in refusal_of(saved)
+
+
 def edit_config(folder, **changes):
     config = json.loads((folder / "config.json").read_text()) | changes
+    config.pop("config_sha256", None)
     (folder / "config.json").write_text(json.dumps(config))
 
 

@@ -151,7 +151,7 @@ def test_a_teacher_of_another_tokenizer_is_refused(tree):
     config = tree / "artifacts/teacher/config.json"
     before = config.read_bytes()
     config.chmod(0o644)
-    config.write_text(json.dumps(json.loads(before) | {"tokenizer_sha256": "0" * 64}))
+    config.write_text(json.dumps(json.loads(before) | {"tokenizer_sha256": "0" * 64}).replace("config_sha256", "was"))
     try:
         words = ["distill.steps=1", f"hydra.run.dir={tree / 'outputs' / 'refused'}"]
         done = user_types(tree, sys.executable, "-m", "stages.distill", *words, check=False)

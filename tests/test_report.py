@@ -1,5 +1,7 @@
 """The report says what the metrics say, escapes what models wrote, loads nothing, bears missing clocks."""
 
+import hashlib
+import json
 import math
 import random
 import re
@@ -422,3 +424,18 @@ def test_charts_survive_empty_single_and_unbounded_data():
     assert "nan" not in charts.scatter("a", [alone, charts.Point("bad", 1.0, nothing)], "x", "y", log_x=True)
     assert "nan" not in charts.curves("b", [charts.Line("flat", [(1, 2.0), (1, nothing)])], "x", "y")
     assert "nan" not in charts.bars("c", [("zero", 0.0)], "y")
+
+
+def test_figures_that_dvc_did_not_record_are_refused_by_name(tmp_path):
+    (tmp_path / "metrics").mkdir()
+    metrics = tmp_path / "metrics/evaluate.json"
+    metrics.write_text('{"bits_per_byte": 1.25}\n')
+    out = {"path": "metrics/evaluate.json", "md5": hashlib.md5(metrics.read_bytes()).hexdigest()}
+    (tmp_path / "dvc.lock").write_text(json.dumps({"stages": {"evaluate": {"outs": [out]}}}))
+    report.refuse_altered(tmp_path)
+    metrics.write_text('{"bits_per_byte": 1.15}\n')
+    with pytest.raises(Refusal, match="metrics/evaluate.json is not the file that dvc.lock records"):
+        report.refuse_altered(tmp_path)
+    (tmp_path / "dvc.lock").write_text("stages: {evaluate")
+    with pytest.raises(Refusal, match="dvc.lock is damaged"):
+        report.refuse_altered(tmp_path)

@@ -1,0 +1,34 @@
+"""The short form of the fault test: the cheap cases of tests/faults.py, once each, around one undisturbed run.
+
+Left to `make chaos`, because each trains again and again or needs a server or root: kills of the whole pipeline,
+of a rank and by signals, full and read-only disks, damaged checkpoints, and an MLflow server that is slow or dies.
+"""
+
+import pytest
+
+from tests import faults
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory) -> faults.Bench:
+    return faults.Bench(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.mark.parametrize(
+    ("case", "how"),
+    [
+        (faults.kill9_evaluate, {"kills": 2}),
+        (faults.damaged_tokenizer, {}),
+        (faults.damaged_weights, {}),
+        (faults.damaged_config, {}),
+        (faults.damaged_metrics, {}),
+        (faults.out_removed, {}),
+        (faults.stale_lock, {}),
+        (faults.nan_weights, {"readers": ("evaluate",)}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_nothing_is_lost_or_silently_wrong(bench, case, how):
+    row = faults.run(bench, case, **how)
+    assert not row.failure, row.failure
+    assert row.tried == row.survived > 0 and row.compared > 0 and row.message
