@@ -104,6 +104,10 @@ class Training(lightning.LightningModule):
     def configure_optimizers(self):
         return self.both
 
+    def on_train_start(self):
+        # Lightning's own handler broadcasts in the midst of whatever the signal meets, and ranks wait for each other
+        self.job.heed_signals()
+
     def training_step(self, tokens_BT1: Tensor, _):
         progress, fit, job = self.progress, self.fit, self.job
         factor = learning_rate_factor(progress.step, fit.steps, job.optimizer.warmup_share, job.optimizer.decay_share)
@@ -199,6 +203,9 @@ class Job:
         self.windows = Windows(Tokens(data, "train"), self.sequence_tokens, self.settings.seed)
         self.validation_tokens = Tokens(data, "val")
         self.stop_requested = False
+        self.heed_signals()
+
+    def heed_signals(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
 

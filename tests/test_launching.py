@@ -94,6 +94,13 @@ def test_a_training_stage_listens_on_loopback_only(training):
     assert {address.split(":")[0] for address in addresses} <= LOOPBACK
 
 
+def test_a_training_stage_told_to_stop_saves_and_says_so(training):
+    training.terminate()
+    assert training.wait(60) == 1
+    told = training.stderr.read()
+    assert "the same command continues from there" in told and "Traceback" not in told
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_ends_the_stage_in_seconds_with_one_line_and_no_orphan(training, rank):
     below = descendants(training.pid)
