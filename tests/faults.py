@@ -299,27 +299,27 @@ def kill_group(tree: Path, process: subprocess.Popen) -> None:
     os.killpg(process.pid, signal.SIGKILL)
 
 
-def kill9_group(bench: Bench, row: Row, kills: int = 20) -> None:
+def kill9_group(bench: Bench, row: Row, kills: int) -> None:
     """kill -9 of dvc's process group; ranks are in sessions of their own and must end by themselves"""
     interrupted(bench, row, "kill9-group", kills, kill_group)
 
 
-def kill9_everything(bench: Bench, row: Row, kills: int = 14) -> None:
+def kill9_everything(bench: Bench, row: Row, kills: int) -> None:
     """kill -9 of every process at once, ranks and mirror too, as a machine that is switched off"""
     interrupted(bench, row, "kill9-everything", kills, lambda tree, process: kill_everything(tree))
 
 
-def terminated(bench: Bench, row: Row, kills: int = 8) -> None:
+def terminated(bench: Bench, row: Row, kills: int) -> None:
     """SIGTERM to the process group, as a scheduler sends it"""
     interrupted(bench, row, "terminated", kills, lambda tree, process: os.killpg(process.pid, signal.SIGTERM))
 
 
-def ctrl_c(bench: Bench, row: Row, kills: int = 8) -> None:
+def ctrl_c(bench: Bench, row: Row, kills: int) -> None:
     """SIGINT to the process group: Ctrl-C"""
     interrupted(bench, row, "ctrl-c", kills, lambda tree, process: os.killpg(process.pid, signal.SIGINT))
 
 
-def kill9_evaluate(bench: Bench, row: Row, kills: int = 3) -> None:
+def kill9_evaluate(bench: Bench, row: Row, kills: int) -> None:
     """kill -9 of dvc's process group during evaluate alone (the short form)"""
     interrupted(bench, row, "kill9-evaluate", kills, kill_group, "evaluate")
 
@@ -332,10 +332,10 @@ def training(tree: Path) -> subprocess.Popen:
     return process
 
 
-def rank_killed(bench: Bench, row: Row, victims: tuple = (0, 1)) -> None:
+def rank_killed(bench: Bench, row: Row) -> None:
     """kill -9 of one DDP rank in mid-training"""
     slowest = 0.0
-    for victim in victims:
+    for victim in (0, 1):
         tree = bench.copy(f"rank-{victim}-killed")
         process = training(tree)
         row.tried += 1
@@ -440,11 +440,11 @@ def flip_a_bit(path: Path, rng: random.Random) -> None:
     path.write_bytes(content)
 
 
-def damaged(bench: Bench, row: Row, path: str, reader: str | None, harms=(truncate, flip_a_bit)) -> None:
+def damaged(bench: Bench, row: Row, path: str, reader: str | None) -> None:
     """A stage by hand refuses the file by name; `dvc repro` brings it back."""
     name = f"damaged-{path.replace('/', '-')}"
     tree, rng = bench.copy(name), bench.random(name)
-    for harm in harms:
+    for harm in (truncate, flip_a_bit):
         row.tried += 1
         harm(tree / path, rng)
         if reader:
@@ -454,9 +454,9 @@ def damaged(bench: Bench, row: Row, path: str, reader: str | None, harms=(trunca
         row.survived += 1
 
 
-def damaged_shard(bench: Bench, row: Row, path: str = "artifacts/data/train-00000.bin", reader="pretrain") -> None:
+def damaged_shard(bench: Bench, row: Row) -> None:
     """a token shard, truncated and with one bit flipped"""
-    damaged(bench, row, path, reader)
+    damaged(bench, row, "artifacts/data/train-00000.bin", "pretrain")
 
 
 def damaged_test_shard(bench: Bench, row: Row) -> None:
