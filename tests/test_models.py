@@ -114,7 +114,7 @@ def test_building_takes_the_shape_from_the_settings_and_ignores_training_knobs()
     ("shape", "rule"),
     [
         (replace(TEACHER, experts_per_token=7), r"experts_per_token \(7\) must not exceed experts \(6\)"),
-        (replace(TEACHER, gating="tanh"), r"gating \(tanh\) must be sigmoid or softmax"),
+        (replace(TEACHER, gating="tanh"), r"gating \('tanh'\) must be sigmoid or softmax"),
         (replace(TEACHER, rope_head_dim=3), r"rope_head_dim \(3\) must be even"),
         (replace(TEACHER, heads=0), r"heads \(0\) is too small"),
         (replace(STUDENT, heads=3), r"heads \(3\) must be divisible by kv_heads \(2\)"),
