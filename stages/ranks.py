@@ -22,6 +22,7 @@ from stages.runs import Place, die_with_parent
 
 if __name__ == "__main__":  # before the imports: in their seconds torchrun may be killed, and nobody else ends a rank
     die_with_parent(int(os.environ.get("OFFRAMP_TORCHRUN", os.getppid())))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends it at once, as SIGTERM does, while nothing can be lost
 
 import lightning
 import torch
@@ -203,7 +204,6 @@ class Job:
         self.windows = Windows(Tokens(data, "train"), self.sequence_tokens, self.settings.seed)
         self.validation_tokens = Tokens(data, "val")
         self.stop_requested = False
-        self.heed_signals()
 
     def heed_signals(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -290,6 +290,7 @@ def main() -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes all memory twice
         if not dist.is_initialized():
             dist.init_process_group("nccl" if job.accelerator == "gpu" else "gloo")
+        job.heed_signals()  # not before: a rank that waits here for one that is gone would not see the request
         keep = partial(made_once, job.state, job.rank)
         for fit in importlib.import_module(f"stages.{job.stage}").fits(job.settings, job.place, keep):
             results[fit.name] = run_fit(fit, job)

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from torch.distributed import TCPStore, run
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousParameters, rendezvous_handler_registry
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
@@ -55,6 +56,12 @@ def main(job: Path, ranks: str) -> int:
         if reason and not told.exists():
             more = f"the same command continues from the last checkpoint; more is in {job.parent / 'ranks.log'}"
             write_atomically(told, f"{reason}; {more}")
+        return 1
+    except SignalException as stopped:
+        told = job.parent / "error.txt"
+        if not told.exists():  # no rank had a step to finish
+            name = signal.Signals(stopped.sigval).name
+            write_atomically(told, f"interrupted by {name}; the same command continues from the last checkpoint")
         return 1
     return 0
 

@@ -43,6 +43,7 @@ SIZES = {  # tiny's own steps end before a kill can land between two checkpoints
     "conf/scale/tiny.yaml": {"{steps: 20,": "{steps: 40,", "{steps: 12,": "{steps: 24,", "{steps: 6,": "{steps: 12,"},
 }
 PATIENCE = 600  # seconds after which a command counts as hanging
+STOP_SECONDS = 25  # a repro that was told to stop must have ended by then; torchrun gives up on a rank after 30
 RANK_SECONDS = 20  # a stage that lost a rank must have ended by then
 MIRROR_SECONDS = 240  # a mirror waits up to two minutes for another one
 
@@ -257,7 +258,7 @@ def interrupted(bench: Bench, row: Row, name: str, kills: int, strike: Callable,
             row.tried += 1
             row.lost.append(time.time() - last_saved(tree))
             strike(tree, process)
-            process.wait(60)
+            process.wait(STOP_SECONDS)
             await_end(tree, 15, mirrors=False)
             remember(row, said(tree))
             continue
