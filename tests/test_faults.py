@@ -20,9 +20,6 @@ def bench(tmp_path_factory) -> faults.Bench:
         (faults.kill9_evaluate, {"kills": 2}),
         (faults.damaged_tokenizer, {}),
         (faults.damaged_metrics, {}),
-        (faults.out_removed, {"paths": ("artifacts/scores",)}),
-        (faults.stale_lock, {}),
-        (faults.nan_weights, {"readers": ("evaluate",)}),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
