@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+import types
 import warnings
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,13 @@ from stages.runs import Place, die_with_parent
 if __name__ == "__main__":  # before the imports: in their seconds torchrun may be killed, and nobody else ends a rank
     die_with_parent(int(os.environ.get("OFFRAMP_TORCHRUN", os.getppid())))
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends it at once, as SIGTERM does, while nothing can be lost
+
+if "torchmetrics" not in sys.modules:
+    # Lightning wants torchmetrics, which brings scipy, matplotlib and transformers with it, only to ask of each value
+    # logged through it whether it is a metric. Nothing is logged through it here, and half of the import is spared.
+    stub = types.ModuleType("torchmetrics")
+    stub.__dict__.update(__version__="1.0.0", Metric=type("Metric", (), {}), MetricCollection=type("Metrics", (), {}))
+    sys.modules["torchmetrics"] = stub
 
 import lightning
 import torch

@@ -117,3 +117,9 @@ def test_a_killed_rank_ends_the_stage_in_seconds_with_one_line_and_no_orphan(tra
 def alive(pid):
     status = Path(f"/proc/{pid}/status")  # a dead process may wait there as a zombie for a lazy init
     return status.exists() and "State:\tZ" not in status.read_text()
+
+
+def test_a_rank_does_not_import_what_lightning_wants_and_training_does_not():
+    code = "import stages.ranks, sys; print({'scipy', 'matplotlib', 'transformers', 'mlflow', 'hydra'} & set(sys.modules))"
+    imported = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert imported.stdout.strip() == "set()"
