@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,6 +49,14 @@ def read_json(path):
         raise Refusal(f"{path} cannot be read ({error.strerror}): delete it and run dvc repro again") from None
     except (ValueError, RecursionError) as error:  # also an integer of thousands of digits, a bottomless list
         raise Refusal(f"{path} is not JSON ({error}): delete it and run dvc repro again") from None
+
+
+def link_or_copy(source, target):
+    """A second name for the file, where the file system has that; else a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def sha256_of(path):

@@ -10,8 +10,6 @@ others come or go, and the order on disk is that of the checksums: any first n t
 
 import hashlib
 import json
-import os
-import shutil
 import sys
 import tempfile
 import time
@@ -21,7 +19,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from stages.artifacts import Refusal, sha256_of, write_atomically, write_json
+from stages.artifacts import Refusal, link_or_copy, sha256_of, write_atomically, write_json
 from stages.corpus import Corpus
 from stages.resuming import Interruption, ResumeState, resume_key
 from stages.runs import run_stage
@@ -112,14 +110,6 @@ def empty_folder(folder):
         for path in folder.glob(pattern):
             path.unlink()
     return folder
-
-
-def link_or_copy(source, target):
-    """A second name for the file, where the file system has that; else a copy."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 # ---- reading

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import yaml
 
-from stages.artifacts import ROOT, sha256_of
+from stages.artifacts import ROOT, link_or_copy, sha256_of
 
 RECORDS = Path(".runs/tracking")
 ALL_SENT = "everything is sent"
@@ -111,7 +111,7 @@ class Run:
             if self.folder:
                 tokenizer = Path(tokenizer or self.root / "artifacts/data")
                 # Linked, not copied: models are large, and replaced by renaming, never written in place.
-                kept = self._keep(Path(folder), _link_or_copy)
+                kept = self._keep(Path(folder), link_or_copy)
                 for name, copy in (("tokenizer.json", shutil.copy2), ("card.json", _copy_redacted)):
                     if (tokenizer / name).exists():
                         self._keep(tokenizer / name, copy, under=f"{kept}.tokenizer")
@@ -369,13 +369,6 @@ def _git(root, *words):
         return subprocess.run(words, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""
-
-
-def _link_or_copy(source, target):
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def _copy_redacted(source, target):
