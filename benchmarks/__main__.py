@@ -18,10 +18,12 @@ from benchmarks import (
     ceiling,
     checkpoint,
     data,
+    ddp,
     decoding,
     determinism,
     losses,
     moe_layer,
+    pipeline,
     router,
     startup,
     tracking,
@@ -40,8 +42,10 @@ GROUPS: dict[str, Callable[[], Iterable[Row | str]]] = {
     "decoding": decoding.rows,
     "data": data.rows,
     "checkpoint": checkpoint.rows,
+    "ddp": ddp.rows,
     "startup": startup.rows,
     "tracking": tracking.rows,
+    "pipeline": pipeline.rows,
 }
 
 

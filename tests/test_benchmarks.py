@@ -1,6 +1,7 @@
 """The benchmarks compare equals: each of our rows computes the numbers of its peer. Nothing here is timed."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
@@ -13,13 +14,16 @@ from torch.nn.functional import one_hot
 from benchmarks import __main__ as bench
 from benchmarks import (
     ceiling,
+    checkout,
     checkpoint,
     data,
+    ddp,
     decoding,
     determinism,
     losses,
     moe_layer,
     peers,
+    pipeline,
     router,
     startup,
     table,
@@ -27,7 +31,7 @@ from benchmarks import (
     tracking,
     training_step,
 )
-from stages import models
+from stages.artifacts import ROOT
 from stages.cost import flops_per_token
 from stages.shards import Tokens, Windows
 
@@ -37,16 +41,24 @@ SHAPE = replace(
 )  # fmt: skip
 
 
+# what a GPU machine with nothing but torch does not have
+ABSENT = (
+    "dvc", "filelock", "hydra", "lightning", "mlflow", "omegaconf", "safetensors", "tokenizers", "tqdm", "transformers",
+    "yaml",
+)  # fmt: skip
+
+
 @pytest.fixture(scope="module", autouse=True)
-def small_ceiling():
+def both_precisions():
+    """Whatever this machine's matrix units have; and a ceiling of no interest."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ceiling, "SQUARE", 32)
+        patch.setitem(ceiling.DTYPES, "bf16", torch.bfloat16)
         yield
 
 
-@pytest.fixture(scope="module")
-def small_rows(small_ceiling) -> list:
-    """Every group at a size of no interest."""
+def rows_of_one_device() -> list:
+    """The groups that run on any machine with torch, at a size of no interest."""
     return [
         *ceiling.rows(square=32, seconds=0),
         *training_step.rows(SHAPE, sequences=2, seconds=0, least_rounds=1),
@@ -55,11 +67,29 @@ def small_rows(small_ceiling) -> list:
         *router.rows(sizes=((4, 2),), tokens=16, width=16, expert_width=8, seconds=0),
         *losses.rows({50: 16}, student_width=8, teacher_width=12, seconds=0),
         *decoding.rows(SHAPE, batches=(1, 2), prompt_tokens=8, new_tokens=4, seconds=0),
+    ]
+
+
+@pytest.fixture(scope="module")
+def small_rows(both_precisions) -> list:
+    """Every group that needs no pipeline before it."""
+    return [
+        *rows_of_one_device(),
         *data.rows(tokens=20_000, sizes=((2, 16),), batches=2, seconds=0),
         *checkpoint.rows({"little": 4800}, seconds=0),
-        *startup.rows({"nothing": ("json", "re")}, seconds=0),
+        *startup.rows({"nothing": ("json", "re")}, {"report": "yaml"}, seconds=0, least_rounds=1),
         *tracking.rows(seconds=0, least_rounds=1),
     ]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy with data, where `pretrain` was stopped at its first step and then ran by hand in one process."""
+    tree = startup.prepared(tmp_path_factory.mktemp("tree"), {"pretrain": "lightning"})
+    assert startup.seconds_to_first_step(tree, "pretrain") > 0
+    assert not (tree / "artifacts/teacher").exists()
+    assert ddp.step_seconds(tree, ranks=1, steps=5) > 0
+    return tree
 
 
 def test_every_group_gives_rows_with_positive_finite_ratios(small_rows):
@@ -71,6 +101,57 @@ def test_every_group_gives_rows_with_positive_finite_ratios(small_rows):
     for row in rows:
         assert 0 < row.low <= row.high < float("inf") and 0 < row.ratio < float("inf"), row
         assert row.ours > 0 and row.theirs > 0 and row.rounds >= 1
+
+
+def test_the_groups_of_one_device_need_torch_numpy_and_a_peer_alone():
+    code = f"import sys; sys.modules.update(dict.fromkeys({ABSENT})); from tests import test_benchmarks as tests; "
+    code += "tests.rows_of_one_device()"  # all of benchmarks is imported by then
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_a_machine_without_bf16_is_told_so_and_measured_in_float32(monkeypatch):
+    monkeypatch.delitem(ceiling.DTYPES, "bf16")
+    found = list(ceiling.rows(square=32, seconds=0))
+    assert ["bf16 left out" in line for line in found if isinstance(line, str)] == [True]
+    assert {row.what.split(", ")[-1] for row in found if isinstance(row, table.Row)} == {"float32"}
+
+
+def test_the_steps_of_a_run_by_hand_are_read_from_its_record(tree):
+    assert (tree / "outputs/1/artifacts/teacher").is_dir()
+    assert ddp.tokens_per_step(tree) == 8 * 64
+    assert [event["step"] for event in checkout.events(tree, "pretrain") if event.get("step")] == [1, 2, 3, 4, 5]
+
+
+def test_the_time_of_a_real_stage_is_split_into_steps_validation_and_what_comes_after(tree):
+    record = checkout.events(tree, "pretrain")
+    split = pipeline.spent(record)
+    assert min(split.steps, split.validation, split.saving) > 0
+    assert split.steps + split.besides < record[-1]["time"] - record[0]["time"]
+
+
+def test_what_validation_takes_is_the_difference_between_a_steps_end_and_its_row():
+    def row(fit, step, written, elapsed):
+        return {"step": step, "time": written, "values": {f"{fit}/tokens_per_second": step * 2 * 10 / elapsed}}
+
+    record = [
+        {"time": 90.0, "params": {"distill.batch_sequences": "2", "sequence_tokens": "10"}},
+        row("student", 10, 110.0, 10.0),
+        row("student", 20, 123.0, 20.0),  # validated for 3 s
+        row("student", 30, 138.0, 33.0),  # and for 5 s
+        row("control", 10, 151.0, 10.0),  # started at 141
+        row("control", 20, 163.0, 20.0),  # validated for 2 s
+        {"time": 170.0},
+    ]
+    split = pipeline.spent(record)
+    assert (split.steps, split.validation, split.saving) == pytest.approx((30 + 20, 3 + 5 + 2, 7))
+
+
+def test_a_cold_repro_is_split_by_what_its_stages_wrote(tree, monkeypatch):
+    (tree / "measurements/evaluate.json").write_text('{"seconds": {"scoring": 1.5, "counting": 0.5}}')
+    monkeypatch.setattr(pipeline, "TRAINING", ("pretrain",))
+    rows = [row for row in pipeline.cold_rows(tree, "tiny", whole=1000.0) if isinstance(row, table.Row)]
+    assert [row.against for row in rows] == ["the whole", "with validation, checkpoint, saving, tracking"]
+    assert rows[0].ours > 2 and rows[0].theirs == 1000 and all(0 < row.ratio < 1 for row in rows)
 
 
 def test_every_expert_implementation_that_fits_is_a_peer_in_both_precisions(small_rows):
@@ -178,6 +259,8 @@ def test_the_deepseek_peer_with_our_weights_follows_our_losses(implementation, t
     transformers = pytest.importorskip("transformers")
     monkeypatch.setattr(training_step, "BALANCE_LOSS_WEIGHT", 0.0)  # the peer has neither
     monkeypatch.setattr(training_step, "BIAS_UPDATE_RATE", 0.0)
+    from stages import models  # late: ABSENT
+
     ours = training_step.new_teacher(SHAPE)
     models.save(ours, tmp_path)
     architecture = transformers.DeepseekV3ForCausalLM
