@@ -14,7 +14,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as the ranks have it; deterministic kernels need it
 
-from benchmarks import ceiling, checkpoint, determinism, losses, moe_layer, router, startup, tracking, training_step
+from benchmarks import (
+    ceiling,
+    checkpoint,
+    data,
+    ddp,
+    decoding,
+    determinism,
+    losses,
+    moe_layer,
+    pipeline,
+    router,
+    startup,
+    tracking,
+    training_step,
+)
 from benchmarks.table import ROOT, Row, as_json, as_markdown, conditions, rendered
 from stages.artifacts import write_atomically
 
@@ -25,9 +39,13 @@ GROUPS: dict[str, Callable[[], Iterable[Row | str]]] = {
     "moe_layer": moe_layer.rows,
     "router": router.rows,
     "losses": losses.rows,
+    "decoding": decoding.rows,
+    "data": data.rows,
     "checkpoint": checkpoint.rows,
+    "ddp": ddp.rows,
     "startup": startup.rows,
     "tracking": tracking.rows,
+    "pipeline": pipeline.rows,
 }
 
 

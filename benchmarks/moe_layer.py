@@ -1,16 +1,28 @@
-"""One MoE layer, forward and forward + backward, against a plain PyTorch loop over the experts."""
+"""One MoE layer, forward and forward + backward, against a plain PyTorch loop over the experts and against the best of
+transformers' implementations: DeepseekV3's layer with our weights, without its shared expert.
 
-from collections.abc import Iterator
+In bf16 ours and the loop run under autocast, as training does, and pay for casting the weights; transformers' layer
+has bf16 weights, for under autocast its grouped_mm would run in float32.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.ceiling import DTYPES
+from benchmarks.peers import peer_models
 from benchmarks.table import Row
 from benchmarks.timing import DEVICE, Action, interleaved
+from benchmarks.training_step import REFERENCE
 from stages.experts import MoE
 from stages.layers import initialise
+
+LOOP = "plain loop over experts"
+Layer = tuple[nn.Module, Callable[[Tensor], Tensor]]  # whose gradients are dropped, and what is called
 
 
 def new_layer(width: int, expert_width: int, experts: int, per_token: int) -> MoE:
@@ -39,54 +51,88 @@ def loop_over_experts(layer: MoE, x_ND: Tensor) -> Tensor:
     return y_ND
 
 
-def passes(layer: MoE, x_ND: Tensor, dtype: torch.dtype) -> dict[str, dict[str, Action]]:
-    """What is timed: {forward, forward + backward} x {ours, loop}."""
-    grad_ND = torch.randn_like(x_ND)
+def peer_layers(layer: MoE, tokens: int, dtype: torch.dtype) -> Iterator[tuple[str, Layer] | str]:
+    """transformers' layer with our weights, per implementation; a line for each that cannot run here."""
+    experts, width, expert_width = layer.down.shape
+    shape = replace(
+        REFERENCE, layers=1, width=width, experts=experts, expert_width=expert_width,
+        experts_per_token=layer.experts_per_token, vocab_size=8,
+    )  # fmt: skip
+    for peer in peer_models(shape, tokens, ("DeepseekV3",)):
+        if isinstance(peer, str):
+            yield peer
+            continue
+        theirs = peer[1].model.layers[0].mlp
+        theirs.experts.load_state_dict({"gate_up_proj": layer.gate_up, "down_proj": layer.down})
+        theirs.gate.load_state_dict({"weight": layer.router_weight, "e_score_correction_bias": layer.bias})
+        theirs.experts.to(dtype)
+        yield peer[0], (theirs, partial(routed_experts, theirs))
 
-    def run(call, backward: bool):
-        x = x_ND.detach().requires_grad_(backward)
-        layer.zero_grad(set_to_none=True)
-        with torch.set_grad_enabled(backward), torch.autocast(
-            DEVICE.type, torch.bfloat16, enabled=dtype == torch.bfloat16
-        ):
-            y_ND = call(x)
-        if backward:
-            y_ND.backward(grad_ND.to(y_ND.dtype))
 
-    def ours(x):
-        return layer(x.unsqueeze(0))[0].squeeze(0)
+def routed_experts(theirs: nn.Module, x_ND: Tensor) -> Tensor:
+    """What DeepseekV3MoE.forward does but for the shared expert, which ours has not either."""
+    _, weight_NK, index_NK = theirs.gate(x_ND)
+    return theirs.experts(x_ND, index_NK, weight_NK)
 
-    def loop(x):
-        return loop_over_experts(layer, x)
 
-    return {
-        "forward": {"ours": lambda: run(ours, False), "loop": lambda: run(loop, False)},
-        "forward + backward": {"ours": lambda: run(ours, True), "loop": lambda: run(loop, True)},
-    }
+def one_pass(layer: Layer, x_ND: Tensor, grad_ND: Tensor, backward: bool, dtype: torch.dtype) -> None:
+    module, call = layer
+    x = x_ND.detach().requires_grad_(backward)
+    module.zero_grad(set_to_none=True)
+    with torch.set_grad_enabled(backward), torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        y_ND = call(x)
+    if backward:
+        y_ND.backward(grad_ND.to(y_ND.dtype))
 
 
 def rows(
-    tokens: tuple[int, ...] = (512, 4096),
+    tokens: tuple[int, ...] = (512, 4096, 16384),
     experts: tuple[int, ...] = (8, 64),
     width: int = 256,
     expert_width: int = 512,
     per_token: int = 2,
     seconds: float = 1.2,
-) -> Iterator[Row]:
+) -> Iterator[Row | str]:
+    told: set[str] = set()
     for n_tokens in tokens:
         for n_experts in experts:
             layer = new_layer(width, expert_width, n_experts, per_token)
-            x_ND = torch.randn(n_tokens, width, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-            for dtype_name, dtype in DTYPES.items():
-                for name, actions in passes(layer, x_ND, dtype).items():
-                    times = interleaved(actions, seconds, least_rounds=5)
-                    yield Row.of(
-                        "MoE layer",
-                        f"{name}, {n_tokens} tokens, {n_experts} experts, {dtype_name}",
-                        times.median("ours") * 1e3,
-                        "plain loop over experts",
-                        times.median("loop") * 1e3,
-                        "ms",
-                        times.ratio("loop", "ours"),
-                        times.rounds,
-                    )
+            for one in rows_of(layer, n_tokens, seconds):
+                if isinstance(one, Row) or one not in told:
+                    yield one
+                told |= {one} if isinstance(one, str) else set()
+
+
+def rows_of(layer: MoE, tokens: int, seconds: float) -> Iterator[Row | str]:
+    generator = torch.Generator().manual_seed(0)
+    x_ND, grad_ND = (torch.randn(tokens, layer.down.shape[1], generator=generator).to(DEVICE) for _ in range(2))
+    for dtype_name, dtype in DTYPES.items():
+        layers: dict[str, Layer] = {
+            "ours": (layer, lambda x: layer(x.unsqueeze(0))[0].squeeze(0)),
+            LOOP: (layer, lambda x: loop_over_experts(layer, x)),
+        }
+        for peer in peer_layers(layer, tokens, dtype):
+            if isinstance(peer, str):
+                yield peer
+            else:
+                layers[peer[0]] = peer[1]
+        for name, backward in {"forward": False, "forward + backward": True}.items():
+            actions: dict[str, Action] = {
+                of: partial(one_pass, it, x_ND, grad_ND, backward, dtype) for of, it in layers.items()
+            }
+            peers = list(layers)[2:]
+            times = interleaved(actions, seconds, least_rounds=3, may_fail=peers)
+            what = f"{name}, {tokens} tokens, {len(layer.down)} experts, {dtype_name}"
+            yield from (f"peer left out: {of}: {what}: {why}" for of, why in times.failed.items())
+            best = min(filter(times.__contains__, peers), key=times.median, default=None)
+            for against in filter(None, (LOOP, best)):
+                yield Row.of(
+                    "MoE layer",
+                    what,
+                    times.median("ours") * 1e3,
+                    against,
+                    times.median(against) * 1e3,
+                    "ms",
+                    times.ratio(against, "ours"),
+                    times.rounds,
+                )

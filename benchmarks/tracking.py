@@ -1,8 +1,6 @@
 """What tracking adds to a stage: `prepare` at scale tiny, by hand, with a server that is not there, against the
 same stage with tracking taken out of it."""
 
-import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -12,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from benchmarks.table import ROOT, Row
+from benchmarks.checkout import checkout, environment
+from benchmarks.table import Row
 from benchmarks.timing import interleaved
 
 WITHOUT = "without tracking"
@@ -23,24 +22,11 @@ NO_TRACKING = (
 )
 
 
-def checkout(folder: Path) -> Path:
-    """A copy with a commit, as a user has it: tracking asks Git."""
-    for name in ("stages", "conf"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("params.yaml", "dvc.yaml", ".gitignore"):
-        shutil.copy2(ROOT / name, folder / name)
-    who = ["-c", "user.name=benchmark", "-c", "user.email="]
-    for words in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "copy"]):
-        subprocess.run(["git", *words], cwd=folder, check=True)
-    return folder
-
-
 def stage(root: Path, tracking: bool, uri: str) -> None:
     """To the end of its output: what a pipeline or a log collector behind the stage waits for."""
     code = STAGE.format(words=["scale=tiny", "corpus=stdlib"])
-    environment = os.environ | {"MLFLOW_TRACKING_URI": uri, "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONPATH": "."}
     words = [sys.executable, "-c", code if tracking else NO_TRACKING + code]
-    subprocess.run(words, cwd=root, env=environment, check=True, capture_output=True)
+    subprocess.run(words, cwd=root, env=environment(MLFLOW_TRACKING_URI=uri), check=True, capture_output=True)
 
 
 def rows(seconds: float = 60.0, least_rounds: int = 5) -> Iterator[Row | str]:

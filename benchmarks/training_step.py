@@ -1,18 +1,17 @@
-"""The teacher's full training step (forward, backward, AdamW) against transformers' mixtures of experts.
+"""The teacher's full training step (forward, backward, AdamW) against transformers' mixtures of experts, and against
+its dense Qwen3 of as many operations per token: what the same compute costs without experts.
 
-Every step of one data type takes the same tokens, the same fused AdamW and the same precision. DeepseekV3 is
-our architecture and, given our weights, our numbers (tests/test_benchmarks.py); Mixtral has the same experts
-under grouped-query attention.
+Every step of one data type takes the same tokens, the same fused AdamW and the same precision.
 """
 
-import warnings
+import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.ceiling import DTYPES, ceiling
+from benchmarks.peers import peer_model, peer_models
 from benchmarks.table import Row
 from benchmarks.timing import DEVICE, Ratio, interleaved
 from stages.cost import Counter, flops_per_token
@@ -29,8 +28,7 @@ REFERENCE = TeacherShape(
 SEQUENCES = 16
 LEARNING_RATE = 3e-4
 BALANCE_LOSS_WEIGHT, BIAS_UPDATE_RATE = 1e-4, 1e-3
-EXPERTS_IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
-INSTALL = "peer left out: transformers is not installed; get it with `make env` or pip install -e '.[test]'"
+DENSE = "transformers Qwen3, dense, equal operations"
 
 Step = Callable[[], Tensor]  # takes one optimizer step, returns the loss before it
 
@@ -78,66 +76,10 @@ def _step(model: nn.Module, forward: Callable[[], tuple[Tensor, Tensor]], dtype:
     return step
 
 
-def peer_model(kind: str, implementation: str, shape: TeacherShape) -> nn.Module:
-    """transformers' model of the same experts; raises ImportError where transformers is missing."""
-    import transformers
-
-    common = {
-        "vocab_size": shape.vocab_size, "max_position_embeddings": shape.sequence_tokens,
-        "hidden_size": shape.width, "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.heads, "num_experts_per_tok": shape.experts_per_token,
-    }  # fmt: skip
-    if kind == "Mixtral":
-        model_type = transformers.MixtralForCausalLM
-        config = transformers.MixtralConfig(
-            num_local_experts=shape.experts, intermediate_size=shape.expert_width, **common
-        )
-    else:
-        model_type = transformers.DeepseekV3ForCausalLM
-        config = transformers.DeepseekV3Config(
-            n_routed_experts=shape.experts, moe_intermediate_size=shape.expert_width, n_shared_experts=0,
-            intermediate_size=shape.dense_width, first_k_dense_replace=0, n_group=1, topk_group=1,
-            routed_scaling_factor=shape.route_scale, q_lora_rank=None, kv_lora_rank=shape.latent_width,
-            qk_nope_head_dim=shape.nope_head_dim, qk_rope_head_dim=shape.rope_head_dim,
-            v_head_dim=shape.value_head_dim, num_nextn_predict_layers=0, **common,
-        )  # fmt: skip
-    with warnings.catch_warnings():  # a shared expert of width 0 warns that there is nothing to initialise
-        warnings.simplefilter("ignore")
-        return model_type._from_config(config, experts_implementation=implementation).to(DEVICE)
-
-
-def batched_mm_bytes(shape: TeacherShape, tokens: int) -> int:
-    """batched_mm copies the expert's weights for every routed row and keeps them for the backward pass."""
-    return 12 * shape.expert_width * shape.width * shape.experts_per_token * tokens * shape.layers
-
-
-def free_bytes() -> int:
-    if DEVICE.type == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 8 * 2**30
-
-
-def peer_models(shape: TeacherShape, tokens: int) -> Iterator[tuple[str, nn.Module] | str]:
-    """Name and model of each peer that can run here; a line for each that cannot."""
-    needed, free = batched_mm_bytes(shape, tokens), free_bytes()
-    for kind in ("Mixtral", "DeepseekV3"):
-        for implementation in EXPERTS_IMPLEMENTATIONS:
-            name = f"transformers {kind} {implementation}"
-            if implementation == "batched_mm" and needed > free:
-                yield (
-                    f"peer left out: {name} would copy {needed / 1e9:.0f} GB of weights at this size, "
-                    f"{free / 1e9:.0f} GB are free"
-                )
-                continue
-            try:
-                yield name, peer_model(kind, implementation, shape)
-            except ImportError:
-                yield INSTALL
-                return
+def peers_of(shape: TeacherShape, tokens: int) -> Iterator[tuple[str, nn.Module] | str]:
+    yield from peer_models(shape, tokens, ("Mixtral", "DeepseekV3"))
+    with contextlib.suppress(ImportError):  # the mixtures of experts have said so
+        yield DENSE, peer_model("Qwen3", "", shape)
 
 
 def forward_flops(model: nn.Module, shape: TeacherShape) -> int:
@@ -170,7 +112,7 @@ def rows(
     for dtype_name, dtype in DTYPES.items():
         bound, bound_flops = ceiling(dtype)
         actions = {"ours": teacher_step(new_teacher(shape), tokens_BT1, dtype), "ceiling": bound}
-        for peer in peer_models(shape, tokens):
+        for peer in peers_of(shape, tokens):
             if isinstance(peer, str):
                 if dtype_name == "float32":  # told once, not per data type
                     yield peer

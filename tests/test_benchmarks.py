@@ -1,7 +1,10 @@
 """The benchmarks compare equals: each of our rows computes the numbers of its peer. Nothing here is timed."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 
 import pytest
@@ -11,10 +14,16 @@ from torch.nn.functional import one_hot
 from benchmarks import __main__ as bench
 from benchmarks import (
     ceiling,
+    checkout,
     checkpoint,
+    data,
+    ddp,
+    decoding,
     determinism,
     losses,
     moe_layer,
+    peers,
+    pipeline,
     router,
     startup,
     table,
@@ -22,7 +31,9 @@ from benchmarks import (
     tracking,
     training_step,
 )
-from stages import models
+from stages.artifacts import ROOT
+from stages.cost import flops_per_token
+from stages.shards import Tokens, Windows
 
 SHAPE = replace(
     training_step.REFERENCE, vocab_size=64, sequence_tokens=12, layers=2, width=32, heads=2, nope_head_dim=8,
@@ -30,41 +41,128 @@ SHAPE = replace(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def small_rows() -> list:
-    """Every group at a size of no interest."""
+# what a GPU machine with nothing but torch does not have
+ABSENT = (
+    "dvc", "filelock", "hydra", "lightning", "mlflow", "omegaconf", "safetensors", "tokenizers", "tqdm", "transformers",
+    "yaml",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def both_precisions():
+    """Whatever this machine's matrix units have; and a ceiling of no interest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ceiling, "SQUARE", 32)
+        patch.setitem(ceiling.DTYPES, "bf16", torch.bfloat16)
+        yield
+
+
+def rows_of_one_device() -> list:
+    """The groups that run on any machine with torch, at a size of no interest."""
     return [
         *ceiling.rows(square=32, seconds=0),
         *training_step.rows(SHAPE, sequences=2, seconds=0, least_rounds=1),
         *determinism.rows(SHAPE, sequences=2, seconds=0, least_rounds=1),
         *moe_layer.rows(tokens=(16,), experts=(4,), width=16, expert_width=8, seconds=0),
         *router.rows(sizes=((4, 2),), tokens=16, width=16, expert_width=8, seconds=0),
-        *losses.rows((50,), tokens=16, student_width=8, teacher_width=12, chunk_tokens=4, seconds=0),
+        *losses.rows({50: 16}, student_width=8, teacher_width=12, seconds=0),
+        *decoding.rows(SHAPE, batches=(1, 2), prompt_tokens=8, new_tokens=4, seconds=0),
+    ]
+
+
+@pytest.fixture(scope="module")
+def small_rows(both_precisions) -> list:
+    """Every group that needs no pipeline before it."""
+    return [
+        *rows_of_one_device(),
+        *data.rows(tokens=20_000, sizes=((2, 16),), batches=2, seconds=0),
         *checkpoint.rows({"little": 4800}, seconds=0),
-        *startup.rows({"nothing": ("json", "re")}, seconds=0),
+        *startup.rows({"nothing": ("json", "re")}, {"report": "yaml"}, seconds=0, least_rounds=1),
         *tracking.rows(seconds=0, least_rounds=1),
     ]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy with data, where `pretrain` was stopped at its first step and then ran by hand in one process."""
+    tree = startup.prepared(tmp_path_factory.mktemp("tree"), {"pretrain": "lightning"})
+    assert startup.seconds_to_first_step(tree, "pretrain") > 0
+    assert not (tree / "artifacts/teacher").exists()
+    assert ddp.step_seconds(tree, ranks=1, steps=5) > 0
+    return tree
 
 
 def test_every_group_gives_rows_with_positive_finite_ratios(small_rows):
     rows = [row for row in small_rows if isinstance(row, table.Row)]
     assert {row.group for row in rows} == {
         "matmul ceiling", "training step", "MoE layer", "router", "distillation loss", "checkpoint", "start-up",
-        "tracking", "deterministic kernels",
+        "tracking", "deterministic kernels", "decoding", "data",
     }  # fmt: skip
     for row in rows:
         assert 0 < row.low <= row.high < float("inf") and 0 < row.ratio < float("inf"), row
         assert row.ours > 0 and row.theirs > 0 and row.rounds >= 1
 
 
+def test_the_groups_of_one_device_need_torch_numpy_and_a_peer_alone():
+    code = f"import sys; sys.modules.update(dict.fromkeys({ABSENT})); from tests import test_benchmarks as tests; "
+    code += "tests.rows_of_one_device()"  # all of benchmarks is imported by then
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_a_machine_without_bf16_is_told_so_and_measured_in_float32(monkeypatch):
+    monkeypatch.delitem(ceiling.DTYPES, "bf16")
+    found = list(ceiling.rows(square=32, seconds=0))
+    assert ["bf16 left out" in line for line in found if isinstance(line, str)] == [True]
+    assert {row.what.split(", ")[-1] for row in found if isinstance(row, table.Row)} == {"float32"}
+
+
+def test_the_steps_of_a_run_by_hand_are_read_from_its_record(tree):
+    assert (tree / "outputs/1/artifacts/teacher").is_dir()
+    assert ddp.tokens_per_step(tree) == 8 * 64
+    assert [event["step"] for event in checkout.events(tree, "pretrain") if event.get("step")] == [1, 2, 3, 4, 5]
+
+
+def test_the_time_of_a_real_stage_is_split_into_steps_validation_and_what_comes_after(tree):
+    record = checkout.events(tree, "pretrain")
+    split = pipeline.spent(record)
+    assert min(split.steps, split.validation, split.saving) > 0
+    assert split.steps + split.besides < record[-1]["time"] - record[0]["time"]
+
+
+def test_what_validation_takes_is_the_difference_between_a_steps_end_and_its_row():
+    def row(fit, step, written, elapsed):
+        return {"step": step, "time": written, "values": {f"{fit}/tokens_per_second": step * 2 * 10 / elapsed}}
+
+    record = [
+        {"time": 90.0, "params": {"distill.batch_sequences": "2", "sequence_tokens": "10"}},
+        row("student", 10, 110.0, 10.0),
+        row("student", 20, 123.0, 20.0),  # validated for 3 s
+        row("student", 30, 138.0, 33.0),  # and for 5 s
+        row("control", 10, 151.0, 10.0),  # started at 141
+        row("control", 20, 163.0, 20.0),  # validated for 2 s
+        {"time": 170.0},
+    ]
+    split = pipeline.spent(record)
+    assert (split.steps, split.validation, split.saving) == pytest.approx((30 + 20, 3 + 5 + 2, 7))
+
+
+def test_a_cold_repro_is_split_by_what_its_stages_wrote(tree, monkeypatch):
+    (tree / "measurements/evaluate.json").write_text('{"seconds": {"scoring": 1.5, "counting": 0.5}}')
+    monkeypatch.setattr(pipeline, "TRAINING", ("pretrain",))
+    rows = [row for row in pipeline.cold_rows(tree, "tiny", whole=1000.0) if isinstance(row, table.Row)]
+    assert [row.against for row in rows] == ["the whole", "with validation, checkpoint, saving, tracking"]
+    assert rows[0].ours > 2 and rows[0].theirs == 1000 and all(0 < row.ratio < 1 for row in rows)
+
+
 def test_every_expert_implementation_that_fits_is_a_peer_in_both_precisions(small_rows):
     pytest.importorskip("transformers")
-    peers = {(row.what, row.against) for row in small_rows if getattr(row, "group", "") == "training step"}
+    against = {(row.what, row.against) for row in small_rows if getattr(row, "group", "") == "training step"}
     for what in ("teacher, float32", "teacher, bf16"):
         for kind in ("Mixtral", "DeepseekV3"):
-            for implementation in training_step.EXPERTS_IMPLEMENTATIONS:
-                assert (what, f"transformers {kind} {implementation}") in peers
-        assert any(w == what and against.startswith("matmul ceiling") for w, against in peers)
+            for implementation in peers.EXPERTS_IMPLEMENTATIONS:
+                assert (what, f"transformers {kind} {implementation}") in against
+        assert (what, training_step.DENSE) in against
+        assert any(w == what and name.startswith("matmul ceiling") for w, name in against)
 
 
 def test_the_table_renders_every_row_aligned_and_the_files_say_what_they_were_measured_on(small_rows):
@@ -101,23 +199,30 @@ def test_a_whole_run_writes_the_table_for_people_and_for_programs(tmp_path, monk
 
 
 def test_a_missing_peer_is_a_line_that_says_how_to_install_it(monkeypatch):
-    def missing(*_):
-        raise ImportError("No module named 'transformers'")
-
-    monkeypatch.setattr(training_step, "peer_model", missing)
-    found = list(training_step.rows(SHAPE, sequences=2, seconds=0, least_rounds=1))
-    assert [line for line in found if isinstance(line, str) and "left out" in line] == [training_step.INSTALL]
-    assert [row.against for row in found if isinstance(row, table.Row)] == [
-        "matmul ceiling, float32", "matmul ceiling, bf16",
-    ]  # fmt: skip
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    found = {
+        "step": list(training_step.rows(SHAPE, sequences=2, seconds=0, least_rounds=1)),
+        "layer": list(moe_layer.rows(tokens=(16,), experts=(4,), width=16, expert_width=8, seconds=0)),
+        "decoding": list(decoding.rows(SHAPE, batches=(1,), prompt_tokens=8, new_tokens=4, seconds=0)),
+    }
+    for lines in found.values():
+        assert [line for line in lines if isinstance(line, str) and "left out" in line] == [peers.INSTALL]
+    against = {name: {row.against for row in lines if isinstance(row, table.Row)} for name, lines in found.items()}
+    assert against == {
+        "step": {"matmul ceiling, float32", "matmul ceiling, bf16"},
+        "layer": {moe_layer.LOOP},
+        "decoding": {decoding.WITHOUT_CACHE},
+    }
 
 
 def test_a_peer_too_large_for_the_memory_is_a_line_and_not_a_crash(monkeypatch):
-    monkeypatch.setattr(training_step, "free_bytes", lambda: 1000)
-    monkeypatch.setattr(training_step, "peer_model", lambda kind, implementation, shape: implementation)
-    found = list(training_step.peer_models(SHAPE, tokens=24))
+    monkeypatch.setattr(peers, "free_bytes", lambda: 1000)
+    monkeypatch.setattr(peers, "peer_model", lambda kind, implementation, shape: implementation)
+    found = list(peers.peer_models(SHAPE, 24, ("Mixtral", "DeepseekV3")))
     assert [one[1] for one in found if isinstance(one, tuple)] == ["eager", "grouped_mm"] * 2
-    assert sum("batched_mm would copy" in one for one in found if isinstance(one, str)) == 2
+    assert sum("batched_mm would take" in one for one in found if isinstance(one, str)) == 2
+    (line,) = losses.rows({50: 16}, student_width=8, teacher_width=12, seconds=0)
+    assert "the plain loss" in line and "would take" in line
 
 
 def test_a_peer_that_raises_is_left_out_and_our_own_failure_is_not_hidden():
@@ -149,16 +254,18 @@ def test_the_step_whose_cost_is_measured_runs_on_deterministic_kernels_alone():
     assert seen == [True] and not torch.are_deterministic_algorithms_enabled()
 
 
-@pytest.mark.parametrize("implementation", training_step.EXPERTS_IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", peers.EXPERTS_IMPLEMENTATIONS)
 def test_the_deepseek_peer_with_our_weights_follows_our_losses(implementation, tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
     monkeypatch.setattr(training_step, "BALANCE_LOSS_WEIGHT", 0.0)  # the peer has neither
     monkeypatch.setattr(training_step, "BIAS_UPDATE_RATE", 0.0)
+    from stages import models  # late: ABSENT
+
     ours = training_step.new_teacher(SHAPE)
     models.save(ours, tmp_path)
     architecture = transformers.DeepseekV3ForCausalLM
     theirs = architecture.from_pretrained(tmp_path, experts_implementation=implementation)
-    built = training_step.peer_model("DeepseekV3", implementation, SHAPE)
+    built = peers.peer_model("DeepseekV3", implementation, SHAPE)
     assert sizes_of(theirs) == sizes_of(built)
     tokens_BT1 = torch.randint(64, (3, 13), generator=torch.Generator().manual_seed(0))
     our_step = training_step.teacher_step(ours, tokens_BT1, torch.float32)
@@ -170,19 +277,23 @@ def test_the_deepseek_peer_with_our_weights_follows_our_losses(implementation, t
 
 def test_the_mixtral_peer_has_experts_of_our_size():
     pytest.importorskip("transformers")
-    ours, theirs = training_step.new_teacher(SHAPE), training_step.peer_model("Mixtral", "eager", SHAPE)
+    ours, theirs = training_step.new_teacher(SHAPE), peers.peer_model("Mixtral", "eager", SHAPE)
     experts = theirs.model.layers[0].mlp.experts
     assert experts.gate_up_proj.shape == ours.blocks[0].mlp.gate_up.shape
     assert experts.down_proj.shape == ours.blocks[0].mlp.down.shape
 
 
-def test_the_deepseek_peer_runs_as_many_operations_as_we_do_and_mixtral_about_as_many():
+def test_the_deepseek_and_the_dense_peer_run_as_many_operations_as_we_do_and_mixtral_about_as_many():
     pytest.importorskip("transformers")
     shape = training_step.REFERENCE
     work = [training_step.new_teacher(shape)]
-    work += [training_step.peer_model(kind, "eager", shape) for kind in ("DeepseekV3", "Mixtral")]
-    ours, deepseek, mixtral = (training_step.forward_flops(model, shape) for model in work)
+    work += [peers.peer_model(kind, "eager", shape) for kind in ("DeepseekV3", "Qwen3", "Mixtral")]
+    ours, deepseek, dense, mixtral = (training_step.forward_flops(model, shape) for model in work)
     assert deepseek == pytest.approx(ours, rel=0.01)
+    assert dense == pytest.approx(ours, rel=0.01)
+    assert flops_per_token(peers.dense_shape(shape), 256)["total"] == pytest.approx(
+        flops_per_token(shape, 256)["total"], rel=0.01
+    )
     assert mixtral == pytest.approx(ours, rel=0.15)
 
 
@@ -197,6 +308,52 @@ def test_the_loop_over_experts_gives_the_layers_output_and_gradients(experts):
         results.append([y_ND, *torch.autograd.grad(y_ND.square().sum(), wanted)])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("experts", [3, 8])
+def test_transformers_layers_with_our_weights_give_our_layers_output_and_gradients(experts):
+    pytest.importorskip("transformers")
+    layer = moe_layer.new_layer(16, 8, experts, 2)
+    torch.nn.init.normal_(layer.bias, std=0.1)
+    x_ND = torch.randn(20, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    y_ND = layer(x_ND.unsqueeze(0))[0].squeeze(0)
+    wanted = [y_ND, *torch.autograd.grad(y_ND.square().sum(), (x_ND, layer.router_weight, layer.gate_up, layer.down))]
+    found = list(moe_layer.peer_layers(layer, 20, torch.float32))
+    assert [name.split()[-1] for name, _ in found] == list(peers.EXPERTS_IMPLEMENTATIONS)
+    for _, (theirs, call) in found:
+        y_ND = call(x_ND)
+        weights = (x_ND, theirs.gate.weight, theirs.experts.gate_up_proj, theirs.experts.down_proj)
+        got = [y_ND, *torch.autograd.grad(y_ND.square().sum(), weights)]
+        for one, other in zip(wanted, got, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("implementation", peers.EXPERTS_IMPLEMENTATIONS)
+@torch.no_grad()
+def test_both_caches_and_no_cache_decode_the_same_tokens_however_often(implementation):
+    pytest.importorskip("transformers")
+    model = training_step.new_teacher(replace(SHAPE, sequence_tokens=32, shared_experts=1)).eval()
+    for parameter in model.parameters():
+        parameter.mul_(4)  # so that the likeliest token hangs on the text and not on the last token alone
+    prompt_BT = torch.randint(64, (3, 9), generator=torch.Generator().manual_seed(0))
+    ours = partial(decoding.OurText, model, torch.float32, 3, 32)
+    theirs = partial(decoding.TheirText, peers.twin(model, implementation))
+    without = partial(decoding.OurText, model, torch.float32, 3, 0)
+    expected = decoding.reading_again(without, prompt_BT, 12)()
+    assert len(expected.unique()) > 3
+    for start in (ours, theirs):
+        decode = decoding.decoding(start, prompt_BT, 12)
+        assert torch.equal(decode(), expected) and torch.equal(decode(), expected)
+
+
+def test_ours_and_nanogpts_batches_hold_neighbouring_tokens_of_the_same_file(tmp_path):
+    folder = data.shard_folder(tmp_path / "data", 5000)
+    path = data.one_file(folder, tmp_path / "train.bin")
+    tokens = Tokens(folder, "train")
+    assert path.stat().st_size == 2 * len(tokens) == 10_000
+    x_BT, y_BT = data.random_offsets(path, 16, 3)
+    assert torch.equal(x_BT[:, 1:], y_BT[:, :-1]) and x_BT.dtype == torch.int64
+    assert data.our_batches(Windows(tokens, 16, seed=1), 3)().shape == (3, 17)
 
 
 def test_the_sorted_router_and_the_one_hot_dispatch_send_the_same_tokens_with_the_same_weights():
