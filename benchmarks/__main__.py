@@ -14,7 +14,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as the ranks have it; deterministic kernels need it
 
-from benchmarks import ceiling, checkpoint, determinism, losses, moe_layer, router, startup, tracking, training_step
+from benchmarks import (
+    ceiling,
+    checkpoint,
+    determinism,
+    growth,
+    losses,
+    moe_layer,
+    router,
+    startup,
+    tracking,
+    training_step,
+)
 from benchmarks.table import ROOT, Row, as_json, as_markdown, conditions, rendered
 from stages.artifacts import write_atomically
 
@@ -28,6 +39,7 @@ GROUPS: dict[str, Callable[[], Iterable[Row | str]]] = {
     "checkpoint": checkpoint.rows,
     "startup": startup.rows,
     "tracking": tracking.rows,
+    "growth": growth.rows,
 }
 
 
