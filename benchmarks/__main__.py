@@ -21,6 +21,7 @@ from benchmarks import (
     ddp,
     decoding,
     determinism,
+    growth,
     losses,
     moe_layer,
     pipeline,
@@ -45,6 +46,7 @@ GROUPS: dict[str, Callable[[], Iterable[Row | str]]] = {
     "ddp": ddp.rows,
     "startup": startup.rows,
     "tracking": tracking.rows,
+    "growth": growth.rows,
     "pipeline": pipeline.rows,
 }
 

@@ -55,6 +55,7 @@ class Frame:
     x_range: tuple[float, float]
     y_range: tuple[float, float]
     log_x: bool = False
+    log_y: bool = False
     left: int = 62
     right: int = 18
     top: int = 14
@@ -62,15 +63,11 @@ class Frame:
     legend: list[tuple[str, int, bool]] = field(default_factory=list)
 
     def x(self, value):
-        low, high = (math.log10(end) for end in self.x_range) if self.log_x else self.x_range
-        value = math.log10(value) if self.log_x else value
-        return self.left + (value - low) / (high - low) * (self.width - self.left - self.right)
+        return self.left + _share(value, self.x_range, self.log_x) * (self.width - self.left - self.right)
 
     def y(self, value):
-        low, high = self.y_range
-        return (
-            self.height - self.bottom - (value - low) / (high - low) * (self.height - self.top - self.bottom)
-        )
+        share = _share(value, self.y_range, self.log_y)
+        return self.height - self.bottom - share * (self.height - self.top - self.bottom)
 
 
 def number(value, digits=3):
@@ -132,11 +129,25 @@ def scatter(
 
 
 def curves(
-    title, lines, x_label, y_label, x_format=number, y_format=number, width=560, height=320, points_kept=300
+    title,
+    lines,
+    x_label,
+    y_label,
+    x_format=number,
+    y_format=number,
+    width=560,
+    height=320,
+    points_kept=300,
+    log=False,
 ):
-    """Lines over a common axis with a legend; each is thinned to what the eye can see."""
+    """Lines over a common axis with a legend; each is thinned to what the eye can see. `log` is of both axes."""
     lines = [
-        Line(line.label, [pair for pair in line.points if _finite(*pair)], line.series, line.dashed)
+        Line(
+            line.label,
+            [pair for pair in line.points if _finite(*pair) and (min(pair) > 0 or not log)],
+            line.series,
+            line.dashed,
+        )
         for line in lines
     ]
     lines = [line for line in lines if line.points]
@@ -145,7 +156,8 @@ def curves(
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
     rows, _ = _legend_rows(lines, width)
-    frame = Frame(width, height, _widened(min(xs), max(xs)), _padded(ys, 0.06), top=14 + 18 * rows)
+    x_range = _padded(xs, 0.04, log) if log else _widened(min(xs), max(xs))
+    frame = Frame(width, height, x_range, _padded(ys, 0.06, log), log, log, top=14 + 18 * rows)
     body = [_axes(frame, x_label, y_label, x_format, y_format), _legend(frame, lines)]
     for line in lines:
         kept = _thinned(line.points, points_kept)
@@ -245,6 +257,22 @@ def interval_bar(low, value, high, axis, label):
     )
 
 
+def sheet(title, drawings, columns, width, height):
+    """Drawings of one size, row by row, as a file of its own: it brings the colours that a page would give."""
+    below = height + 16
+    cells = "".join(
+        f'<svg x="{index % columns * width}" y="{index // columns * below}" width="{width}" height="{height}">'
+        f"{drawing}</svg>"
+        for index, drawing in enumerate(drawings)
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" '
+        f'viewBox="0 0 {columns * width} {math.ceil(len(drawings) / columns) * below}" '
+        f'role="img" aria-label="{escape(title)}"><style>{STYLE}</style>'
+        f'<rect width="100%" height="100%" fill="var(--card)"/>{cells}</svg>\n'
+    )
+
+
 # --- the parts of a drawing ---------------------------------------------------------------------------
 
 
@@ -265,13 +293,13 @@ def _empty(title, width, height):
 def _axes(frame, x_label, y_label, x_format, y_format):
     right, floor = frame.width - frame.right, frame.height - frame.bottom
     parts = []
-    for value in ticks(*frame.y_range):
+    for value in _axis_ticks(frame.y_range, frame.log_y, 5):
         y = frame.y(value)
         parts.append(
             f'<line class="grid" x1="{frame.left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
             f'<text x="{frame.left - 7}" y="{y + 4:.1f}" text-anchor="end">{escape(y_format(value))}</text>'
         )
-    for value in _x_ticks(frame) if x_format else ():
+    for value in _axis_ticks(frame.x_range, frame.log_x, 6) if x_format else ():
         x = frame.x(value)
         parts.append(
             f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{floor}" y2="{floor + 5}"/>'
@@ -290,11 +318,15 @@ def _axes(frame, x_label, y_label, x_format, y_format):
     return "".join(parts)
 
 
-def _x_ticks(frame):
-    if not frame.log_x:
-        return ticks(*frame.x_range, count=6)
-    marks = log_ticks(*frame.x_range)
-    return marks if len(marks) >= 3 else ticks(*frame.x_range, count=6)  # less than a decade: round numbers
+def _axis_ticks(ends, log, count):
+    marks = log_ticks(*ends) if log else []
+    return marks if len(marks) >= 3 else ticks(*ends, count)  # less than a decade: round numbers
+
+
+def _share(value, ends, log):
+    """How far between the ends a value lies."""
+    low, high, value = map(math.log10, (*ends, value)) if log else (*ends, value)
+    return (value - low) / (high - low)
 
 
 def _mark(frame, point, x_format, y_format):

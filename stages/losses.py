@@ -28,15 +28,18 @@ class _ChunkedLoss(torch.autograd.Function):
         soft = x_ND.new_zeros((), dtype=torch.float32)
         for start in range(0, x_ND.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            z_CV = (x[chunk] @ head.T).float()
             if distilling:
-                teacher_z_CV = (teacher_x[chunk] @ teacher_head.T).float()
-                dz_CV = _soft_and_hard(z_CV, teacher_z_CV, targets_N[chunk], temperature, soft_weight, hard, soft)
+                taught = teacher_x[chunk], teacher_head, temperature, soft_weight
+                dz_CV = _soft_and_hard(x[chunk], head, targets_N[chunk], *taught, hard, soft)
             else:
-                dz_CV = _hard(z_CV, targets_N[chunk], hard)
+                dz_CV = _hard(_logits(x[chunk], head), targets_N[chunk], hard)
             dz_CV = dz_CV.to(x.dtype)
             torch.mm(dz_CV, head, out=dx_ND[chunk])
-            dhead_VD += dz_CV.T @ x[chunk]
+            if dz_CV.dtype == dhead_VD.dtype:
+                dhead_VD.addmm_(dz_CV.T, x[chunk])  # a sum of two would make another V x D beside it
+            else:
+                dhead_VD += dz_CV.T @ x[chunk]
+            del dz_CV  # before the next chunk's stands beside it
         ctx.save_for_backward(dx_ND, dhead_VD)
         ctx.n_tokens, ctx.dtype = x_ND.shape[0], x_ND.dtype
         share = soft_weight if distilling else 0.0
@@ -52,6 +55,14 @@ class _ChunkedLoss(torch.autograd.Function):
         return dx_ND.to(ctx.dtype) * scale, dhead_VD * scale, None, None, None, None, None, None
 
 
+# What these make is as large as the logits of a chunk, and each is dropped as soon as it has been used: two stand at
+# once for the hard targets alone, four with the soft ones.
+
+
+def _logits(x_CD: Tensor, head_VD: Tensor) -> Tensor:
+    return (x_CD @ head_VD.T).float()
+
+
 def _hard(z_CV: Tensor, target_C: Tensor, hard: Tensor) -> Tensor:
     """Gradient of the cross-entropies for the logits; their sum is added to `hard`."""
     p_CV = z_CV.softmax(-1)
@@ -62,21 +73,26 @@ def _hard(z_CV: Tensor, target_C: Tensor, hard: Tensor) -> Tensor:
 
 
 def _soft_and_hard(
-    z_CV: Tensor,
-    teacher_z_CV: Tensor,
+    x_CD: Tensor,
+    head_VD: Tensor,
     target_C: Tensor,
+    teacher_x_CD: Tensor,
+    teacher_head_VD: Tensor,
     temperature: float,
     soft_weight: float,
     hard: Tensor,
     soft: Tensor,
 ) -> Tensor:
     """Gradient of the weighted sum for the logits; the sum of T² KL is added to `soft`."""
-    log_pT_CV = (z_CV / temperature).log_softmax(-1)
-    log_qT_CV = (teacher_z_CV / temperature).log_softmax(-1)
+    z_CV = _logits(x_CD, head_VD)
+    dz_CV = _hard(z_CV, target_C, hard)
+    log_pT_CV = z_CV.div_(temperature).log_softmax(-1)
+    del z_CV
+    log_qT_CV = _logits(teacher_x_CD, teacher_head_VD).div_(temperature).log_softmax(-1)
     qT_CV = log_qT_CV.exp()
     soft += temperature**2 * torch.dot(qT_CV.flatten(), log_qT_CV.sub_(log_pT_CV).flatten())
-    dz_CV = _hard(z_CV, target_C, hard).mul_(1 - soft_weight)
-    return dz_CV.add_(log_pT_CV.exp_().sub_(qT_CV), alpha=soft_weight * temperature)
+    del log_qT_CV
+    return dz_CV.mul_(1 - soft_weight).add_(log_pT_CV.exp_().sub_(qT_CV), alpha=soft_weight * temperature)
 
 
 def next_token(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk_tokens: int = 1024) -> Tensor:

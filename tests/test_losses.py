@@ -3,8 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from stages.losses import distillation, next_token
+from stages.memory import LiveBytes
 
 N, D, TEACHER_D, V = 37, 12, 20, 50  # N is odd and no multiple of the chunk
 
@@ -64,3 +66,17 @@ def test_the_gradient_keeps_its_size_as_the_temperature_rises():
         loss, _ = distillation(0.1 * x_ND, head_VD, 0.1 * fixed[0], fixed[1], targets_N, temperature, 1.0, 8)
         norms.append(torch.autograd.grad(loss, x_ND)[0].norm().item())
     assert 0.5 < norms[1] / norms[0] < 2.0
+
+
+@pytest.mark.parametrize(("soft_weight", "at_once"), [(0.0, 2), (0.9, 4)])
+def test_the_peak_is_a_few_tensors_of_a_chunks_logits_and_one_of_the_heads_gradient(soft_weight, at_once):
+    x_ND, head_VD, targets_N = torch.randn(64, 8), torch.randn(2000, 8), torch.randint(2000, (64,))
+    inputs = nn.ParameterList(nn.Parameter(part, part.is_floating_point()) for part in (x_ND, head_VD, targets_N))
+    live, chunk_tokens = LiveBytes(inputs), 16
+    with live, live.record():
+        if soft_weight:
+            distillation(x_ND, head_VD, x_ND, head_VD, targets_N, 2.0, soft_weight, chunk_tokens)
+        else:
+            next_token(x_ND, head_VD, targets_N, chunk_tokens)
+    logits, head = 4 * chunk_tokens * 2000, 4 * 2000 * 8
+    assert at_once * logits + head <= live.peak < 1.1 * (at_once * logits + head)

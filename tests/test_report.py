@@ -424,6 +424,7 @@ def test_charts_survive_empty_single_and_unbounded_data():
     assert "nan" not in charts.scatter("a", [alone, charts.Point("bad", 1.0, nothing)], "x", "y", log_x=True)
     assert "nan" not in charts.curves("b", [charts.Line("flat", [(1, 2.0), (1, nothing)])], "x", "y")
     assert "nan" not in charts.bars("c", [("zero", 0.0)], "y")
+    assert "nan" not in charts.curves("d", [charts.Line("one", [(3, 2.0), (0, 1.0), (1, -1.0)])], "x", "y", log=True)
 
 
 def test_figures_that_dvc_did_not_record_are_refused_by_name(tmp_path):
