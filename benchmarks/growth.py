@@ -14,20 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.ceiling import DTYPES
 from benchmarks.table import ROOT, Row, conditions
 from benchmarks.timing import DEVICE, Ratio, Timings, interleaved
 from benchmarks.training_step import BALANCE_LOSS_WEIGHT, REFERENCE, new_teacher, teacher_step
 from stages.artifacts import write_atomically
 from stages.charts import Line, curves, number, sheet
 from stages.cost import flops_per_token, total_parameters
-from stages.launching import chosen_precision
 from stages.memory import LiveBytes
 from stages.teacher import Teacher, TeacherShape
 from stages.training import NextToken, max_violation
 
 BATCH_TOKENS = 4096
 BALANCE_TOKENS, BALANCE_STEPS, WINDOW = 1024, 30, 10
-DTYPE = getattr(torch, chosen_precision("auto", "gpu" if DEVICE.type == "cuda" else "cpu"))
+DTYPE = DTYPES.get("bf16", torch.float32)
 
 
 @dataclass(frozen=True)
