@@ -172,6 +172,8 @@ class _Client:
                 self.experiment = self.client.get_experiment_by_name(name).experiment_id
         else:
             self.experiment = found.experiment_id
+        if not self.experiment:  # an answer without content reads as an empty experiment
+            raise ConnectionError("what answers there is not an MLflow server")
 
     def send_or_say_why(self, folder):
         """Send one record; returns whether its stage is running, and why the store refused it, if it did.

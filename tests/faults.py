@@ -531,14 +531,14 @@ def damaged_progress(bench: Bench, row: Row) -> None:
 
 
 def damaged_lock(bench: Bench, row: Row) -> None:
-    """dvc.lock, truncated; where DVC cannot read it, the user gets it back from git"""
+    """dvc.lock, truncated; where DVC cannot read it or go on from it, the user gets it back from git"""
     tree, rng = bench.copy("damaged-lock"), bench.random("damaged-lock")
     committed = (tree / "dvc.lock").read_bytes()
     for _ in range(3):
         row.tried += 1
         truncate(tree / "dvc.lock", rng)
         if start(tree, *REPRO).wait(PATIENCE):
-            row.message = line_with("dvc.lock", said(tree))
+            row.message = line_with("dvc.lock|failed to reproduce", said(tree))
             (tree / "dvc.lock").write_bytes(committed)
         bench.finish(tree, row)
         row.survived += 1

@@ -6,6 +6,7 @@ answer, delay, stay mute, or kill either end. Nothing here is timed.
 
 import contextlib
 import hashlib
+import http.server
 import json
 import os
 import re
@@ -346,6 +347,28 @@ def test_a_server_too_slow_to_be_heard_is_given_up_and_gets_the_rest_later(
     relay.reset()
     assert mirror.send(root, quiet=True) == 0
     assert contents(server, request.node.name) == whole["plain"][0]
+
+
+def test_a_server_that_answers_with_nothing_is_told_at_the_first_answer(records, tmp_path, monkeypatch, capfd):
+    answered = []
+
+    class Hollow(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            answered.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+        do_POST = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hollow) as hollow:
+        threading.Thread(target=hollow.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{hollow.server_port}")
+        assert mirror.send(copy_of(records["plain"], tmp_path)) == 1
+        hollow.shutdown()
+    assert "what answers there is not an MLflow server" in capfd.readouterr().err and len(answered) == 1
 
 
 def test_the_server_killed_in_the_middle_is_started_again_and_has_all(
