@@ -1,6 +1,6 @@
 """The fault test: breaks the tiny pipeline in every way below and holds what comes out against an undisturbed run.
 
-    make chaos                                            # everything, about half an hour on 2 cores
+    make chaos                                            # everything, about an hour on 2 cores
     python -m tests.faults --only rank_killed --seed 7    # one kind of fault; docs/faults.md stays as it is
     python -m tests.faults --kills 200
 
