@@ -8,7 +8,7 @@ One process of one thread trains the teacher of the default scale as a rank of `
 The budget counts processor seconds of training, validation apart. A recipe's step is timed first, in turn with plain
 AdamW's so that other load cancels, and the schedule is laid over as many steps as the budget pays for: what costs more
 per step takes fewer. Validation windows and data order are the same for all. What was measured is kept in
-.runs/recipe and not measured again, so an interrupted table continues.
+.runs/recipe and not measured again, so an interrupted table continues; delete it when the code has changed.
 """
 
 import argparse
@@ -60,6 +60,9 @@ CORPORA = {
     "Perl modules": ["/usr/share/perl/**/*.pm", "/usr/share/perl5/**/*.pm"],
     "English manuals": ["/usr/share/man/man1/*.gz"],
 }
+ADAMW = "plain AdamW"  # what the names of its variants begin with
+SEED, NOISE_SEEDS = 1, (1, 2, 3)
+FACTORS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)  # how many times sooner the default may be
 KEPT = ROOT / ".runs" / "recipe"
 VALIDATION_SEQUENCES = 64
 LARGEST_FILE = 1 << 18  # bytes; above it stand tables and generated code
@@ -193,17 +196,24 @@ def costs(recipe: Recipe) -> tuple:
     return r.shape, r.batch_sequences, r.plain, r.iterations, r.query_key_norm, r.ahead_weight > 0
 
 
+class OutOfTime(Exception):
+    """The table is printed without what is still to be measured."""
+
+
 class Bench:
     """Runs at a budget; each is done once, its numbers are kept by what they depend on."""
 
-    def __init__(self, corpora: list[Data], default: Recipe, kept: Path, rounds: int = 5):
+    def __init__(self, corpora: list[Data], default: Recipe, kept: Path, minutes: float = math.inf, rounds: int = 5):
         self.corpora, self.kept, self.rounds = corpora, kept, rounds
         self.reference = plain_adamw(default, 1e-3)
+        self.end = time.monotonic() + 60 * minutes
 
     def once(self, measure: Callable[[], list], *what) -> list:
         key = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
         path = self.kept / f"{key}.json"
         if not path.exists():
+            if time.monotonic() > self.end:
+                raise OutOfTime
             write_atomically(path, json.dumps(measure()))
         return json.loads(path.read_text())
 
@@ -214,7 +224,7 @@ class Bench:
         ratio = statistics.median(theirs / ours for ours, theirs in zip(*both, strict=True))
         return statistics.median(alone[0]) * ratio
 
-    def curve(self, recipe: Recipe, data: Data, seconds: float, seed: int) -> list[tuple[float, float]]:
+    def curve(self, recipe: Recipe, data: Data, seconds: float, seed: int = SEED) -> list[tuple[float, float]]:
         """Seconds of training and validation bits per byte."""
         each = self.seconds_per_step(recipe)
         steps = max(4, round(seconds / each))
@@ -222,82 +232,84 @@ class Bench:
         curve = self.once(lambda: trained(recipe, data, seed, steps), *identity)
         return [(step * each, bits) for step, bits in curve]
 
-    def bits(self, recipe: Recipe, data: Data, seconds: float, seed: int) -> float:
+    def bits(self, recipe: Recipe, data: Data, seconds: float, seed: int = SEED) -> float:
         return self.curve(recipe, data, seconds, seed)[-1][1]
 
 
 # ---- the comparison ----------------------------------------------------------------------------------------
 
-SEED, NOISE_SEEDS = 1, (1, 2, 3)
-FACTORS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)  # how many times sooner the default may be
-ADAMW = "plain AdamW"
 
-Results = dict[str, dict[str, float]]  # variant -> corpus -> bits per byte
+class Table:
+    """Validation bits per byte of the variants, as far as they were measured, and what follows from them."""
 
+    def __init__(self, bench: Bench, found: dict[str, Recipe], seconds: float):
+        self.bench, self.found, self.seconds = bench, found, seconds
+        self.bits: dict[tuple[str, str], float] = {}  # by variant and corpus
+        self.noise = 0.0
+        self.notes: list[str] = []
 
-def compared(bench: Bench, found: dict[str, Recipe], seconds: float, noise: float) -> Results:
-    """All on the first corpus; on the others the default, the dense twin, the two best of plain AdamW, and what
-    beat the default by more than the noise."""
-    first, *others = bench.corpora
+    def measure(self, names: list[str], corpora: list[Data]) -> None:
+        for name in names:
+            for data in corpora:
+                bits = self.bench.bits(self.found[name], data, self.seconds)
+                self.bits[name, data.name] = bits
+                print(f"{data.name}: {name}: {bits:.4f}", file=sys.stderr, flush=True)
 
-    def bits(name: str, data: Data) -> float:
-        value = bench.bits(found[name], data, seconds, SEED)
-        print(f"{data.name}: {name}: {value:.4f}", file=sys.stderr, flush=True)
-        return value
+    def fill(self) -> None:
+        """What matters most first; on all corpora the rivals and what beats the default by more than the noise."""
+        (first, *others), found = self.bench.corpora, self.found
+        default = found["default"]
+        plain = [name for name in found if name.startswith(ADAMW)]
+        rivals = ["default", *({"dense twin"} & found.keys())]
+        self.measure([*rivals, *plain], [first])
+        best = sorted(plain, key=lambda name: self.bits[name, first.name])[:2]
+        self.measure([*rivals, *best], others)
+        for data in self.bench.corpora:
+            self.notes += self.against_rivals(data)
+        seeds = [self.bench.bits(default, first, self.seconds, seed) for seed in NOISE_SEEDS]
+        self.noise = 2 * statistics.stdev(seeds)
+        self.notes.append(
+            f"noise: over seeds {', '.join(map(str, NOISE_SEEDS))} the default has a standard deviation of"
+            f" {self.noise / 2:.4f} bits per byte on {first.name}; twice that counts as a difference"
+        )
+        ablations = [name for name in found if name not in (*rivals, *plain)]
+        self.measure(ablations, [first])
+        to_beat = self.bits["default", first.name] - self.noise
+        self.measure([name for name in ablations if self.bits[name, first.name] < to_beat], others)
 
-    results = {name: {first.name: bits(name, first)} for name in found}
-    ranking = sorted(found, key=lambda name: results[name][first.name])
-    on_all = {"default", "dense twin", *[name for name in ranking if name.startswith(ADAMW)][:2]}
-    to_beat = results["default"][first.name] - noise
-    on_all |= {name for name in ranking if results[name][first.name] < to_beat}
-    for data in others:
-        for name in found:
-            if name in on_all:
-                results[name][data.name] = bits(name, data)
-    return results
-
-
-def times_sooner(bench: Bench, default: Recipe, data: Data, seconds: float, bits: float) -> float:
-    """The largest factor by which the default's budget may be cut and still end no worse; 0 if not even uncut."""
-    best = 0.0
-    for factor in FACTORS:
-        if bench.bits(default, data, seconds / factor, SEED) > bits:
-            break
-        best = factor
-    return best
-
-
-def rendered(results: Results, corpora: list[str], cost: dict[str, float], seconds: float) -> str:
-    default, lines = results["default"], []
-    for name, row in results.items():
-        cells = [name, f"{cost[name]:.3f}", str(round(seconds / cost[name]))]
-        for corpus in corpora:
-            change = f" ({row[corpus] - default[corpus]:+.4f})" if corpus in row and name != "default" else ""
-            cells.append(f"{row[corpus]:.4f}{change}" if corpus in row else "")
-        lines.append(f"| {' | '.join(cells)} |")
-    head = ["variant", "s per step", "steps", *corpora]
-    return "\n".join([f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}", *lines])
-
-
-def notes_of(bench: Bench, default: Recipe, results: Results, seconds: float, noise: float) -> Iterator[str]:
-    yield (
-        f"noise: the default with seeds {', '.join(map(str, NOISE_SEEDS))} on {bench.corpora[0].name} has a standard"
-        f" deviation of {noise / 2:.4f} bits per byte; twice that counts as a difference"
-    )
-    for data in bench.corpora:
-        rows = {name: row[data.name] for name, row in results.items() if data.name in row}
-        rivals = [name for name in rows if name.startswith(ADAMW)]
-        if rivals:
-            best = min(rivals, key=rows.__getitem__)
-            sooner = times_sooner(bench, default, data, seconds, rows[best])
-            yield (
-                f"{data.name}: the default ends no worse than {best} in 1/{sooner:g} of its time"
-                if sooner
-                else f"{data.name}: the default ends worse than {best}"
-            )
+    def against_rivals(self, data: Data) -> Iterator[str]:
+        rows = {name: bits for (name, corpus), bits in self.bits.items() if corpus == data.name}
+        if plain := [name for name in rows if name.startswith(ADAMW)]:
+            best = min(plain, key=rows.__getitem__)
+            if factor := self.times_sooner(data, rows[best]):
+                yield f"{data.name}: the default ends no worse than {best} in 1/{factor:g} of its time"
+            else:
+                yield f"{data.name}: the default ends worse than {best}"
         if "dense twin" in rows:
             gain = rows["dense twin"] - rows["default"]
             yield f"{data.name}: the default ends {gain:+.4f} bits per byte below the dense twin"
+
+    def times_sooner(self, data: Data, bits: float) -> float:
+        """The largest factor by which the default's budget can be cut, its schedule with it, to end no worse."""
+        best = 0.0
+        for factor in FACTORS:
+            if self.bench.bits(self.found["default"], data, self.seconds / factor) > bits:
+                break
+            best = factor
+        return best
+
+    def rendered(self) -> str:
+        corpora, lines = [data.name for data in self.bench.corpora], []
+        for name in dict.fromkeys(name for name, _ in self.bits):
+            each = self.bench.seconds_per_step(self.found[name])
+            cells = [name, f"{each:.3f}", str(round(self.seconds / each))]
+            for corpus in corpora:
+                bits, default = self.bits.get((name, corpus)), self.bits.get(("default", corpus))
+                change = f" ({bits - default:+.4f})" if bits and default and name != "default" else ""
+                cells.append(f"{bits:.4f}{change}" if bits else "")
+            lines.append(f"| {' | '.join(cells)} |")
+        head = ["variant", "s per step", "steps", *corpora]
+        return "\n".join([f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}", *lines])
 
 
 def as_markdown(table: str, notes: list[str], seconds: float) -> str:
@@ -324,36 +336,34 @@ def corpora_here(names: list[str], megabytes: float, plain: settings.Settings) -
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recipe")
-    parser.add_argument(
-        "names", nargs="*", help="variants; all when none is named, and benchmarks/recipe.md is written"
-    )
+    parser.add_argument("names", nargs="*", help="variants; none named: all, and benchmarks/recipe.md is written")
     parser.add_argument("--seconds", type=float, default=60, help="processor seconds of training per run")
     parser.add_argument("--megabytes", type=float, default=6, help="of text per corpus")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing after these; it continues later")
     parser.add_argument("--corpora", nargs="+", choices=CORPORA, default=list(CORPORA))
     given = parser.parse_args(arguments)
 
     torch.set_num_threads(1)
     demo = settings.validate(settings.compose(["scale=demo", "corpus=stdlib"]))
     here = list(corpora_here(given.corpora, given.megabytes, demo))
-    notes = [one for one in here if isinstance(one, str)]
+    missing = [one for one in here if isinstance(one, str)]
     corpora = [one for one in here if isinstance(one, Data)]
     if not corpora:
-        sys.exit("\n".join(notes))
+        sys.exit("\n".join(missing))
     default = default_recipe(demo, corpora[0].train.vocab_size)
     found = variants(default)
     if unknown := [name for name in given.names if name not in found]:
         sys.exit(f"benchmarks.recipe: no variant {unknown[0]!r}; there are {', '.join(found)}")
     found = {name: recipe for name, recipe in found.items() if name in ("default", *(given.names or found))}
-    bench = Bench(corpora, default, KEPT)
-    seeds = [bench.bits(default, corpora[0], given.seconds, seed) for seed in NOISE_SEEDS]
-    noise = 2 * statistics.stdev(seeds)
-    results = compared(bench, found, given.seconds, noise)
-    cost = {name: bench.seconds_per_step(recipe) for name, recipe in found.items()}
-    table = rendered(results, [data.name for data in corpora], cost, given.seconds)
-    notes += notes_of(bench, default, results, given.seconds, noise)
-    print(table, *notes, sep="\n")
+    table = Table(Bench(corpora, default, KEPT, given.minutes), found, given.seconds)
+    try:
+        table.fill()
+    except OutOfTime:
+        missing.append("not all is measured yet: the same command continues")
+    notes = [*table.notes, *missing]
+    print(table.rendered(), *notes, sep="\n")
     if not given.names:
-        write_atomically(ROOT / "benchmarks" / "recipe.md", as_markdown(table, notes, given.seconds))
+        write_atomically(ROOT / "benchmarks" / "recipe.md", as_markdown(table.rendered(), notes, given.seconds))
 
 
 if __name__ == "__main__":
