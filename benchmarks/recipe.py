@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
 
@@ -192,8 +192,8 @@ def trained(recipe: Recipe, data: Data, seed: int, steps: int) -> list[tuple[int
 
 def costs(recipe: Recipe) -> tuple:
     """What a step's cost depends on."""
-    r = recipe
-    return r.shape, r.batch_sequences, r.plain, r.iterations, r.query_key_norm, r.ahead_weight > 0
+    r, shape = recipe, replace(recipe.shape, route_scale=1.0)
+    return shape, r.batch_sequences, r.plain, r.iterations, r.query_key_norm, r.ahead_weight > 0
 
 
 class OutOfTime(Exception):

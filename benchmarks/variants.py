@@ -103,6 +103,9 @@ def variants(default: Recipe) -> dict[str, Recipe]:
         found[f"{iterations} Newton-Schulz iterations"] = replace(default, iterations=iterations)
     for scale in (5, 25):
         found[f"embedding's std x {scale}"] = replace(default, embedding_scale=scale)
+    for scale in (2.5, 4.0):
+        found[f"route scale {scale:g}"] = replace(default, shape=replace(default.shape, route_scale=scale))
+    found["balancing x 10"] = replace(default, bias_update_rate=default.bias_update_rate * 10)
     found["residual matrices from zero"] = replace(default, residual_scale=0.0)
     found["residual matrices unscaled"] = replace(default, residual_scale=math.sqrt(2 * default.shape.layers))
     for scale in (0.5, 2):

@@ -60,7 +60,8 @@ def test_each_variant_changes_what_its_name_says_and_nothing_else(tiny):
         "weight decay": "weight_decay", "warm-up": "warmup_share", "decay share": "decay_share",
         "Muon's momentum": "muon_momentum", "batch": "batch_sequences", "embedding": "embedding_scale",
         "residual": "residual_scale", "logit": "logit_scale", "AdamW's epsilon": "adamw_epsilon",
-        "query and key": "query_key_norm", "multi-token": "ahead_weight",
+        "query and key": "query_key_norm", "route scale": "route_scale", "balancing": "bias_update_rate",
+        "multi-token": "ahead_weight",
     }  # fmt: skip
     found = variants.variants(tiny)
     for name, one in found.items():
