@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: env repro test chaos bench ui lint audit
+.PHONY: env repro test chaos bench recipe ui lint audit
 .DELETE_ON_ERROR:
 
 env: .venv/.run .venv/.develop
@@ -47,6 +47,9 @@ chaos: .venv/.develop
 
 bench: .venv/.develop
 	python -m benchmarks
+
+recipe: .venv/.develop
+	python -m benchmarks.recipe
 
 ui: .venv/.run
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1 --host 127.0.0.1 --port $(PORT) \

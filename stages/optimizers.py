@@ -10,13 +10,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from stages.layers import for_matmuls
+
 # Quintic Newton-Schulz coefficients of Muon (Jordan et al. 2024), as in torch.optim.Muon.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
 def orthogonalise(update: Tensor, iterations: int = 5) -> Tensor:
-    """U V^T of each matrix [..., M, N], approximately, by Newton-Schulz in bfloat16."""
-    x = update.bfloat16().reshape(-1, *update.shape[-2:])
+    """U V^T of each matrix [..., M, N], approximately, by Newton-Schulz in autocast's dtype.
+
+    The iteration is good enough in bfloat16, but on a CPU without units for it that takes 13 times as long.
+    """
+    x = for_matmuls(update).reshape(-1, *update.shape[-2:])
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
@@ -66,7 +71,7 @@ def orthogonalised_by_the_ranks(updates: list[Tensor]) -> list[Tensor]:
     sent = []  # every rank does its own share before it waits for another's
     for owner, share in enumerate(shares):
         if owner == rank:
-            sent.append(torch.cat([orthogonalise(updates[i]).flatten() for i in share]))
+            sent.append(torch.cat([orthogonalise(updates[i]).flatten() for i in share]).bfloat16())
         else:
             size = sum(updates[i].numel() for i in share)
             sent.append(updates[0].new_empty(size, dtype=torch.bfloat16))

@@ -1,0 +1,370 @@
+"""Learning per second: what each recipe reaches in the same seconds of training, on corpora found on the machine.
+
+    make recipe                                              # hours on one idle core; writes benchmarks/recipe.md
+    python -m benchmarks.recipe                              # the same
+    python -m benchmarks.recipe --seconds 60 --corpora "C headers" -- default "batch of 16"    # prints these
+
+One process of one thread trains the teacher of the default scale as a rank of `pretrain` does, without Lightning.
+The budget counts processor seconds of training, validation apart. A recipe's step is timed first, in turn with plain
+AdamW's so that other load cancels, and the schedule is laid over as many steps as the budget pays for: what costs more
+per step takes fewer. Validation windows and data order are the same for all. What was measured is kept in
+.runs/recipe and not measured again, so an interrupted table continues; delete it when the code has changed.
+"""
+
+import argparse
+import gzip
+import hashlib
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from glob import glob
+from pathlib import Path
+
+if __name__ == "__main__" and "MALLOC_TOP_PAD_" not in os.environ:
+    # as the ranks have it (stages.launching): one thread, and glibc keeps what a step frees
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
+    os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_TOP_PAD_": "67108864"}
+    os.execv(sys.executable, [sys.executable, "-m", "benchmarks.recipe", *sys.argv[1:]])
+
+import torch
+from torch import Tensor
+
+from benchmarks.table import ROOT, conditions
+from benchmarks.variants import (
+    Recipe,
+    default_recipe,
+    new_model,
+    new_objective,
+    new_optimizers,
+    newton_schulz,
+    plain_adamw,
+    rate_factor,
+    variants,
+)
+from stages import settings
+from stages.artifacts import write_atomically
+from stages.launching import chosen_precision
+from stages.prepare import encode, gather, refuse_few, split_documents, texts, train_tokenizer
+from stages.resuming import Interruption
+from stages.shards import SPLITS, Tokens, Windows, token_dtype, write_card, write_split
+from stages.training import validation_nats
+
+CORPORA = {
+    "C headers": ["/usr/include/**/*.h"],
+    "Perl modules": ["/usr/share/perl/**/*.pm", "/usr/share/perl5/**/*.pm"],
+    "English manuals": ["/usr/share/man/man1/*.gz"],
+}
+ADAMW = "plain AdamW"  # what the names of its variants begin with
+SEED, NOISE_SEEDS = 1, (1, 2, 3)
+FACTORS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)  # how many times sooner the default may be
+KEPT = ROOT / ".runs" / "recipe"
+VALIDATION_SEQUENCES = 64
+LARGEST_FILE = 1 << 18  # bytes; above it stand tables and generated code
+
+
+# ---- corpora -----------------------------------------------------------------------------------------------
+
+
+def documents_of(patterns: list[str], most_bytes: int) -> Iterator[str]:
+    """The texts of the files, a sample by the checksum of their names, of manual pages the prose."""
+    files = {Path(name).resolve() for pattern in patterns for name in glob(pattern, recursive=True)}
+    for path in sorted(files, key=lambda path: hashlib.sha256(path.name.encode()).digest()):
+        if not path.is_file() or path.stat().st_size > LARGEST_FILE:
+            continue
+        try:
+            data = path.read_bytes()
+            text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+        except (OSError, EOFError, UnicodeDecodeError):
+            continue
+        if path.suffix == ".gz":  # lines that begin with a dot or an apostrophe are requests to the typesetter
+            text = "".join(line for line in text.splitlines(keepends=True) if line[0] not in ".'")
+        if not text.strip():
+            continue
+        most_bytes -= len(text.encode())
+        if most_bytes < 0:
+            return
+        yield text
+
+
+def prepared(documents: Iterator[str], knobs: settings.Prepare, folder: Path) -> Path:
+    """The shards that `prepare` makes of the texts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with Interruption("recipe") as interruption, tempfile.TemporaryFile() as spool:
+        found, _ = gather(documents, spool, interruption)
+        splits = split_documents(found, knobs.val_share, knobs.test_share)
+        refuse_few(splits)
+        tokenizer = train_tokenizer(knobs.tokenizer, knobs.vocab_size, texts(spool, splits["train"]))
+        parts = {}
+        for split in SPLITS:
+            encoded = encode(tokenizer, spool, splits[split], split, interruption)
+            parts[split] = write_split(folder, split, encoded, tokenizer, knobs.shard_tokens)
+    card = {"vocab_size": tokenizer.vocab_size, "end_of_text": tokenizer.end_of_text, "splits": parts}
+    write_card(folder, card | {"dtype": token_dtype(tokenizer.vocab_size)})
+    return folder
+
+
+@dataclass(frozen=True)
+class Data:
+    """A corpus as a run sees it."""
+
+    name: str
+    train: Tokens
+    validation_batches: list[Tensor]
+    validation_bytes: float
+
+    @classmethod
+    def of(cls, name: str, folder: Path, sequence_tokens: int) -> "Data":
+        validation, T = Tokens(folder, "val"), sequence_tokens
+        count = min(VALIDATION_SEQUENCES, (len(validation) - 1) // T)
+        windows = [torch.from_numpy(validation.window(i * T, T + 1)) for i in range(count)]
+        batches = [torch.stack(windows[i : i + 8]) for i in range(0, count, 8)]
+        return cls(name, Tokens(folder, "train"), batches, count * T * validation.bytes_per_token)
+
+
+# ---- training ----------------------------------------------------------------------------------------------
+
+
+class Run:
+    """What a rank of `pretrain` does in a step, in one process."""
+
+    def __init__(self, recipe: Recipe, data: Data, seed: int, steps: int):
+        self.recipe, self.data, self.steps = recipe, data, steps
+        self.model, self.objective = new_model(recipe, seed), new_objective(recipe)
+        self.optimizers = new_optimizers(recipe, self.model)
+        self.windows = Windows(data.train, recipe.shape.sequence_tokens, seed)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=chosen_precision("auto", "cpu") == "bfloat16")
+
+    def step(self, step: int) -> None:
+        recipe, model = self.recipe, self.model
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * rate_factor(recipe, step, self.steps)
+            optimizer.zero_grad(set_to_none=True)
+        tokens_BT1 = self.windows.batch(step, batch_sequences=recipe.batch_sequences)
+        with self.autocast():
+            outcome = self.objective(model, tokens_BT1)
+        outcome.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip_norm)
+        with newton_schulz(recipe), self.autocast():
+            for optimizer in self.optimizers:
+                optimizer.step()
+        model.balance(outcome.loads, recipe.bias_update_rate)
+
+    def bits_per_byte(self) -> float:
+        with self.autocast():
+            nats = validation_nats(self.model, self.data.validation_batches)
+        return nats.item() / math.log(2) / self.data.validation_bytes
+
+
+def seconds_of_steps(recipes: list[Recipe], data: Data, rounds: int) -> list[list[float]]:
+    """Processor seconds of each recipe's step, a step of each in turn; the first round warms up."""
+    runs = [Run(recipe, data, seed=0, steps=1000) for recipe in recipes]
+    seconds: list[list[float]] = [[] for _ in recipes]
+    for step in range(rounds + 1):
+        for run, taken in zip(runs, seconds, strict=True):
+            started = time.process_time()
+            run.step(step)
+            if step:
+                taken.append(time.process_time() - started)
+    return seconds
+
+
+def trained(recipe: Recipe, data: Data, seed: int, steps: int) -> list[tuple[int, float]]:
+    """Steps and validation bits per byte, at half of the run and its end."""
+    run, curve = Run(recipe, data, seed, steps), []
+    for step in range(steps):
+        run.step(step)
+        if step + 1 in (steps // 2, steps):
+            curve.append((step + 1, run.bits_per_byte()))
+    return curve
+
+
+# ---- what is measured, and kept ----------------------------------------------------------------------------
+
+
+def costs(recipe: Recipe) -> tuple:
+    """What a step's cost depends on."""
+    r, shape = recipe, replace(recipe.shape, route_scale=1.0)
+    return shape, r.batch_sequences, r.plain, r.iterations, r.query_key_norm, r.ahead_weight > 0
+
+
+class OutOfTime(Exception):
+    """The table is printed without what is still to be measured."""
+
+
+class Bench:
+    """Runs at a budget; each is done once, its numbers are kept by what they depend on."""
+
+    def __init__(self, corpora: list[Data], default: Recipe, kept: Path, minutes: float = math.inf, rounds: int = 5):
+        self.corpora, self.kept, self.rounds = corpora, kept, rounds
+        self.reference = plain_adamw(default, 1e-3)
+        self.end = time.monotonic() + 60 * minutes
+
+    def once(self, measure: Callable[[], list], *what) -> list:
+        key = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+        path = self.kept / f"{key}.json"
+        if not path.exists():
+            if time.monotonic() > self.end:
+                raise OutOfTime
+            write_atomically(path, json.dumps(measure()))
+        return json.loads(path.read_text())
+
+    def seconds_per_step(self, recipe: Recipe) -> float:
+        data, reference = self.corpora[0], self.reference
+        alone = self.once(lambda: seconds_of_steps([reference], data, self.rounds), *costs(reference))
+        both = self.once(lambda: seconds_of_steps([reference, recipe], data, self.rounds), "in turn", *costs(recipe))
+        ratio = statistics.median(theirs / ours for ours, theirs in zip(*both, strict=True))
+        return statistics.median(alone[0]) * ratio
+
+    def curve(self, recipe: Recipe, data: Data, seconds: float, seed: int = SEED) -> list[tuple[float, float]]:
+        """Seconds of training and validation bits per byte."""
+        each = self.seconds_per_step(recipe)
+        steps = max(4, round(seconds / each))
+        identity = (recipe, data.name, data.validation_bytes, seed, steps)
+        curve = self.once(lambda: trained(recipe, data, seed, steps), *identity)
+        return [(step * each, bits) for step, bits in curve]
+
+    def bits(self, recipe: Recipe, data: Data, seconds: float, seed: int = SEED) -> float:
+        return self.curve(recipe, data, seconds, seed)[-1][1]
+
+
+# ---- the comparison ----------------------------------------------------------------------------------------
+
+
+class Table:
+    """Validation bits per byte of the variants, as far as they were measured, and what follows from them."""
+
+    def __init__(self, bench: Bench, found: dict[str, Recipe], seconds: float):
+        self.bench, self.found, self.seconds = bench, found, seconds
+        self.bits: dict[tuple[str, str], float] = {}  # by variant and corpus
+        self.noise = 0.0
+        self.notes: list[str] = []
+
+    def measure(self, names: list[str], corpora: list[Data]) -> None:
+        for name in names:
+            for data in corpora:
+                bits = self.bench.bits(self.found[name], data, self.seconds)
+                self.bits[name, data.name] = bits
+                print(f"{data.name}: {name}: {bits:.4f}", file=sys.stderr, flush=True)
+
+    def fill(self) -> None:
+        """What matters most first; on all corpora the rivals and what beats the default by more than the noise."""
+        (first, *others), found = self.bench.corpora, self.found
+        default = found["default"]
+        plain = [name for name in found if name.startswith(ADAMW)]
+        rivals = ["default", *({"dense twin"} & found.keys())]
+        self.measure([*rivals, *plain], [first])
+        best = sorted(plain, key=lambda name: self.bits[name, first.name])[:2]
+        self.measure([*rivals, *best], others)
+        for data in self.bench.corpora:
+            self.notes += self.against_rivals(data)
+        seeds = [self.bench.bits(default, first, self.seconds, seed) for seed in NOISE_SEEDS]
+        self.noise = 2 * statistics.stdev(seeds)
+        self.notes.append(
+            f"noise: over seeds {', '.join(map(str, NOISE_SEEDS))} the default has a standard deviation of"
+            f" {self.noise / 2:.4f} bits per byte on {first.name}; twice that counts as a difference"
+        )
+        ablations = [name for name in found if name not in (*rivals, *plain)]
+        self.measure(ablations, [first])
+        to_beat = self.bits["default", first.name] - self.noise
+        self.measure([name for name in ablations if self.bits[name, first.name] < to_beat], others)
+
+    def against_rivals(self, data: Data) -> Iterator[str]:
+        rows = {name: bits for (name, corpus), bits in self.bits.items() if corpus == data.name}
+        if plain := [name for name in rows if name.startswith(ADAMW)]:
+            best = min(plain, key=rows.__getitem__)
+            if factor := self.times_sooner(data, rows[best]):
+                yield f"{data.name}: the default ends no worse than {best} in 1/{factor:g} of its time"
+            else:
+                yield f"{data.name}: the default ends worse than {best}"
+        if "dense twin" in rows:
+            gain = rows["dense twin"] - rows["default"]
+            yield f"{data.name}: the default ends {gain:+.4f} bits per byte below the dense twin"
+
+    def times_sooner(self, data: Data, bits: float) -> float:
+        """The largest factor by which the default's budget can be cut, its schedule with it, to end no worse."""
+        best = 0.0
+        for factor in FACTORS:
+            if self.bench.bits(self.found["default"], data, self.seconds / factor) > bits:
+                break
+            best = factor
+        return best
+
+    def rendered(self) -> str:
+        corpora, lines = [data.name for data in self.bench.corpora], []
+        for name in dict.fromkeys(name for name, _ in self.bits):
+            each = self.bench.seconds_per_step(self.found[name])
+            cells = [name, f"{each:.3f}", str(round(self.seconds / each))]
+            for corpus in corpora:
+                bits, default = self.bits.get((name, corpus)), self.bits.get(("default", corpus))
+                change = f" ({bits - default:+.4f})" if bits and default and name != "default" else ""
+                cells.append(f"{bits:.4f}{change}" if bits else "")
+            lines.append(f"| {' | '.join(cells)} |")
+        head = ["variant", "s per step", "steps", *corpora]
+        return "\n".join([f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}", *lines])
+
+
+def as_markdown(table: str, notes: list[str], seconds: float) -> str:
+    facts = "\n".join(f"- {name}: {value}" for name, value in conditions().items())
+    return (
+        "# The recipe\n\nWritten by `make recipe`. Validation bits per byte (difference from the default) after "
+        f"{seconds:g} processor seconds of training on one core, the schedule laid over as many steps as these pay "
+        f"for.\n\n{facts}\n\n{table}\n\n" + "".join(f"- {note}\n" for note in notes)
+    )
+
+
+def corpora_here(names: list[str], megabytes: float, plain: settings.Settings) -> Iterator[Data | str]:
+    """Each corpus, or a line for one that this machine does not have."""
+    for name in names:
+        folder = KEPT / f"{name.replace(' ', '-')}-{megabytes:g}"
+        if not (folder / "card.json").exists():
+            documents = list(documents_of(CORPORA[name], round(megabytes * 1e6)))
+            if sum(map(len, documents)) < megabytes * 5e5:
+                yield f"{name} left out: not on this machine"
+                continue
+            prepared(iter(documents), plain.prepare, folder)
+        yield Data.of(name, folder, plain.sequence_tokens)
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.recipe")
+    parser.add_argument("names", nargs="*", help="variants; none named: all, and benchmarks/recipe.md is written")
+    parser.add_argument("--seconds", type=float, default=60, help="processor seconds of training per run")
+    parser.add_argument("--megabytes", type=float, default=6, help="of text per corpus")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing after these; it continues later")
+    parser.add_argument("--corpora", nargs="+", choices=CORPORA, default=list(CORPORA))
+    given = parser.parse_args(arguments)
+
+    torch.set_num_threads(1)
+    demo = settings.validate(settings.compose(["scale=demo", "corpus=stdlib"]))
+    here = list(corpora_here(given.corpora, given.megabytes, demo))
+    missing = [one for one in here if isinstance(one, str)]
+    corpora = [one for one in here if isinstance(one, Data)]
+    if not corpora:
+        sys.exit("\n".join(missing))
+    default = default_recipe(demo, corpora[0].train.vocab_size)
+    found = variants(default)
+    if unknown := [name for name in given.names if name not in found]:
+        sys.exit(f"benchmarks.recipe: no variant {unknown[0]!r}; there are {', '.join(found)}")
+    found = {name: recipe for name, recipe in found.items() if name in ("default", *(given.names or found))}
+    table = Table(Bench(corpora, default, KEPT, given.minutes), found, given.seconds)
+    try:
+        table.fill()
+    except OutOfTime:
+        missing.append("not all is measured yet: the same command continues")
+    notes = [*table.notes, *missing]
+    print(table.rendered(), *notes, sep="\n")
+    if not given.names:
+        write_atomically(ROOT / "benchmarks" / "recipe.md", as_markdown(table.rendered(), notes, given.seconds))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

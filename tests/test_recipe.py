@@ -1,0 +1,177 @@
+"""The comparison of recipes, at a size of no interest. Nothing here is timed."""
+
+import gzip
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from benchmarks import recipe, variants
+from benchmarks.training_step import REFERENCE
+from stages import settings
+from stages.cost import flops_per_token
+from stages.layers import rope_table
+from stages.training import NextToken
+
+WORDS = "the quick brown fox jumps over a lazy dog while seven wizards mix strong acid".split()
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return settings.validate(settings.compose(["scale=demo", "corpus=stdlib"]))
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_settings):
+    return variants.default_recipe(tiny_settings, 512)
+
+
+@pytest.fixture
+def corpora(tmp_path, monkeypatch):
+    """Two corpora of files, the second compressed, and one that is not there."""
+    monkeypatch.setattr(recipe, "KEPT", tmp_path / "kept")
+    for number in range(200):
+        text = f".SH NAME\n{number}\n" + "\n".join(" ".join(WORDS[number % 7 :: 1 + i % 3]) for i in range(12))
+        (tmp_path / f"{number}.txt").write_text(text)
+        (tmp_path / f"{number}.gz").write_bytes(gzip.compress(text.upper().encode()))
+    found = {"small": [f"{tmp_path}/*.txt"], "capitals": [f"{tmp_path}/*.gz"], "none": [f"{tmp_path}/*.md"]}
+    monkeypatch.setattr(recipe, "CORPORA", found)
+    return found
+
+
+def test_the_dense_twin_costs_a_token_as_much_within_one_percent(demo):
+    for shape in (variants.default_recipe(demo, 4096).shape, replace(REFERENCE, shared_experts=1)):
+        twin = variants.dense_twin(shape)
+        assert twin.dense_layers == shape.layers
+        ours, theirs = (flops_per_token(one, shape.sequence_tokens)["total"] for one in (shape, twin))
+        assert theirs == pytest.approx(ours, rel=0.01)
+
+
+def changed(one, other, path=""):
+    """Names of the leaves in which two nested dictionaries differ."""
+    if not isinstance(one, dict):
+        return {path} if one != other else set()
+    return {name for key in one for name in changed(one[key], other[key], key)}
+
+
+def test_each_variant_changes_what_its_name_says_and_nothing_else(tiny):
+    says = {
+        "Muon's rate": "muon_learning_rate", "AdamW's rate": "adamw_learning_rate", "initial std": "init_scale",
+        "weight decay": "weight_decay", "warm-up": "warmup_share", "decay share": "decay_share",
+        "Muon's momentum": "muon_momentum", "batch": "batch_sequences", "embedding": "embedding_scale",
+        "residual": "residual_scale", "logit": "logit_scale", "AdamW's epsilon": "adamw_epsilon",
+        "query and key": "query_key_norm", "route scale": "route_scale", "balancing": "bias_update_rate",
+        "multi-token": "ahead_weight",
+    }  # fmt: skip
+    found = variants.variants(tiny)
+    for name, one in found.items():
+        differs = changed(asdict(tiny), asdict(one))
+        for begins, field in says.items():
+            if name.startswith(begins):
+                assert differs == {field}, name
+        if "Newton-Schulz" in name:
+            assert differs == {"iterations"}
+        if name.startswith("plain AdamW"):
+            assert {"plain", "adamw_learning_rate"} <= differs and ("cosine" in name) == one.cosine
+    assert len({repr(one) for one in found.values()}) == len(found)
+    assert {"dense_layers"} <= changed(asdict(tiny), asdict(found["dense twin"])) <= {"dense_layers", "dense_width"}
+
+
+def test_the_initialisation_of_a_variant_is_that_of_its_name(tiny):
+    plain = variants.new_model(tiny, seed=1)
+    block = plain.blocks[-1]
+    scaled = variants.new_model(replace(tiny, init_scale=2.0, embedding_scale=5.0, logit_scale=0.5), seed=1)
+    assert torch.equal(scaled.blocks[-1].attention.query.weight, 2 * block.attention.query.weight)
+    assert torch.equal(scaled.embedding.weight, 10 * plain.embedding.weight)
+    assert torch.equal(scaled.norm.weight, plain.norm.weight / 2)
+    silent = variants.new_model(replace(tiny, residual_scale=0.0), seed=1)
+    assert not silent.blocks[-1].attention.output.weight.any() and not silent.blocks[-1].mlp.down.any()
+    assert silent.blocks[-1].mlp.gate_up.any()
+
+
+def test_the_optimisers_of_a_variant_are_those_of_its_name(tiny):
+    assert [type(o).__name__ for o in variants.new_optimizers(tiny, variants.new_model(tiny, 1))] == [
+        "StackedMuon", "AdamW",
+    ]  # fmt: skip
+    adamw = variants.plain_adamw(tiny, 2e-3, cosine=True)
+    model = variants.new_model(adamw, 1)
+    (only,) = variants.new_optimizers(adamw, model)
+    assert sum(p.numel() for group in only.param_groups for p in group["params"]) == sum(
+        p.numel() for p in model.parameters()
+    )
+    factors = [variants.rate_factor(adamw, step, 100) for step in range(100)]
+    assert max(factors) == 1.0 and factors[-1] == pytest.approx(0.1) and factors[0] == pytest.approx(0.2)
+    with variants.newton_schulz(replace(tiny, iterations=1)):
+        few = variants.optimizers.orthogonalise(torch.eye(4) * 3)
+    assert not torch.equal(few, variants.optimizers.orthogonalise(torch.eye(4) * 3))
+
+
+def test_query_and_key_heads_are_normed_so_their_size_does_not_matter(tiny):
+    normed = variants.new_model(replace(tiny, query_key_norm=True), seed=1)
+    tokens_BT = torch.arange(16).view(2, 8)
+    before = normed(tokens_BT)
+    with torch.no_grad():
+        for block in normed.blocks:
+            block.attention.query.weight *= 100.0
+    # the epsilon of the norm is all that tells them apart
+    torch.testing.assert_close(normed(tokens_BT), before, rtol=0, atol=0.02)
+
+
+def test_multi_token_prediction_adds_its_weighted_loss_and_sees_no_token_it_predicts(tiny):
+    both = replace(tiny, ahead_weight=0.5)
+    model, tokens_BT1 = variants.new_model(both, seed=1), torch.arange(18).view(2, 9)
+    alone = NextToken(tiny.balance_loss_weight)(model, tokens_BT1)
+    outcome = variants.new_objective(both)(model, tokens_BT1)
+    assert outcome.parts["cross_entropy"] == alone.parts["cross_entropy"] and len(outcome.loads) == len(alone.loads)
+    assert (outcome.loss - alone.loss).item() == pytest.approx(0.5 * torch.log(torch.tensor(512.0)).item(), rel=0.1)
+    rope = rope_table(0, 7, tiny.shape.rope_head_dim, tiny.shape.rope_theta, None)
+    x_BTD, next_BTD = torch.randn(1, 7, tiny.shape.width), torch.randn(1, 7, tiny.shape.width, requires_grad=True)
+    model.ahead(x_BTD, next_BTD, rope)[0, 3].sum().backward()
+    assert next_BTD.grad[0, 3].any() and not next_BTD.grad[0, 4:].any()
+
+
+def test_a_run_takes_the_steps_that_a_rank_takes_and_learns(tiny, corpora, tiny_settings):
+    (data,) = recipe.corpora_here(["small"], 0.1, tiny_settings)
+    assert len(data.train) > len(data.validation_batches) > 0
+    curve = recipe.trained(tiny, data, seed=1, steps=8)
+    assert [step for step, _ in curve] == [4, 8] and curve[1][1] < curve[0][1]
+    assert recipe.trained(tiny, data, seed=1, steps=8) == curve
+
+
+def test_the_table_names_every_corpus_and_a_missing_one_is_a_line(tiny, corpora, tiny_settings, tmp_path):
+    *here, missing = recipe.corpora_here(list(corpora), 0.1, tiny_settings)
+    assert missing == "none left out: not on this machine"
+    assert [data.name for data in here] == ["small", "capitals"]
+    names = ("default", "dense twin", "plain AdamW 0.001", "batch of 4")
+    found = {name: one for name, one in variants.variants(tiny).items() if name in names}
+    table = recipe.Table(recipe.Bench(here, tiny, tmp_path / "kept", rounds=1), found, seconds=0.01)
+    table.fill()
+    head, _, *lines = table.rendered().splitlines()
+    assert "small" in head and "capitals" in head and len({line.count("|") for line in (head, *lines)}) == 1
+    assert sorted(line.split(" | ")[0] for line in lines) == sorted(f"| {name}" for name in names)
+    assert len(table.notes) == 5 and all(name in "".join(table.notes) for name in ("small", "capitals", "noise"))
+    assert table.rendered() in recipe.as_markdown(table.rendered(), table.notes, 0.01)
+
+
+def test_a_table_without_time_left_has_only_what_was_kept(tiny, corpora, tiny_settings, tmp_path):
+    here = list(recipe.corpora_here(["small"], 0.1, tiny_settings))
+    found = {"default": tiny, "batch of 4": replace(tiny, batch_sequences=4)}
+    recipe.Table(recipe.Bench(here, tiny, tmp_path, rounds=1), {"default": tiny}, 0.01).fill()
+    late = recipe.Table(recipe.Bench(here, tiny, tmp_path, minutes=0, rounds=1), found, 0.01)
+    with pytest.raises(recipe.OutOfTime):
+        late.fill()
+    assert list(late.bits) == [("default", "small")] and "batch of 4" not in late.rendered()
+
+
+def test_what_was_measured_is_not_measured_again(tiny, tmp_path):
+    bench = recipe.Bench([], tiny, tmp_path)
+    assert bench.once(lambda: [1, 2.5], tiny, "a") == [1, 2.5]
+    assert bench.once(lambda: pytest.fail("measured twice"), tiny, "a") == [1, 2.5]
+    assert bench.once(lambda: [3], replace(tiny, plain=True), "a") == [3]
+
+
+def test_manual_pages_are_read_as_prose_and_large_files_not_at_all(corpora, tmp_path, monkeypatch):
+    texts = list(recipe.documents_of(corpora["capitals"], 10**6))
+    assert len(texts) == 200 and not any(".SH" in text for text in texts)
+    monkeypatch.setattr(recipe, "LARGEST_FILE", 10)
+    assert not list(recipe.documents_of(corpora["small"], 10**6))
