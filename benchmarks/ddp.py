@@ -1,17 +1,29 @@
 """What two ranks over gloo give against one process with as many threads: the teacher's training at the default scale,
-through `python -m stages.pretrain` as a user types it."""
+through `python -m stages.pretrain` as a user types it. And what each collective of a step takes by itself."""
 
+import os
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
 from benchmarks.checkout import checkout, default_scale, events, stage
 from benchmarks.table import Row
-from benchmarks.timing import Timings
+from benchmarks.timing import Ratio, Timings
+from stages import settings
+from stages.artifacts import read_json, write_json
+from stages.models import build_teacher
+from stages.optimizers import make_optimizers
 
 FIRST_STEPS = 2  # not counted: memory grows, DDP lays out its buckets
+BUCKETS_MB = (1, 5, 25)
 
 
 def step_seconds(root: Path, ranks: int, steps: int) -> float:
@@ -28,6 +40,58 @@ def step_seconds(root: Path, ranks: int, steps: int) -> float:
 def tokens_per_step(root: Path) -> int:
     parameters = events(root, "pretrain")[0]["params"]
     return int(parameters["pretrain.batch_sequences"]) * int(parameters["sequence_tokens"])
+
+
+def exchange(rank: int, ranks: int, folder: Path, floats: int, muon_floats: int, rounds: int) -> None:
+    """A rank that does nothing but the collectives of a step, each by itself; rank zero writes their seconds."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    gradients, updates, message = torch.zeros(floats), torch.zeros(muon_floats).bfloat16(), torch.zeros(64)
+
+    def reduce_in(bucket_bytes: int) -> None:
+        for work in [dist.all_reduce(bucket, async_op=True) for bucket in gradients.split(bucket_bytes // 4)]:
+            work.wait()
+
+    def send_updates() -> None:
+        for owner, share in enumerate(updates.chunk(ranks)):
+            dist.broadcast(share, src=owner)
+
+    actions: dict[str, Callable[[], object]] = {
+        f"all-reduce of the gradients in buckets of {size} MB": partial(reduce_in, size * 2**20) for size in BUCKETS_MB
+    }
+    actions |= {"broadcast of Muon's updates": send_updates, "losses and loads": lambda: dist.all_reduce(message)}
+    taken: dict[str, list[float]] = {name: [] for name in actions}
+    for done in range(rounds + 1):
+        for name, action in actions.items():
+            dist.barrier()
+            begun = time.perf_counter()
+            action()
+            if done:  # the first round connects
+                taken[name].append(time.perf_counter() - begun)
+    if rank == 0:
+        write_json(folder / "seconds.json", taken)
+    dist.destroy_process_group()
+
+
+def collectives(floats: int, muon_floats: int, ranks: int = 2, rounds: int = 30) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(exchange, (ranks, Path(folder), floats, muon_floats, rounds), nprocs=ranks)
+        return {name: median(seconds) for name, seconds in read_json(Path(folder) / "seconds.json").items()}
+
+
+def collective_rows(scale: str, step_seconds: float) -> Iterator[Row]:
+    """Beside a step: DDP does the first during the backward pass, where a core is free for it."""
+    plain = settings.validate(settings.compose([f"scale={scale}", "corpus=stdlib"]))
+    teacher = build_teacher(plain.teacher, plain.prepare.vocab_size, plain.sequence_tokens, plain.seed)
+    muon, adamw = (
+        sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
+        for optimizer in make_optimizers(teacher, plain.optimizer, 1.0)
+    )
+    for what, seconds in collectives(muon + adamw, muon).items():
+        of = seconds / step_seconds
+        share = Ratio(of, of, of)
+        yield Row.of("DDP", what, seconds * 1e3, "a step", step_seconds * 1e3, "ms", share, 30, of_ceiling=True)
 
 
 def rows(scale: str = "", steps: int = 20, rounds: int = 3) -> Iterator[Row]:
@@ -53,3 +117,4 @@ def rows(scale: str = "", steps: int = 20, rounds: int = 3) -> Iterator[Row]:
         times.ratio("1", "2"),
         times.rounds,
     )
+    yield from collective_rows(scale, times.median("2"))
