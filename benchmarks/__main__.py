@@ -1,6 +1,6 @@
 """Measures all and writes benchmarks/results.md and results.json; with names, prints those groups only.
 
-    make bench                           # all, about five minutes on two idle cores
+    make bench                           # all; on two cores the cold pipeline in it alone takes some nine minutes
     python -m benchmarks router losses   # prints these, writes nothing
 """
 
