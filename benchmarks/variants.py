@@ -140,7 +140,8 @@ class NormedAttention(LatentAttention):
         for part, norm in ((query_BTHd, self.query_norm), (key_BTHd, self.key_norm)):
             plain, rotated = norm(part).to(value_BTHU.dtype).split([self.nope, self.rope_dim], dim=-1)
             heads.append(torch.cat([plain, rotate(rotated, rope)], dim=-1).transpose(1, 2))
-        out_BHTU = attend(*heads, value_BTHU.transpose(1, 2), self.scale)
+        query, key = heads
+        out_BHTU = attend(query, key, value_BTHU.transpose(1, 2), self.scale)
         return self.output(out_BHTU.transpose(1, 2).reshape(B, T, -1))
 
 
