@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as the ranks have it; deterministic kernels need it
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for peers too: threads that spin make noise of others' load
 
 from benchmarks import (
     ceiling,

@@ -49,14 +49,34 @@ def route(
         logit_NE = F.linear(x_ND.float(), router_weight_ED.float())
         if gating == "sigmoid":
             score_NE = logit_NE.sigmoid()
-            index_NK = (score_NE.detach() + bias_E).topk(experts_per_token, dim=-1, sorted=False).indices
-            chosen_NK = score_NE.gather(-1, index_NK)
+            index_NK = top_experts(score_NE.detach() + bias_E, experts_per_token)
         else:
             score_NE = logit_NE.softmax(dim=-1)
-            chosen_NK, index_NK = score_NE.topk(experts_per_token, dim=-1, sorted=False)
+            index_NK = top_experts(score_NE.detach(), experts_per_token)
+        chosen_NK = score_NE.gather(-1, index_NK)
         # 1e-20 as in DeepSeek's own code: chosen sigmoids that all underflow must not divide by zero
         weight_NK = chosen_NK / (chosen_NK.sum(dim=-1, keepdim=True) + 1e-20) * route_scale
     return Gates(weight_NK, index_NK, score_NE)
+
+
+def top_experts(score_NE: Tensor, experts_per_token: int) -> Tensor:
+    """Index [N, K] of each token's largest scores; of equal ones either.
+
+    On CPU `topk` sorts row by row, a third to a half as fast as K passes that take the maximum of all tokens at once.
+    A float32 score leaves 29 bits of a double empty: there its expert's number travels along. For few tokens, as in
+    decoding, the passes cost more than the sorting.
+    """
+    if score_NE.device.type != "cpu" or len(score_NE) < 256:
+        return score_NE.topk(experts_per_token, dim=-1, sorted=False).indices
+    experts = score_NE.shape[1]
+    key_EN = score_NE.T.double().contiguous()
+    key_EN.view(torch.int64).bitwise_or_(torch.arange(experts).unsqueeze(1))
+    chosen = []
+    for _ in range(experts_per_token):
+        number_N = key_EN.amax(dim=0).view(torch.int64).bitwise_and_(0xFFFF)
+        chosen.append(number_N.clamp_(max=experts - 1))  # a score that is not a number has other bits there
+        key_EN.scatter_(0, number_N.unsqueeze(0), -torch.inf)
+    return torch.stack(chosen, dim=1)
 
 
 def load_and_balance(

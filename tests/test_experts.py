@@ -6,7 +6,16 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.experts import MoE, SortedExperts, balanced_bias, kernel_for, load_and_balance, permutation, route
+from stages.experts import (
+    MoE,
+    SortedExperts,
+    balanced_bias,
+    kernel_for,
+    load_and_balance,
+    permutation,
+    route,
+    top_experts,
+)
 
 GATINGS = ("sigmoid", "softmax")
 
@@ -61,6 +70,20 @@ def test_router_sends_each_token_to_exactly_k_experts(tokens, experts, data, gat
         routing.load_E, torch.bincount(routing.expert_index_NK.flatten(), minlength=experts).float()
     )
     assert routing.load_E.sum() == tokens * per_token
+
+
+@pytest.mark.parametrize(("experts", "per_token"), [(8, 2), (64, 6), (5, 5)])
+def test_the_top_experts_are_those_of_topk(experts, per_token):
+    score_NE = torch.randn(2000, experts, generator=torch.Generator().manual_seed(0))
+    score_NE[:100] = 0.0  # where all are equal, any, but each once
+    index_NK = top_experts(score_NE, per_token)
+    assert torch.equal(score_NE.gather(1, index_NK), score_NE.topk(per_token, dim=1).values)
+    assert all(len(set(row)) == per_token for row in index_NK[:100].tolist())
+
+
+def test_scores_that_are_not_numbers_still_name_experts():
+    index_NK = top_experts(torch.full((300, 6), torch.nan), 2)
+    assert index_NK.min() >= 0 and index_NK.max() < 6  # the loss is refused later, with its step
 
 
 @pytest.mark.parametrize("gating", GATINGS)
