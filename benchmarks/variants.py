@@ -68,7 +68,12 @@ def dense_twin(shape: TeacherShape) -> TeacherShape:
 def plain_adamw(recipe: Recipe, learning_rate: float, **changes) -> Recipe:
     """What most people would start from, whatever the default becomes; its rate is tuned."""
     optimizer = replace(
-        recipe.optimizer, adamw_learning_rate=learning_rate, weight_decay=0.1, warmup_share=0.05, decay_share=0.5
+        recipe.optimizer,
+        muon_learning_rate=0.0,
+        adamw_learning_rate=learning_rate,
+        weight_decay=0.1,
+        warmup_share=0.05,
+        decay_share=0.5,
     )
     return replace(recipe, plain=True, optimizer=optimizer, batch_sequences=8, **changes)
 
