@@ -90,7 +90,7 @@ def variants(default: Recipe) -> dict[str, Recipe]:
         found[f"plain AdamW {rate:g}"] = plain_adamw(default, rate)
     for rate in (2e-3, 4e-3):
         found[f"plain AdamW {rate:g}, cosine"] = plain_adamw(default, rate, cosine=True)
-    for factor in (0.5, 2):
+    for factor in (0.5, 2.0):
         found[f"Muon's rate x {factor:g}"] = tuned(muon_learning_rate=o.muon_learning_rate * factor)
         found[f"AdamW's rate x {factor:g}"] = tuned(adamw_learning_rate=o.adamw_learning_rate * factor)
         found[f"initial std x {factor:g}"] = replace(default, init_scale=factor)
@@ -106,14 +106,14 @@ def variants(default: Recipe) -> dict[str, Recipe]:
         found[f"batch of {sequences}"] = replace(default, batch_sequences=sequences)
     for iterations in (3, 4, 5):
         found[f"{iterations} Newton-Schulz iterations"] = replace(default, iterations=iterations)
-    for scale in (5, 25):
-        found[f"embedding's std x {scale}"] = replace(default, embedding_scale=scale)
+    for scale in (5.0, 25.0):
+        found[f"embedding's std x {scale:g}"] = replace(default, embedding_scale=scale)
     for scale in (2.5, 4.0):
         found[f"route scale {scale:g}"] = replace(default, shape=replace(default.shape, route_scale=scale))
     found["balancing x 10"] = replace(default, bias_update_rate=default.bias_update_rate * 10)
     found["residual matrices from zero"] = replace(default, residual_scale=0.0)
     found["residual matrices unscaled"] = replace(default, residual_scale=math.sqrt(2 * default.shape.layers))
-    for scale in (0.5, 2):
+    for scale in (0.5, 2.0):
         found[f"logit scale {scale:g}"] = replace(default, logit_scale=scale)
     found["AdamW's epsilon 1e-10"] = replace(default, adamw_epsilon=1e-10)
     found["query and key norm"] = replace(default, query_key_norm=True)
@@ -141,11 +141,13 @@ class NormedAttention(LatentAttention):
         up_BTHd = self.latent_up(self.latent_norm(latent_BTC)).view(B, T, self.heads, -1)
         key_nope, value_BTHU = up_BTHd.split([self.nope, self.value_dim], dim=-1)
         key_BTHd = torch.cat([key_nope, key_rope.unsqueeze(2).expand(-1, -1, self.heads, -1)], dim=-1)
-        heads = []
-        for part, norm in ((query_BTHd, self.query_norm), (key_BTHd, self.key_norm)):
-            plain, rotated = norm(part).to(value_BTHU.dtype).split([self.nope, self.rope_dim], dim=-1)
-            heads.append(torch.cat([plain, rotate(rotated, rope)], dim=-1).transpose(1, 2))
-        out_BHTU = attend(*heads, value_BTHU.transpose(1, 2), self.scale)
+
+        def normed(part_BTHd: Tensor, norm: RMSNorm) -> Tensor:
+            plain, rotated = norm(part_BTHd).to(value_BTHU.dtype).split([self.nope, self.rope_dim], dim=-1)
+            return torch.cat([plain, rotate(rotated, rope)], dim=-1).transpose(1, 2)
+
+        query, key = normed(query_BTHd, self.query_norm), normed(key_BTHd, self.key_norm)
+        out_BHTU = attend(query, key, value_BTHU.transpose(1, 2), self.scale)
         return self.output(out_BHTU.transpose(1, 2).reshape(B, T, -1))
 
 
