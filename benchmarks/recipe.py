@@ -62,7 +62,7 @@ CORPORA = {
 }
 ADAMW = "plain AdamW"  # what the names of its variants begin with
 SEED, NOISE_SEEDS = 1, (1, 2, 3)
-FACTORS = (3.0, 2.0, 1.5, 1.0)  # how many times sooner the default may be; the cheapest to try comes first
+FACTORS = (2.0, 1.5, 1.0)  # how many times sooner the default may be; the cheapest to try comes first
 KEPT = ROOT / ".runs" / "recipe"
 VALIDATION_SEQUENCES = 64
 LARGEST_FILE = 1 << 18  # bytes; above it stand tables and generated code
@@ -302,14 +302,14 @@ class Table:
             except OutOfTime:
                 self.complete = False
                 continue
-            how = f"no worse than {best} in 1/{factor:g} of its time" if factor else f"worse than {best}"
+            how = f"no worse than {best} in 1/{factor:g} of the time" if factor else f"worse than {best}"
             yield f"{data.name}: the default ends {how}"
         if twin is not None:
             side = "below" if default < twin else "above"
             yield f"{data.name}: the default ends {abs(twin - default):.4f} bits per byte {side} the dense twin"
 
     def times_sooner(self, data: Data, bits: float) -> float:
-        """The largest factor by which the default's budget can be cut, its schedule with it, to end no worse."""
+        """The largest of FACTORS by which the default's budget can be cut, its schedule with it, to end no worse."""
         for factor in FACTORS:
             if self.bench.bits(self.found["default"], data, self.seconds / factor) <= bits:
                 return factor
