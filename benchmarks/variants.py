@@ -68,7 +68,12 @@ def dense_twin(shape: TeacherShape) -> TeacherShape:
 def plain_adamw(recipe: Recipe, learning_rate: float, **changes) -> Recipe:
     """What most people would start from, whatever the default becomes; its rate is tuned."""
     optimizer = replace(
-        recipe.optimizer, adamw_learning_rate=learning_rate, weight_decay=0.1, warmup_share=0.05, decay_share=0.5
+        recipe.optimizer,
+        muon_learning_rate=0.0,
+        adamw_learning_rate=learning_rate,
+        weight_decay=0.1,
+        warmup_share=0.05,
+        decay_share=0.5,
     )
     return replace(recipe, plain=True, optimizer=optimizer, batch_sequences=8, **changes)
 
@@ -136,11 +141,12 @@ class NormedAttention(LatentAttention):
         up_BTHd = self.latent_up(self.latent_norm(latent_BTC)).view(B, T, self.heads, -1)
         key_nope, value_BTHU = up_BTHd.split([self.nope, self.value_dim], dim=-1)
         key_BTHd = torch.cat([key_nope, key_rope.unsqueeze(2).expand(-1, -1, self.heads, -1)], dim=-1)
-        heads = []
-        for part, norm in ((query_BTHd, self.query_norm), (key_BTHd, self.key_norm)):
-            plain, rotated = norm(part).to(value_BTHU.dtype).split([self.nope, self.rope_dim], dim=-1)
-            heads.append(torch.cat([plain, rotate(rotated, rope)], dim=-1).transpose(1, 2))
-        query, key = heads
+
+        def normed(part_BTHd: Tensor, norm: RMSNorm) -> Tensor:
+            plain, rotated = norm(part_BTHd).to(value_BTHU.dtype).split([self.nope, self.rope_dim], dim=-1)
+            return torch.cat([plain, rotate(rotated, rope)], dim=-1).transpose(1, 2)
+
+        query, key = normed(query_BTHd, self.query_norm), normed(key_BTHd, self.key_norm)
         out_BHTU = attend(query, key, value_BTHU.transpose(1, 2), self.scale)
         return self.output(out_BHTU.transpose(1, 2).reshape(B, T, -1))
 

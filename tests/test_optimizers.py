@@ -48,6 +48,12 @@ def test_orthogonalised_updates_have_singular_values_near_one():
     assert values.min() > 0.3 and values.max() < 1.5
 
 
+def test_the_iteration_runs_in_bfloat16_under_autocast_alone():
+    assert orthogonalise(torch.randn(8, 6)).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert orthogonalise(torch.randn(8, 6)).dtype == torch.bfloat16
+
+
 def test_the_schedule_warms_up_holds_and_decays_to_almost_nothing():
     factors = [learning_rate_factor(step, 100, 0.1, 0.4) for step in range(100)]
     assert factors[0] == 0.1 and factors[9:60] == [1.0] * 51

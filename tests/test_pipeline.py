@@ -133,8 +133,8 @@ def test_two_ddp_ranks_equal_one_process_on_the_same_global_batch(tree):
     assert losses[0] == pytest.approx(losses[1], abs=5e-4)
     assert one.keys() == two.keys()
     for name in one:
-        # Another order of summing moves the last bit of a gradient, and Muon orthogonalises in bfloat16: the five
-        # updates agree to some percent of a matrix that is not much larger than its updates yet.
+        # Another order of summing moves the last bit of a gradient, and Muon rounds its updates to bfloat16: the
+        # five updates agree to some percent of a matrix that is not much larger than its updates yet.
         assert (one[name] - two[name]).norm() < 0.1 * one[name].norm(), name
 
 
