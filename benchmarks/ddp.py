@@ -17,9 +17,7 @@ import torch.multiprocessing as mp
 from benchmarks.checkout import checkout, default_scale, events, stage
 from benchmarks.table import Row
 from benchmarks.timing import Ratio, Timings
-from stages import settings
 from stages.artifacts import read_json, write_json
-from stages.models import build_teacher
 from stages.optimizers import make_optimizers
 
 FIRST_STEPS = 2  # not counted: memory grows, DDP lays out its buckets
@@ -82,6 +80,9 @@ def collectives(floats: int, muon_floats: int, ranks: int = 2, rounds: int = 30)
 
 def collective_rows(scale: str, step_seconds: float) -> Iterator[Row]:
     """Beside a step: DDP does the first during the backward pass, where a core is free for it."""
+    from stages import settings  # late: the groups of one device run where torch alone is installed
+    from stages.models import build_teacher
+
     plain = settings.validate(settings.compose([f"scale={scale}", "corpus=stdlib"]))
     teacher = build_teacher(plain.teacher, plain.prepare.vocab_size, plain.sequence_tokens, plain.seed)
     muon, adamw = (

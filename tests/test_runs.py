@@ -163,13 +163,17 @@ def test_a_run_that_would_write_outside_the_project_is_refused_before_a_folder_i
     monkeypatch.setenv("ELSEWHERE", str(elsewhere))
     (repository / "outputs").mkdir()
     (repository / "outputs/link").symlink_to(tmp_path_factory.mktemp("linked"))
-    before = sorted(repository.parent.rglob("*")), sorted(elsewhere.parent.rglob("*"))
+
+    def files():
+        found = [*repository.parent.rglob("*"), *elsewhere.parent.rglob("*")]
+        return sorted(path for path in found if "__pycache__" not in path.parts)
+
+    before = files()
     done = typed(repository, *[word.format(elsewhere=elsewhere) for word in words])
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert f"a run writes inside {repository} only" in line
-    after = sorted(repository.parent.rglob("*")), sorted(elsewhere.parent.rglob("*"))
-    assert [[path for path in paths if "__pycache__" not in path.parts] for paths in after] == list(before)
+    assert files() == before
 
 
 def test_a_preset_that_would_write_outside_the_project_is_refused(repository):
