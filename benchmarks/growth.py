@@ -89,10 +89,11 @@ def live_bytes(model: Teacher, tokens_BT1: Tensor) -> tuple[int, int]:
     with live:
         with live.record(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=DTYPE == torch.bfloat16):
             loss = NextToken(BALANCE_LOSS_WEIGHT)(model, tokens_BT1).loss
+        kept = live.now  # before the gradients, which stay as well
         with live.record():
             loss.backward()
     model.zero_grad(set_to_none=True)
-    return live.activations, live.peak
+    return kept, live.peak
 
 
 def measured(

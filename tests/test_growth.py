@@ -1,7 +1,7 @@
 """The growth benchmark at sizes of no interest; nothing timed is asserted."""
 
 import xml.etree.ElementTree as ElementTree
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -64,14 +64,15 @@ def test_the_text_has_frequent_words_and_likely_successors():
     assert likeliest > 0.45 * (before == 0).sum()
 
 
-def test_bytes_are_those_that_autograd_keeps_and_the_peak_is_above_them():
-    model, tokens_BT1 = growth.new_teacher(SHAPE), growth.batch_of(SHAPE, 48)
+def test_bytes_are_those_that_autograd_keeps_and_the_peak_is_above_the_gradients():
+    shape = replace(SHAPE, experts=64)  # its gradients outweigh its activations, and are none of them
+    model, tokens_BT1 = growth.new_teacher(shape), growth.batch_of(shape, 12)
     activations, peak = growth.live_bytes(model, tokens_BT1)
     gradients = sum(4 * parameter.numel() for parameter in model.parameters())
     with torch.autocast("cpu", torch.bfloat16, enabled=growth.DTYPE == torch.bfloat16):
         kept = saved_bytes(model, lambda: NextToken(growth.BALANCE_LOSS_WEIGHT)(model, tokens_BT1).loss)
-    assert activations == pytest.approx(kept, rel=0.02)
-    assert peak > max(activations, gradients)
+    assert activations == pytest.approx(kept, rel=0.05)
+    assert activations < gradients < peak
 
 
 def test_the_bias_evens_the_load_from_the_first_steps_to_the_last(monkeypatch):
