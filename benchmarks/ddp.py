@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 
 from benchmarks.checkout import checkout, default_scale, events, stage
 from benchmarks.table import Row
-from benchmarks.timing import Ratio, Timings
+from benchmarks.timing import Timings
 from stages.artifacts import read_json, write_json
 from stages.optimizers import make_optimizers
 
@@ -72,10 +72,10 @@ def exchange(rank: int, ranks: int, folder: Path, floats: int, muon_floats: int,
     dist.destroy_process_group()
 
 
-def collectives(floats: int, muon_floats: int, ranks: int = 2, rounds: int = 30) -> dict[str, float]:
+def collectives(floats: int, muon_floats: int, ranks: int = 2, rounds: int = 30) -> Timings:
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(exchange, (ranks, Path(folder), floats, muon_floats, rounds), nprocs=ranks)
-        return {name: median(seconds) for name, seconds in read_json(Path(folder) / "seconds.json").items()}
+        return Timings(read_json(Path(folder) / "seconds.json"), {})
 
 
 def collective_rows(scale: str, step_seconds: float) -> Iterator[Row]:
@@ -89,10 +89,11 @@ def collective_rows(scale: str, step_seconds: float) -> Iterator[Row]:
         sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
         for optimizer in make_optimizers(teacher, plain.optimizer, 1.0)
     )
-    for what, seconds in collectives(muon + adamw, muon).items():
-        of = seconds / step_seconds
-        share = Ratio(of, of, of)
-        yield Row.of("DDP", what, seconds * 1e3, "a step", step_seconds * 1e3, "ms", share, 30, of_ceiling=True)
+    times = collectives(muon + adamw, muon)
+    beside = Timings(times.seconds | {"a step": [step_seconds] * times.rounds}, {})
+    for what in times.seconds:
+        ours, ratio = times.median(what) * 1e3, beside.ratio(what, "a step")
+        yield Row.of("DDP", what, ours, "a step", step_seconds * 1e3, "ms", ratio, times.rounds, of_ceiling=True)
 
 
 def rows(scale: str = "", steps: int = 20, rounds: int = 3) -> Iterator[Row]:

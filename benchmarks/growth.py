@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ceiling import DTYPES
-from benchmarks.table import ROOT, Row, conditions
+from benchmarks.table import ROOT, Row, conditions, listed
 from benchmarks.timing import DEVICE, Ratio, Timings, interleaved
 from benchmarks.training_step import BALANCE_LOSS_WEIGHT, REFERENCE, new_teacher, teacher_step
 from stages.artifacts import write_atomically
@@ -162,7 +162,6 @@ def exponents(points: list[Point]) -> dict[str, float]:
 
 
 def as_markdown(found: dict[str, list[Point]], balance: dict[int, tuple[float, float]], tokens: int) -> str:
-    facts = "\n".join(f"- {name}: {value}" for name, value in conditions().items())
     fits = "\n".join(
         f"| {name} | {points[0].size} to {points[-1].size} | "
         + " | ".join(f"{value:.2f}" for value in exponents(points).values())
@@ -184,7 +183,7 @@ Written by `make bench` and `python -m benchmarks growth`: the teacher's trainin
 
 ![growth](growth.svg)
 
-{facts}
+{listed(conditions())}
 
 ## Exponents
 

@@ -35,7 +35,7 @@ if __name__ == "__main__" and "MALLOC_TOP_PAD_" not in os.environ:
 import torch
 from torch import Tensor
 
-from benchmarks.table import ROOT, conditions
+from benchmarks.table import ROOT, conditions, listed
 from benchmarks.variants import (
     Recipe,
     default_recipe,
@@ -330,11 +330,10 @@ class Table:
 
 
 def as_markdown(table: str, notes: list[str], seconds: float) -> str:
-    facts = "\n".join(f"- {name}: {value}" for name, value in conditions().items())
     return (
         "# The recipe\n\nWritten by `make recipe`. Validation bits per byte (difference from the default) after "
         f"{seconds:g} processor seconds of training on one core, the schedule laid over as many steps as these pay "
-        f"for.\n\n{facts}\n\n{table}\n\n" + "".join(f"- {note}\n" for note in notes)
+        f"for.\n\n{listed(conditions())}\n\n{table}\n\n" + "".join(f"- {note}\n" for note in notes)
     )
 
 

@@ -126,13 +126,16 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
+def listed(under: dict[str, Any]) -> str:
+    return "\n".join(f"- {name}: {value}" for name, value in under.items())
+
+
 def as_markdown(rows: Sequence[Row], notes: Sequence[str], under: dict[str, Any]) -> str:
-    facts = "\n".join(f"- {name}: {value}" for name, value in under.items())
     remarks = "".join(f"- {note}\n" for note in notes)
     return (
         "# Benchmarks\n\nWritten by `make bench`. A ratio is how many times better we are than the peer "
         "(above 1: faster, or smaller), or the share of the ceiling that we reach; medians over interleaved "
-        f"rounds of one run.\n\n{facts}\n\n{rendered(rows)}\n" + (f"\n{remarks}" if remarks else "")
+        f"rounds of one run.\n\n{listed(under)}\n\n{rendered(rows)}\n" + (f"\n{remarks}" if remarks else "")
     )
 
 
