@@ -165,55 +165,89 @@ def permutation(index_NK: Tensor) -> tuple[Tensor, Tensor]:
     return order_M, inverse_M
 
 
+# On CPU oneDNN compiles a bfloat16 product for each number of rows that it has not met lately, which takes longer than
+# the product itself; and an expert's load is another in every step. Rounded up it is one of few.
+BLOCK_ROWS = 32
+
+
+def gets_blanks(x_ND: Tensor, index_NK: Tensor, experts: int) -> bool:
+    """Not where an expert has few rows, as in decoding: there they would be most of the work."""
+    return x_ND.device.type == "cpu" and x_ND.dtype == torch.bfloat16 and index_NK.numel() >= experts * BLOCK_ROWS
+
+
+def with_blanks(
+    order_M: Tensor, inverse_M: Tensor, weight_M: Tensor, load_E: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same with each expert's rows rounded up to whole blocks.
+
+    What is added is a copy of the first token's row at weight zero: nobody gathers its result, and its gradients
+    are zero.
+    """
+    own_E = load_E.long()
+    room_E = (own_E + BLOCK_ROWS - 1) // BLOCK_ROWS * BLOCK_ROWS
+    shift_E = (room_E - own_E).cumsum(0) - (room_E - own_E)
+    place_M = torch.arange(len(order_M)) + shift_E.repeat_interleave(own_E)
+    rows = int(room_E.sum())
+    order = order_M.new_zeros(rows).scatter_(0, place_M, order_M)
+    weight = weight_M.new_zeros(rows).scatter_(0, place_M, weight_M)
+    return order, place_M[inverse_M], weight, room_E
+
+
 class SortedExperts(torch.autograd.Function):
     """y[n] = sum_k weight[n, k] * SwiGLU_{index[n, k]}(x[n]).
 
-    The gate's weight multiplies the inner activation (F wide) and not the output (D wide): the same product,
-    less traffic. Kept for backward: x once per token (not once per routed row) and the inner pre-activations.
-    Both scatters are written as gathers through the inverse permutation, so sums have one order.
+    Kept for backward: x once per token (not once per routed row) and the inner pre-activations. Both scatters are
+    written as gathers through the inverse permutation, so sums have one order. The weight goes into that sum, and
+    in backward into the gradient's rows before the experts see them: no pass of its own over what is F wide.
     """
 
     @staticmethod
     def forward(ctx, x_ND, weight_NK, gate_up_E2FD, down_EDF, index_NK, load_E, kernel):
-        per_token = index_NK.shape[1]
         order_M, inverse_M = permutation(index_NK)
-        x_MD = x_ND.index_select(0, order_M // per_token)
-        h_M2F = rows_times_experts(x_MD, gate_up_E2FD.transpose(1, 2), load_E, kernel)
+        weight_NK = weight_NK.to(x_ND.dtype)
+        weight_M = weight_NK.flatten()[order_M]
+        if gets_blanks(x_ND, index_NK, len(load_E)):
+            order_M, inverse_M, weight_M, load_E = with_blanks(order_M, inverse_M, weight_M, load_E)
+        inverse_NK, token_M = inverse_M.view_as(index_NK), order_M // index_NK.shape[1]
+        h_M2F = rows_times_experts(x_ND.index_select(0, token_M), gate_up_E2FD.transpose(1, 2), load_E, kernel)
         gate, up = h_M2F.chunk(2, dim=-1)
-        weight_M1 = weight_NK.flatten()[order_M].unsqueeze(1).to(x_ND.dtype)
-        a_MF = F.silu(gate).mul_(up).mul_(weight_M1)
-        y_MD = rows_times_experts(a_MF, down_EDF.transpose(1, 2), load_E, kernel)
-        ctx.save_for_backward(x_ND, weight_M1, h_M2F, gate_up_E2FD, down_EDF, order_M, inverse_M, load_E)
-        ctx.kernel, ctx.per_token = kernel, per_token
-        return _sum_over_choices(y_MD, inverse_M, per_token)
+        y_MD = rows_times_experts(F.silu(gate).mul_(up), down_EDF.transpose(1, 2), load_E, kernel)
+        ctx.save_for_backward(x_ND, weight_M, h_M2F, gate_up_E2FD, down_EDF, token_M, inverse_NK, load_E)
+        ctx.kernel = kernel
+        return _sum_over_choices(y_MD, inverse_NK, weight_NK)
 
     @staticmethod
     def backward(ctx, grad_ND):
-        x_ND, weight_M1, h_M2F, gate_up_E2FD, down_EDF, order_M, inverse_M, load_E = ctx.saved_tensors
-        kernel, token_M = ctx.kernel, order_M // ctx.per_token
+        x_ND, weight_M, h_M2F, gate_up_E2FD, down_EDF, token_M, inverse_NK, load_E = ctx.saved_tensors
+        kernel = ctx.kernel
         needs_x, _, needs_gate_up, needs_down = ctx.needs_input_grad[:4]  # a frozen weight costs nothing
         grad_gate_up = grad_down = grad_x_ND = None
-        grad_MD = grad_ND.to(x_ND.dtype).index_select(0, token_M)
+        weighted_grad_MD = grad_ND.to(x_ND.dtype).index_select(0, token_M).mul_(weight_M.unsqueeze(1))
         gate, up = h_M2F.chunk(2, dim=-1)
         silu_MF = F.silu(gate)
         a_MF = silu_MF * up
-        grad_wa_MF = rows_times_experts(grad_MD, down_EDF, load_E, kernel)
-        grad_weight_M = torch.linalg.vecdot(grad_wa_MF, a_MF)
+        grad_a_MF = rows_times_experts(weighted_grad_MD, down_EDF, load_E, kernel)
+        # divided by the weight that it was multiplied with; one that underflowed to zero has no gradient to hand on
+        grad_weight_M = torch.linalg.vecdot(grad_a_MF, a_MF).float() / weight_M
+        grad_weight_M.masked_fill_(weight_M == 0, 0.0)
         if needs_down:
-            grad_down = outer_per_expert(grad_MD, a_MF.mul_(weight_M1), load_E, down_EDF.dtype, kernel)
-        grad_h_M2F = gated_silu_backward(grad_wa_MF.mul_(weight_M1), h_M2F, silu_MF)
+            grad_down = outer_per_expert(weighted_grad_MD, a_MF, load_E, down_EDF.dtype, kernel)
+        grad_h_M2F = gated_silu_backward(grad_a_MF, h_M2F, silu_MF)
         if needs_gate_up:
             x_MD = x_ND.index_select(0, token_M)
             grad_gate_up = outer_per_expert(grad_h_M2F, x_MD, load_E, gate_up_E2FD.dtype, kernel)
         if needs_x:
             grad_x_MD = rows_times_experts(grad_h_M2F, gate_up_E2FD, load_E, kernel)
-            grad_x_ND = _sum_over_choices(grad_x_MD, inverse_M, ctx.per_token)
-        grad_weight_NK = grad_weight_M[inverse_M].view(-1, ctx.per_token).float()
-        return grad_x_ND, grad_weight_NK, grad_gate_up, grad_down, None, None, None
+            grad_x_ND = _sum_over_choices(grad_x_MD, inverse_NK)
+        return grad_x_ND, grad_weight_M[inverse_NK], grad_gate_up, grad_down, None, None, None
 
 
-def _sum_over_choices(y_MD: Tensor, inverse_M: Tensor, per_token: int) -> Tensor:
-    return y_MD.index_select(0, inverse_M).view(-1, per_token, y_MD.shape[1]).sum(dim=1)
+def _sum_over_choices(y_MD: Tensor, inverse_NK: Tensor, weight_NK: Tensor | None = None) -> Tensor:
+    """The (weighted) sum of each token's K rows -> [N, D]."""
+    if y_MD.device.type == "cpu":  # gathers and sums at once, a fifth of the time in bfloat16
+        return F.embedding_bag(inverse_NK, y_MD, mode="sum", per_sample_weights=weight_NK)
+    y_NKD = y_MD.index_select(0, inverse_NK.flatten()).unflatten(0, inverse_NK.shape)
+    return (y_NKD if weight_NK is None else y_NKD.mul_(weight_NK.unsqueeze(-1))).sum(dim=1)
 
 
 def kernel_for(x_ND: Tensor, expert_width: int) -> str:

@@ -145,6 +145,14 @@ def test_sorted_experts_pass_a_numerical_gradient_check():
     torch.autograd.gradcheck(experts, (x, w, gate_up, down))
 
 
+def test_a_weight_that_underflowed_to_zero_gets_a_zero_gradient():
+    x, gate_up, down = torch.randn(5, 4), torch.randn(3, 6, 4), torch.randn(3, 4, 3)
+    w = torch.tensor([[1.0, 0.0]] * 5).requires_grad_()
+    index_NK, load_E = torch.tensor([[0, 1]] * 5), torch.tensor([5.0, 5.0, 0.0])
+    SortedExperts.apply(x, w, gate_up, down, index_NK, load_E, "loop").sum().backward()
+    assert (w.grad[:, 1] == 0).all() and (w.grad[:, 0] != 0).all()
+
+
 @pytest.mark.parametrize("gating", GATINGS)
 def test_an_expert_without_tokens_gets_a_zero_gradient(gating):
     layer = moe(gating, experts=12, per_token=1)
