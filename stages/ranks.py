@@ -210,7 +210,7 @@ class Job:
         data = self.place.read("artifacts/data")
         self.card = read_card(data)
         self.windows = Windows(Tokens(data, "train"), self.sequence_tokens, self.settings.seed)
-        self.validation_tokens = Tokens(data, "val")
+        self.validation_windows = Windows(Tokens(data, "val"), self.sequence_tokens, seed=None)
         self.stop_requested = False
 
     def heed_signals(self) -> None:
@@ -221,16 +221,14 @@ class Job:
         self.stop_requested = True
 
     def validate(self, model, fit: Fit) -> float:
-        """Bits per byte of the first validation windows, shared out among the ranks."""
-        T = self.sequence_tokens
-        n = min(fit.validation_sequences, (len(self.validation_tokens) - 1) // T)
-        own = [
-            torch.from_numpy(self.validation_tokens.window(i * T, T + 1)) for i in range(self.rank, n, self.world_size)
-        ]
-        batches = [torch.stack(own[i : i + 8]) for i in range(0, len(own), 8)]
-        nats = validation_nats(model, batches).to(model.head.weight.device, torch.float32)
+        """Bits per byte of windows from all over the validation split, shared out among the ranks."""
+        tokens_BT1 = self.validation_windows.spread(fit.validation_sequences)
+        own_BT1 = tokens_BT1[self.rank :: self.world_size]
+        nats = validation_nats(model, [own_BT1[i : i + 8] for i in range(0, len(own_BT1), 8)])
+        nats = nats.to(model.head.weight.device, torch.float32)
         dist.all_reduce(nats)
-        return nats.item() / math.log(2) / (n * T * self.validation_tokens.bytes_per_token)
+        targets = tokens_BT1[:, 1:].numel()
+        return nats.item() / math.log(2) / (targets * self.validation_windows.tokens.bytes_per_token)
 
     def log(self, name: str, step: int, figures: dict, validated: bool, steps: int) -> None:
         if self.rank != 0:

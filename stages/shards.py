@@ -208,14 +208,21 @@ class Windows:
 
     def batch(self, step, rank=0, world_size=1, batch_sequences=1):
         """tokens_BT, int64: B = batch_sequences / world_size, T = sequence_tokens + 1."""
+        return self._stacked(self.indices(step, rank, world_size, batch_sequences))
+
+    def spread(self, most):
+        """At most so many windows, as far apart as the split allows, as one batch [B, T]: what to validate on.
+
+        The first of a split would be a few of its documents; these are a sample of all.
+        """
+        count = min(most, self.count)
+        return self._stacked([number * self.count // count for number in range(count)])
+
+    def _stacked(self, indices):
         import torch  # here, because `prepare` writes shards without it
 
         length = self.sequence_tokens
-        rows = [
-            self.tokens.window(index * length, length + 1)
-            for index in self.indices(step, rank, world_size, batch_sequences)
-        ]
-        return torch.from_numpy(np.stack(rows))
+        return torch.from_numpy(np.stack([self.tokens.window(index * length, length + 1) for index in indices]))
 
     def _window_at(self, epoch, position):
         return position if self.seed is None else shuffled(position, self.count, f"{self.seed}/{epoch}")

@@ -198,6 +198,13 @@ def test_epochs_and_seeds_differ_in_order_and_seed_none_keeps_that_on_disk():
     assert len({tuple(order(seed, epoch)) for seed in (1, 2) for epoch in (0, 1)}) == 4
 
 
+def test_validation_windows_lie_all_over_the_split_and_none_comes_twice():
+    windows = Windows(Row(8 * 10 + 1), 8, seed=None)
+    assert windows.spread(4)[:, 0].tolist() == [0, 16, 40, 56]
+    assert windows.spread(99)[:, 0].tolist() == list(range(0, 80, 8))  # all there are
+    assert windows.spread(1).shape == (1, 9)
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 64, 1000])
 def test_shuffle_reaches_every_element_and_looks_uniform(count):
     assert sorted(shuffled(i, count, "key") for i in range(count)) == list(range(count))
