@@ -9,6 +9,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 
+from stages.heap import KEPT_HEAP
+
+if __name__ == "__main__":
+    if not KEPT_HEAP.keys() <= os.environ.keys():  # as the ranks have it, and for peers too
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], os.environ | KEPT_HEAP)
+    for name in KEPT_HEAP:  # of this process alone: the stages that it starts set their own
+        del os.environ[name]
+
 # Before torch is imported: the peers come from configs, never from the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

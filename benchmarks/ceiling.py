@@ -6,9 +6,9 @@ import torch
 
 from benchmarks.table import Row
 from benchmarks.timing import DEVICE, Action, Ratio, interleaved
+from stages.layers import has_bfloat16
 
-BF16 = torch.cuda.is_bf16_supported() if DEVICE.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
-DTYPES = {"float32": torch.float32} | ({"bf16": torch.bfloat16} if BF16 else {})  # what precision: auto chooses from
+DTYPES = {"float32": torch.float32} | ({"bf16": torch.bfloat16} if has_bfloat16(DEVICE.type) else {})
 SQUARE = 2048 if DEVICE.type == "cpu" else 8192
 
 

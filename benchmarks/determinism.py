@@ -10,8 +10,8 @@ import torch
 
 from benchmarks.ceiling import DTYPES
 from benchmarks.table import Row
-from benchmarks.timing import DEVICE, interleaved
-from benchmarks.training_step import REFERENCE, SEQUENCES, Step, new_teacher, teacher_step
+from benchmarks.timing import interleaved
+from benchmarks.training_step import REFERENCE, SEQUENCES, Step, batches, new_teacher, teacher_step
 from stages.teacher import TeacherShape
 
 
@@ -30,18 +30,16 @@ def switched(step: Step, on: bool) -> Step:
 def rows(
     shape: TeacherShape = REFERENCE, sequences: int = SEQUENCES, seconds: float = 15.0, least_rounds: int = 4
 ) -> Iterator[Row]:
-    generator = torch.Generator().manual_seed(0)
-    tokens_BT1 = torch.randint(shape.vocab_size, (sequences, shape.sequence_tokens + 1), generator=generator)
     tokens = sequences * shape.sequence_tokens
-    for name, dtype in DTYPES.items():
+    for precision, dtype in DTYPES.items():
         actions = {
-            "on": switched(teacher_step(new_teacher(shape), tokens_BT1.to(DEVICE), dtype), True),
-            "off": switched(teacher_step(new_teacher(shape), tokens_BT1.to(DEVICE), dtype), False),
+            name: switched(teacher_step(new_teacher(shape), batches(shape, sequences), dtype), on)
+            for name, on in (("on", True), ("off", False))
         }
         times = interleaved(actions, seconds, least_rounds)
         yield Row.of(
             "deterministic kernels",
-            f"teacher's step, {name}",
+            f"teacher's step, {precision}",
             tokens / times.median("on"),
             "the switch off",
             tokens / times.median("off"),

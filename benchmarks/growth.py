@@ -7,6 +7,7 @@ grows worse than it must shows as a larger one. Writes benchmarks/growth.md and 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from statistics import linear_regression, mean
 from typing import Any
@@ -105,7 +106,7 @@ def measured(
         model, tokens_BT1 = new_teacher(shape), batch_of(shape, tokens)
         flops = 3 * tokens * flops_per_token(shape, shape.sequence_tokens)["total"]  # backward is twice forward
         counted[size] = total_parameters(model), flops, *live_bytes(model, tokens_BT1)
-        steps[str(size)] = teacher_step(model, tokens_BT1, DTYPE)
+        steps[str(size)] = teacher_step(model, repeat(tokens_BT1), DTYPE)
     times = interleaved(steps, seconds, least_rounds)
     at_reference = next(str(size) for size, shape in shapes.items() if shape == reference)
     points = [
@@ -130,10 +131,8 @@ def violations(shape: TeacherShape, tokens: int, steps: int) -> tuple[float, flo
     for block, seen in zip(model.blocks, loads, strict=True):
         block.mlp.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out[1].load_E))
     batches = batch_of(shape, tokens * steps).split(max(1, tokens // shape.sequence_tokens))
-    tokens_BT1 = batches[0].clone()
-    step = teacher_step(model, tokens_BT1, DTYPE)
-    for batch in batches:
-        tokens_BT1.copy_(batch)
+    step = teacher_step(model, iter(batches), DTYPE)
+    for _ in batches:
         step()
     first, last = (
         mean(max_violation(torch.stack(seen[window]).sum(0)) for seen in loads)

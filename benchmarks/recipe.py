@@ -26,10 +26,10 @@ from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
 
-if __name__ == "__main__" and "MALLOC_TOP_PAD_" not in os.environ:
-    # as the ranks have it (stages.launching): one thread, and glibc keeps what a step frees
-    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
-    os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_TOP_PAD_": "67108864"}
+from stages.heap import KEPT_HEAP
+
+if __name__ == "__main__" and not KEPT_HEAP.keys() <= os.environ.keys():  # as the ranks have it, of one thread
+    os.environ |= KEPT_HEAP | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
     os.execv(sys.executable, [sys.executable, "-m", "benchmarks.recipe", *sys.argv[1:]])
 
 import torch
@@ -49,7 +49,7 @@ from benchmarks.variants import (
 )
 from stages import settings
 from stages.artifacts import write_atomically
-from stages.launching import chosen_precision
+from stages.layers import has_bfloat16
 from stages.prepare import encode, gather, refuse_few, split_documents, texts, train_tokenizer
 from stages.resuming import Interruption
 from stages.shards import SPLITS, Tokens, Windows, token_dtype, write_card, write_split
@@ -120,11 +120,10 @@ class Data:
 
     @classmethod
     def of(cls, name: str, folder: Path, sequence_tokens: int) -> "Data":
-        validation, T = Tokens(folder, "val"), sequence_tokens
-        count = min(VALIDATION_SEQUENCES, (len(validation) - 1) // T)
-        windows = [torch.from_numpy(validation.window(i * T, T + 1)) for i in range(count)]
-        batches = [torch.stack(windows[i : i + 8]) for i in range(0, count, 8)]
-        return cls(name, Tokens(folder, "train"), batches, count * T * validation.bytes_per_token)
+        validation = Tokens(folder, "val")
+        tokens_BT1 = Windows(validation, sequence_tokens, seed=None).spread(VALIDATION_SEQUENCES)
+        targets = tokens_BT1[:, 1:].numel()
+        return cls(name, Tokens(folder, "train"), list(tokens_BT1.split(8)), targets * validation.bytes_per_token)
 
 
 # ---- training ----------------------------------------------------------------------------------------------
@@ -140,7 +139,7 @@ class Run:
         self.windows = Windows(data.train, recipe.shape.sequence_tokens, seed)
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=chosen_precision("auto", "cpu") == "bfloat16")
+        return torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16("cpu"))
 
     def step(self, step: int) -> None:
         recipe, model = self.recipe, self.model

@@ -52,10 +52,11 @@ def interleaved(
     least_rounds: int = 3,
     most_rounds: int = 100,
     may_fail: Collection[str] = (),
+    warm_up: int = 1,
 ) -> Timings:
-    """Rounds of every action until `seconds` have passed, after one untimed round.
+    """Rounds of every action until `seconds` have passed, after `warm_up` untimed ones.
 
-    An action named in `may_fail` (a peer) that raises in the untimed round is left out and its reason kept.
+    An action named in `may_fail` (a peer) that raises in the first untimed round is left out and its reason kept.
     """
     taken: dict[str, list[float]] = {name: [] for name in actions}
     failed = {}
@@ -67,6 +68,9 @@ def interleaved(
                 raise
             failed[name] = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
             del taken[name]
+    for _ in range(warm_up - 1):
+        for name in taken:
+            actions[name]()
     end = time.perf_counter() + seconds
     for done in range(most_rounds):
         if done >= least_rounds and time.perf_counter() > end:

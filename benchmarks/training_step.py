@@ -1,7 +1,8 @@
 """The teacher's full training step (forward, backward, AdamW) against transformers' mixtures of experts, and against
 its dense Qwen3 of as many operations per token: what the same compute costs without experts.
 
-Every step of one data type takes the same tokens, the same fused AdamW and the same precision.
+Every model takes the same fused AdamW, the same precision and the same tokens: at each step others, as in training,
+where the experts' loads and with them the sizes of their products change from step to step.
 """
 
 import contextlib
@@ -39,23 +40,30 @@ def new_teacher(shape: TeacherShape) -> Teacher:
     return teacher.to(DEVICE)
 
 
-def teacher_step(model: Teacher, tokens_BT1: Tensor, dtype: torch.dtype) -> Step:
+def batches(shape: TeacherShape, sequences: int) -> Iterator[Tensor]:
+    """Random tokens [B, T+1] without end, the same for everybody who asks."""
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        size = sequences, shape.sequence_tokens + 1
+        yield torch.randint(shape.vocab_size, size, generator=generator).to(DEVICE)
+
+
+def teacher_step(model: Teacher, tokens: Iterator[Tensor], dtype: torch.dtype) -> Step:
     """What a rank of `pretrain` does in a step, balancing included, with AdamW for every weight."""
     objective = NextToken(BALANCE_LOSS_WEIGHT)
 
     def forward() -> tuple[Tensor, Tensor]:
-        outcome = objective(model, tokens_BT1)
+        outcome = objective(model, next(tokens))
         model.balance(outcome.loads, BIAS_UPDATE_RATE)
         return outcome.loss, outcome.parts["cross_entropy"]
 
     return _step(model, forward, dtype)
 
 
-def peer_step(model: nn.Module, tokens_BT1: Tensor, dtype: torch.dtype) -> Step:
-    inputs_BT, targets_N = split_targets(tokens_BT1)
-    targets_BT = targets_N.view_as(inputs_BT)
-
+def peer_step(model: nn.Module, tokens: Iterator[Tensor], dtype: torch.dtype) -> Step:
     def forward() -> tuple[Tensor, Tensor]:
+        inputs_BT, targets_N = split_targets(next(tokens))
+        targets_BT = targets_N.view_as(inputs_BT)
         loss = model(inputs_BT, labels=targets_BT, shift_labels=targets_BT, use_cache=False).loss
         return loss, loss.detach()
 
@@ -100,26 +108,27 @@ def extra_work(shape: TeacherShape) -> Iterator[str]:
 
 
 def rows(
-    shape: TeacherShape = REFERENCE, sequences: int = SEQUENCES, seconds: float = 25.0, least_rounds: int = 4
+    shape: TeacherShape = REFERENCE,
+    sequences: int = SEQUENCES,
+    seconds: float = 30.0,
+    least_rounds: int = 4,
+    warm_up: int = 5,
 ) -> Iterator[Row | str]:
     """Per data type: tokens per second against each peer, and the share of the matmul ceiling."""
-    generator = torch.Generator().manual_seed(0)
-    tokens_BT1 = torch.randint(shape.vocab_size, (sequences, shape.sequence_tokens + 1), generator=generator)
-    tokens_BT1 = tokens_BT1.to(DEVICE)
     tokens = sequences * shape.sequence_tokens
     flops = 3 * tokens * flops_per_token(shape, shape.sequence_tokens)["total"]  # backward is twice forward
     yield from extra_work(shape)
     for dtype_name, dtype in DTYPES.items():
         bound, bound_flops = ceiling(dtype)
-        actions = {"ours": teacher_step(new_teacher(shape), tokens_BT1, dtype), "ceiling": bound}
+        actions = {"ours": teacher_step(new_teacher(shape), batches(shape, sequences), dtype), "ceiling": bound}
         for peer in peers_of(shape, tokens):
             if isinstance(peer, str):
                 if dtype_name == "float32":  # told once, not per data type
                     yield peer
             else:
-                actions[peer[0]] = peer_step(peer[1], tokens_BT1, dtype)
+                actions[peer[0]] = peer_step(peer[1], batches(shape, sequences), dtype)
         peers = list(actions)[2:]
-        times = interleaved(actions, seconds, least_rounds, may_fail=peers)
+        times = interleaved(actions, seconds, least_rounds, may_fail=peers, warm_up=warm_up)
         yield from (f"peer left out: {name} in {dtype_name}: {why}" for name, why in times.failed.items())
         ours = tokens / times.median("ours")
         group, what = "training step", f"teacher, {dtype_name}"

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from stages.artifacts import Refusal, read_json, write_atomically, write_json
+from stages.heap import KEPT_HEAP
 from stages.provenance import cores, device_conditions
 from stages.resuming import resume_key
 from stages.runs import die_with_parent
@@ -35,11 +36,10 @@ def rank_count(accelerator: str, ranks: int | str) -> tuple[str, int]:
 
 def chosen_precision(precision: str, accelerator: str) -> str:
     """bfloat16 autocast where the matrix units have it: detected, not assumed."""
-    import torch
+    from stages.layers import has_bfloat16
 
     if precision == "auto":
-        fast = torch.cuda.is_bf16_supported() if accelerator == "gpu" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        precision = "bfloat16" if fast else "float32"
+        precision = "bfloat16" if has_bfloat16("cuda" if accelerator == "gpu" else "cpu") else "float32"
     return precision
 
 
@@ -109,9 +109,7 @@ def _run_ranks(job: Path, conditions: dict) -> int:
         filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")])
     )
     if conditions["accelerator"] == "none":
-        # glibc gives large freed blocks back to the kernel and faults them in again at every step; keeping them
-        # took 15% off a step of 4 x 256 tokens
-        environment |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_TOP_PAD_": "67108864"}
+        environment |= KEPT_HEAP
     elif conditions["deterministic"]:
         # cuBLAS sums in one order only in workspaces of its own, NCCL only where the switch does not add for it
         environment |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}

@@ -56,6 +56,13 @@ def for_matmuls(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
+def has_bfloat16(device_type: str) -> bool:
+    """Do the device's matrix units take bfloat16? Where they do not, it is emulated and slow."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def rope_table(start: int, tokens: int, rotated: int, theta: float, device: torch.device | None) -> Rope:
     """Cosines and sines of positions start..start+tokens; computed each forward: no buffer to go stale."""
     frequency_R = theta ** -(torch.arange(0, rotated, 2, dtype=torch.float32, device=device) / rotated)

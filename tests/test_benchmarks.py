@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
+from itertools import repeat
 
 import pytest
 import torch
@@ -274,8 +275,8 @@ def test_the_deepseek_peer_with_our_weights_follows_our_losses(implementation, t
     built = peers.peer_model("DeepseekV3", implementation, SHAPE)
     assert sizes_of(theirs) == sizes_of(built)
     tokens_BT1 = torch.randint(64, (3, 13), generator=torch.Generator().manual_seed(0))
-    our_step = training_step.teacher_step(ours, tokens_BT1, torch.float32)
-    their_step = training_step.peer_step(theirs, tokens_BT1, torch.float32)
+    our_step = training_step.teacher_step(ours, repeat(tokens_BT1), torch.float32)
+    their_step = training_step.peer_step(theirs, repeat(tokens_BT1), torch.float32)
     curves = [[step().item() for _ in range(5)] for step in (our_step, their_step)]
     assert curves[0][-1] < curves[0][0] - 1e-3
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import stages.experts
 from stages.experts import (
     MoE,
     SortedExperts,
@@ -151,6 +152,39 @@ def test_a_weight_that_underflowed_to_zero_gets_a_zero_gradient():
     index_NK, load_E = torch.tensor([[0, 1]] * 5), torch.tensor([5.0, 5.0, 0.0])
     SortedExperts.apply(x, w, gate_up, down, index_NK, load_E, "loop").sum().backward()
     assert (w.grad[:, 1] == 0).all() and (w.grad[:, 0] != 0).all()
+
+
+def test_blank_rows_change_no_number_and_leave_few_sizes(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x, gate_up, down = (torch.randn(size, generator=generator) for size in [(400, 8), (5, 12, 8), (5, 8, 6)])
+    w = torch.rand(400, 2, generator=generator)
+    index_NK = torch.rand(400, 4, generator=generator).topk(2).indices  # expert 4 receives nothing
+    load_E = torch.bincount(index_NK.flatten(), minlength=5).float()
+    sizes, results = [], []
+    product = stages.experts.rows_times_experts
+
+    def counted(rows, weight, load_E, kernel):
+        sizes.append(load_E.tolist())
+        return product(rows, weight, load_E, kernel)
+
+    monkeypatch.setattr(stages.experts, "rows_times_experts", counted)
+    for blanks in (True, False):
+        monkeypatch.setattr(stages.experts, "gets_blanks", lambda *_, blanks=blanks: blanks)
+        parts = [part.clone().requires_grad_() for part in (x, w, gate_up, down)]
+        y_ND = SortedExperts.apply(*parts, index_NK, load_E, "loop")
+        y_ND.square().sum().backward()
+        results.append([y_ND.detach(), *(part.grad for part in parts)])
+    for with_blanks, without in zip(*results, strict=True):
+        torch.testing.assert_close(with_blanks, without, rtol=1e-3, atol=1e-3)
+    assert all(size % stages.experts.BLOCK_ROWS == 0 for size in sizes[0]) and sizes[0][4] == 0
+    assert sizes[-1] == load_E.tolist() != sizes[0]
+
+
+def test_only_bfloat16_rows_in_number_get_blanks_on_cpu():
+    index_NK = torch.zeros(64, 2, dtype=torch.long)
+    assert stages.experts.gets_blanks(torch.zeros(64, 8).bfloat16(), index_NK, 4)
+    assert not stages.experts.gets_blanks(torch.zeros(64, 8).bfloat16(), index_NK, 5)  # as in decoding
+    assert not stages.experts.gets_blanks(torch.zeros(64, 8), index_NK, 4)
 
 
 @pytest.mark.parametrize("gating", GATINGS)
