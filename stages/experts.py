@@ -92,9 +92,8 @@ def load_and_balance(
     groups = sequences if gating == "sigmoid" else 1
     chosen_GM = index_NK.reshape(groups, -1)
     one = torch.ones((), dtype=torch.float32, device=index_NK.device)
-    count_GE = torch.zeros(groups, experts, device=index_NK.device).scatter_add_(
-        1, chosen_GM, one.expand_as(chosen_GM)
-    )
+    count_GE = torch.zeros(groups, experts, device=index_NK.device)
+    count_GE.scatter_add_(1, chosen_GM, one.expand_as(chosen_GM))
     if gating == "sigmoid":
         score_NE = score_NE / (score_NE.sum(dim=-1, keepdim=True) + 1e-20)
     mean_GE = score_NE.view(groups, -1, experts).mean(dim=1)
@@ -124,9 +123,7 @@ def rows_times_experts(x_MI: Tensor, weight_EIO: Tensor, load_E: Tensor, kernel:
     end = 0
     for expert, count in enumerate(load_E.long().tolist()):
         start, end = end, end + count
-        if (
-            count
-        ):  # casting inside the loop keeps the weight in cache, and decoding touches only the chosen experts
+        if count:  # cast here: the weight stays in cache, and decoding touches only the chosen experts
             torch.mm(x_MI[start:end], weight_EIO[expert].to(x_MI.dtype), out=out_MO[start:end])
     return out_MO
 

@@ -150,6 +150,7 @@ def test_the_table_names_every_corpus_and_a_missing_one_is_a_line(tiny, corpora,
     assert "small" in head and "capitals" in head and len({line.count("|") for line in (head, *lines)}) == 1
     assert sorted(line.split(" | ")[0] for line in lines) == sorted(f"| {name}" for name in names)
     assert len(table.notes) == 5 and all(name in "".join(table.notes) for name in ("small", "capitals", "noise"))
+    assert len(list(table.leads_of_the_twin(here[0]))) == len(recipe.BUDGETS)
     assert table.rendered() in recipe.as_markdown(table.rendered(), table.notes, 0.01)
 
 
