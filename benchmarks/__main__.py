@@ -9,14 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-from stages.heap import KEPT_HEAP
-
-if __name__ == "__main__":
-    if not KEPT_HEAP.keys() <= os.environ.keys():  # as the ranks have it, and for peers too
-        os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], os.environ | KEPT_HEAP)
-    for name in KEPT_HEAP:  # of this process alone: the stages that it starts set their own
-        del os.environ[name]
-
 # Before torch is imported: the peers come from configs, never from the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -41,6 +33,7 @@ from benchmarks import (
 )
 from benchmarks.table import ROOT, Row, as_json, as_markdown, conditions, rendered
 from stages.artifacts import write_atomically
+from stages.heap import keep_freed_memory
 
 GROUPS: dict[str, Callable[[], Iterable[Row | str]]] = {
     "ceiling": ceiling.rows,
@@ -72,6 +65,7 @@ def main(names: list[str]) -> None:
     if unknown := [name for name in names if name not in GROUPS]:
         sys.exit(f"benchmarks: no group {unknown[0]!r}; there are {', '.join(GROUPS)}")
     under = conditions()
+    keep_freed_memory()  # as the ranks do, and for peers too
     if float(under["load_before"] or 0) > 0.5 * float(under["cores"]):
         print(f"others use this machine (load {under['load_before']}): expect noise", file=sys.stderr)
     found = list(measured(names or list(GROUPS)))

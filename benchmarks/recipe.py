@@ -26,11 +26,8 @@ from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
 
-from stages.heap import KEPT_HEAP
-
-if __name__ == "__main__" and not KEPT_HEAP.keys() <= os.environ.keys():  # as the ranks have it, of one thread
-    os.environ |= KEPT_HEAP | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
-    os.execv(sys.executable, [sys.executable, "-m", "benchmarks.recipe", *sys.argv[1:]])
+if __name__ == "__main__":  # before the libraries that read it are imported
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
 
 import torch
 from torch import Tensor
@@ -49,16 +46,17 @@ from benchmarks.variants import (
 )
 from stages import settings
 from stages.artifacts import write_atomically
+from stages.heap import keep_freed_memory
 from stages.layers import has_bfloat16
 from stages.prepare import encode, gather, refuse_few, split_documents, texts, train_tokenizer
 from stages.resuming import Interruption
 from stages.shards import SPLITS, Tokens, Windows, token_dtype, write_card, write_split
 from stages.training import validation_nats
 
-CORPORA = {
-    "C headers": ["/usr/include/**/*.h"],
-    "Perl modules": ["/usr/share/perl/**/*.pm", "/usr/share/perl5/**/*.pm"],
+CORPORA = {  # most documents first: on the first the noise is measured and every variant tried
     "English manuals": ["/usr/share/man/man1/*.gz"],
+    "Perl modules": ["/usr/share/perl/**/*.pm", "/usr/share/perl5/**/*.pm"],
+    "C headers": ["/usr/include/**/*.h"],
 }
 ADAMW = "plain AdamW"  # what the names of its variants begin with
 SECONDS = 180.0  # about what the default scale gives its teacher
@@ -377,6 +375,7 @@ def main(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
 
     torch.set_num_threads(1)
+    keep_freed_memory()
     demo = settings.validate(settings.compose(["scale=demo", "corpus=stdlib"]))
     here = list(corpora_here(given.corpora, given.megabytes, demo))
     missing = [one for one in here if isinstance(one, str)]

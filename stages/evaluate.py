@@ -31,6 +31,7 @@ from stages import cost, memory, models, scoring
 from stages.artifacts import Refusal, write_atomically, write_json
 from stages.experts import load_and_balance, permutation, route
 from stages.generation import generate
+from stages.heap import keep_freed_memory
 from stages.losses import next_token
 from stages.provenance import cores, device_conditions
 from stages.resuming import Interruption, ResumeState, resume_key
@@ -236,6 +237,7 @@ def headline(metrics: dict) -> dict[str, float]:
 
 
 def timings(settings, loaded: dict, stream: scoring.Stream, policies: list[str]) -> dict:
+    keep_freed_memory()  # as a rank does
     e, teacher, repetitions = settings.evaluate, loaded["teacher"], settings.evaluate.timing_repetitions
     loss_of = training_loss(teacher, stream, e.checkpoint_batch_sequences, settings.sequence_tokens)
     router = (e.router_tokens, teacher.shape, e.router_experts, e.router_experts_per_token)

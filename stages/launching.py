@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from stages.artifacts import Refusal, read_json, write_atomically, write_json
-from stages.heap import KEPT_HEAP
 from stages.provenance import cores, device_conditions
 from stages.resuming import resume_key
 from stages.runs import die_with_parent
@@ -108,9 +107,7 @@ def _run_ranks(job: Path, conditions: dict) -> int:
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")])
     )
-    if conditions["accelerator"] == "none":
-        environment |= KEPT_HEAP
-    elif conditions["deterministic"]:
+    if conditions["accelerator"] != "none" and conditions["deterministic"]:
         # cuBLAS sums in one order only in workspaces of its own, NCCL only where the switch does not add for it
         environment |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}
     command = [sys.executable, "-m", "stages.torchrun", str(job), str(conditions["ranks"])]

@@ -40,6 +40,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from stages import models, settings
 from stages.checkpoints import Checkpoint, made_once
+from stages.heap import keep_freed_memory
 from stages.optimizers import learning_rate_factor, make_optimizers
 from stages.shards import Tokens, Windows, read_card
 from stages.training import Fit, max_violation, validation_nats
@@ -289,6 +290,7 @@ def run_fit(fit: Fit, job: Job) -> dict:
 def main() -> None:
     warnings.filterwarnings("ignore", module="lightning")
     path, results = Path(sys.argv[1]), {}
+    keep_freed_memory()
     try:
         job = Job(path)
         torch.manual_seed(job.settings.seed)

@@ -1,0 +1,30 @@
+"""Keeping what a training step frees."""
+
+import subprocess
+import sys
+
+import pytest
+
+from stages.artifacts import ROOT
+
+FAULTS_OF_LATER_STEPS = """
+import resource, sys, torch
+if sys.argv[1] == "kept":
+    from stages.heap import keep_freed_memory
+    keep_freed_memory()
+for step in range(5):
+    if step == 1:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 24)  # 64 MB
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(how: str) -> int:
+    command = [sys.executable, "-c", FAULTS_OF_LATER_STEPS, how]
+    return int(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="told to glibc only")
+def test_memory_that_a_step_freed_is_not_faulted_in_again():
+    assert faults("kept") < 100 < faults("as it is")
