@@ -46,7 +46,7 @@ def route(
     Both renormalise the chosen scores to sum to one, then multiply by route_scale.
     """
     with torch.autocast(x_ND.device.type, enabled=False):
-        logit_NE = F.linear(x_ND.float(), router_weight_ED.float())
+        logit_NE = F.linear(router_weight_ED.float(), x_ND.float()).T  # laid out by expert, as top_experts wants it
         if gating == "sigmoid":
             score_NE = logit_NE.sigmoid()
             index_NK = top_experts(score_NE.detach() + bias_E, experts_per_token)
