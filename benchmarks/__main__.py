@@ -4,6 +4,7 @@
     python -m benchmarks router losses   # prints these, writes nothing
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -32,8 +33,8 @@ from benchmarks import (
     training_step,
 )
 from benchmarks.table import ROOT, Row, as_json, as_markdown, conditions, rendered
+from benchmarks.timing import kept_memory
 from stages.artifacts import write_atomically
-from stages.heap import keep_freed_memory
 
 GROUPS: dict[str, Callable[[], Iterable[Row | str]]] = {
     "ceiling": ceiling.rows,
@@ -51,13 +52,15 @@ GROUPS: dict[str, Callable[[], Iterable[Row | str]]] = {
     "growth": growth.rows,
     "pipeline": pipeline.rows,
 }
+STEPS = {"training_step", "determinism", "moe_layer", "growth"}  # measured with memory kept, as the ranks have it
 
 
 def measured(names: list[str]) -> Iterator[Row | str]:
     for name in names:
         print(f"measuring {name} ...", end="", file=sys.stderr, flush=True)
         start = time.perf_counter()
-        yield from GROUPS[name]()
+        with kept_memory() if name in STEPS else contextlib.nullcontext():
+            yield from GROUPS[name]()
         print(f" {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
 
 
@@ -65,7 +68,6 @@ def main(names: list[str]) -> None:
     if unknown := [name for name in names if name not in GROUPS]:
         sys.exit(f"benchmarks: no group {unknown[0]!r}; there are {', '.join(GROUPS)}")
     under = conditions()
-    keep_freed_memory()  # as the ranks do, and for peers too
     if float(under["load_before"] or 0) > 0.5 * float(under["cores"]):
         print(f"others use this machine (load {under['load_before']}): expect noise", file=sys.stderr)
     found = list(measured(names or list(GROUPS)))

@@ -3,16 +3,38 @@
 Torch and the standard library only, so that the benchmarks run on any machine that has torch.
 """
 
+import contextlib
+import ctypes
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median, quantiles
 
 import torch
 
+from stages.heap import keep_freed_memory
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 Action = Callable[[], object]
+_GLIBC_DEFAULTS = {-1: 128 << 10, -2: 128 << 10, -4: 65536}  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
+
+
+@contextlib.contextmanager
+def kept_memory() -> Iterator[None]:
+    """What is freed stays in the heap, as in the ranks, and is given back at the end.
+
+    Not for all that is measured: what asks for more at every step, as decoding does, would keep what it cannot use.
+    """
+    keep_freed_memory()
+    try:
+        yield
+    finally:
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            for parameter, value in _GLIBC_DEFAULTS.items():
+                libc.mallopt(parameter, value)
+            libc.malloc_trim(0)
 
 
 @dataclass(frozen=True)
