@@ -53,7 +53,7 @@ from stages.resuming import Interruption
 from stages.shards import SPLITS, Tokens, Windows, token_dtype, write_card, write_split
 from stages.training import validation_nats
 
-CORPORA = {  # most documents first: on the first the noise is measured and every variant tried
+CORPORA = {  # that of most documents first: on it the noise is measured and every variant tried
     "English manuals": ["/usr/share/man/man1/*.gz"],
     "Perl modules": ["/usr/share/perl/**/*.pm", "/usr/share/perl5/**/*.pm"],
     "C headers": ["/usr/include/**/*.h"],

@@ -12,6 +12,10 @@ import resource, sys, torch
 if sys.argv[1] == "kept":
     from stages.heap import keep_freed_memory
     keep_freed_memory()
+if sys.argv[1] == "given back":
+    from benchmarks.timing import kept_memory
+    with kept_memory():
+        torch.ones(1 << 24)
 for step in range(24):
     if step == 20:  # until then the heap takes its size
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -28,3 +32,8 @@ def faults(how: str) -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="told to glibc only")
 def test_memory_that_a_step_freed_is_not_faulted_in_again():
     assert faults("kept") < 100 < faults("as it is")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="told to glibc only")
+def test_a_benchmark_that_kept_memory_leaves_the_next_as_it_was():
+    assert faults("given back") > 100
