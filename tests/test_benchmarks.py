@@ -311,10 +311,25 @@ def test_the_loop_over_experts_gives_the_layers_output_and_gradients(experts):
     x_ND = torch.randn(20, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
     wanted = (x_ND, layer.router_weight, layer.gate_up, layer.down)
     results = []
-    for y_ND in (layer(x_ND.unsqueeze(0))[0].squeeze(0), moe_layer.loop_over_experts(layer, x_ND)):
+    for y_ND in (moe_layer.run_layer(layer, x_ND), moe_layer.loop_over_experts(layer, x_ND)):
         results.append([y_ND, *torch.autograd.grad(y_ND.square().sum(), wanted)])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("tokens", [20, 400])  # with 400 an expert's rows are rounded up to blocks
+def test_casting_the_experts_weights_beforehand_changes_no_number(tokens):
+    layer = moe_layer.new_layer(16, 8, 4, 2)
+    cast = moe_layer.with_bfloat16_experts(layer)
+    x_ND = torch.randn(tokens, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    results = []
+    for one in (layer, cast):
+        with torch.autocast("cpu", torch.bfloat16):
+            y_ND = moe_layer.run_layer(one, x_ND)
+        results.append([y_ND, *torch.autograd.grad(y_ND.sum(), (x_ND, one.router_weight, one.gate_up, one.down))])
+    assert results[1][3].dtype == torch.bfloat16
+    for ours, other in zip(*results, strict=True):
+        assert torch.equal(ours, other.to(ours.dtype))
 
 
 @pytest.mark.parametrize("experts", [3, 8])
@@ -323,7 +338,7 @@ def test_transformers_layers_with_our_weights_give_our_layers_output_and_gradien
     layer = moe_layer.new_layer(16, 8, experts, 2)
     torch.nn.init.normal_(layer.bias, std=0.1)
     x_ND = torch.randn(20, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    y_ND = layer(x_ND.unsqueeze(0))[0].squeeze(0)
+    y_ND = moe_layer.run_layer(layer, x_ND)
     wanted = [y_ND, *torch.autograd.grad(y_ND.square().sum(), (x_ND, layer.router_weight, layer.gate_up, layer.down))]
     found = list(moe_layer.peer_layers(layer, 20, torch.float32))
     assert [name.split()[-1] for name, _ in found] == list(peers.EXPERTS_IMPLEMENTATIONS)
