@@ -24,7 +24,6 @@ from stages.experts import MoE
 from stages.layers import initialise
 
 LOOP = "plain loop over experts"
-BF16_WEIGHTS = "ours, bf16 weights"
 Layer = tuple[nn.Module, Callable[[Tensor], Tensor]]  # whose gradients are dropped, and what is called
 
 
@@ -121,14 +120,11 @@ def rows_of(layer: MoE, tokens: int, seconds: float) -> Iterator[Row | str]:
     generator = torch.Generator().manual_seed(0)
     x_ND, grad_ND = (torch.randn(tokens, layer.down.shape[1], generator=generator).to(DEVICE) for _ in range(2))
     for dtype_name, dtype in DTYPES.items():
-        layers: dict[str, Layer] = {
-            "ours": (layer, partial(run_layer, layer)),
-            LOOP: (layer, partial(loop_over_experts, layer)),
-        }
+        ours = {dtype_name: layer}
         if dtype == torch.bfloat16:
-            cast = with_bfloat16_experts(layer)
-            layers[BF16_WEIGHTS] = (cast, partial(run_layer, cast))
-        ours = [name for name in layers if name != LOOP]
+            ours[f"{dtype_name} weights"] = with_bfloat16_experts(layer)
+        layers: dict[str, Layer] = {of: (one, partial(run_layer, one)) for of, one in ours.items()}
+        layers[LOOP] = (layer, partial(loop_over_experts, layer))
         for peer in peer_layers(layer, tokens, dtype):
             if isinstance(peer, str):
                 yield peer
@@ -140,13 +136,13 @@ def rows_of(layer: MoE, tokens: int, seconds: float) -> Iterator[Row | str]:
             }
             peers = [name for name in layers if name.startswith("transformers")]
             times = interleaved(actions, seconds, least_rounds=3, may_fail=peers)
-            what = f"{name}, {tokens} tokens, {len(layer.down)} experts, {dtype_name}"
-            yield from (f"peer left out: {of}: {what}: {why}" for of, why in times.failed.items())
+            what = f"{name}, {tokens} tokens, {len(layer.down)} experts"
+            yield from (f"peer left out: {of}: {what}, {dtype_name}: {why}" for of, why in times.failed.items())
             best = min(filter(times.__contains__, peers), key=times.median, default=None)
-            for mine, against in [("ours", LOOP), *((name, best) for name in ours if best)]:
+            for mine, against in [(dtype_name, LOOP), *((of, best) for of in ours if best)]:
                 yield Row.of(
                     "MoE layer",
-                    what if mine == "ours" else f"{what} weights",
+                    f"{what}, {mine}",
                     times.median(mine) * 1e3,
                     against,
                     times.median(against) * 1e3,
