@@ -9,6 +9,8 @@ checkpointing) cannot count a token twice.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -46,37 +48,66 @@ def route(
     Both renormalise the chosen scores to sum to one, then multiply by route_scale.
     """
     with torch.autocast(x_ND.device.type, enabled=False):
-        logit_NE = F.linear(router_weight_ED.float(), x_ND.float()).T  # laid out by expert, as top_experts wants it
-        if gating == "sigmoid":
-            score_NE = logit_NE.sigmoid()
-            index_NK = top_experts(score_NE.detach() + bias_E, experts_per_token)
-        else:
-            score_NE = logit_NE.softmax(dim=-1)
-            index_NK = top_experts(score_NE.detach(), experts_per_token)
-        chosen_NK = score_NE.gather(-1, index_NK)
-        # 1e-20 as in DeepSeek's own code: chosen sigmoids that all underflow must not divide by zero
-        weight_NK = chosen_NK / (chosen_NK.sum(dim=-1, keepdim=True) + 1e-20) * route_scale
+        logit_NE = F.linear(x_ND.float(), router_weight_ED.float())
+        with one_thread(x_ND.device):
+            if gating == "sigmoid":
+                score_NE = logit_NE.sigmoid()
+                index_NK = top_experts(score_NE.detach() + bias_E, experts_per_token)
+            else:
+                score_NE = logit_NE.softmax(dim=-1)
+                index_NK = top_experts(score_NE.detach(), experts_per_token)
+            chosen_NK = chosen_scores(score_NE, index_NK)
+            # 1e-20 as in DeepSeek's own code: chosen sigmoids that all underflow must not divide by zero
+            weight_NK = chosen_NK / (chosen_NK.sum(dim=-1, keepdim=True) + 1e-20) * route_scale
     return Gates(weight_NK, index_NK, score_NE)
+
+
+@contextlib.contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """For one of two on CPU: each of the router's many short passes waits longer for the second than that saves.
+
+    Where there are more, which was not measured, all take part.
+    """
+    if device.type != "cpu" or torch.get_num_threads() != 2:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(2)
 
 
 def top_experts(score_NE: Tensor, experts_per_token: int) -> Tensor:
     """Index [N, K] of each token's largest scores; of equal ones either.
 
-    On CPU `topk` sorts row by row, a third to a half as fast as K passes that take the maximum of all tokens at once.
-    A float32 score leaves 29 bits of a double empty: there its expert's number travels along. For few tokens, as in
+    On CPU `topk` sorts row by row, which takes up to twice as long as K passes that take every row's maximum. A
+    float32 score leaves 29 bits of a double empty: there its expert's number travels along. For few tokens, as in
     decoding, the passes cost more than the sorting.
     """
     if score_NE.device.type != "cpu" or len(score_NE) < 256:
         return score_NE.topk(experts_per_token, dim=-1, sorted=False).indices
     experts = score_NE.shape[1]
-    key_EN = score_NE.T.double().contiguous()
-    key_EN.view(torch.int64).bitwise_or_(torch.arange(experts).unsqueeze(1))
+    key_NE = score_NE.double()
+    key_NE.view(torch.int64).bitwise_or_(torch.arange(experts))
     chosen = []
     for _ in range(experts_per_token):
-        number_N = key_EN.amax(dim=0).view(torch.int64).bitwise_and_(0xFFFF)
+        number_N = key_NE.amax(dim=1).view(torch.int64).bitwise_and_(0xFFFF)
         chosen.append(number_N.clamp_(max=experts - 1))  # a score that is not a number has other bits there
-        key_EN.scatter_(0, number_N.unsqueeze(0), -torch.inf)
+        key_NE.scatter_(1, number_N.unsqueeze(1), -torch.inf)
     return torch.stack(chosen, dim=1)
+
+
+def chosen_scores(score_NE: Tensor, index_NK: Tensor) -> Tensor:
+    """Each token's scores at its K experts; where a compiler fuses, as a sum, whose gradient is no scatter."""
+    if score_NE.device.type == "cpu":
+        return score_NE.gather(-1, index_NK)
+    return (score_NE.unsqueeze(1) * is_expert(index_NK, score_NE.shape[1])).sum(dim=-1)
+
+
+def is_expert(index: Tensor, experts: int) -> Tensor:
+    """One-hot of expert numbers, [..., E] of bool."""
+    return index.unsqueeze(-1) == torch.arange(experts, device=index.device)
 
 
 def load_and_balance(
@@ -91,14 +122,17 @@ def load_and_balance(
     experts = score_NE.shape[-1]
     groups = sequences if gating == "sigmoid" else 1
     chosen_GM = index_NK.reshape(groups, -1)
-    one = torch.ones((), dtype=torch.float32, device=index_NK.device)
-    count_GE = torch.zeros(groups, experts, device=index_NK.device)
-    count_GE.scatter_add_(1, chosen_GM, one.expand_as(chosen_GM))
-    if gating == "sigmoid":
-        score_NE = score_NE / (score_NE.sum(dim=-1, keepdim=True) + 1e-20)
-    mean_GE = score_NE.view(groups, -1, experts).mean(dim=1)
-    share_GE = count_GE * (experts / chosen_GM.shape[1])
-    return count_GE.sum(dim=0), (share_GE * mean_GE).sum(dim=-1).mean()
+    with one_thread(index_NK.device):
+        if index_NK.device.type == "cpu":
+            one = torch.ones((), dtype=torch.float32)
+            count_GE = torch.zeros(groups, experts).scatter_add_(1, chosen_GM, one.expand_as(chosen_GM))
+        else:
+            count_GE = is_expert(chosen_GM, experts).sum(dim=1).float()
+        if gating == "sigmoid":
+            score_NE = score_NE / (score_NE.sum(dim=-1, keepdim=True) + 1e-20)
+        mean_GE = score_NE.view(groups, -1, experts).mean(dim=1)
+        share_GE = count_GE * (experts / chosen_GM.shape[1])
+        return count_GE.sum(dim=0), (share_GE * mean_GE).sum(dim=-1).mean()
 
 
 def balanced_bias(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:
@@ -156,7 +190,7 @@ def permutation(index_NK: Tensor) -> tuple[Tensor, Tensor]:
     if expert_M.device.type == "cpu":  # NumPy sorts short integers by radix, five to ten times faster
         order_M = torch.from_numpy(np.argsort(expert_M.to(torch.int16).numpy(), kind="stable"))
     else:
-        order_M = expert_M.argsort(stable=True)
+        order_M = expert_M.to(torch.int16).argsort(stable=True)
     inverse_M = torch.empty_like(order_M)
     inverse_M.scatter_(0, order_M, torch.arange(len(order_M), device=order_M.device))
     return order_M, inverse_M

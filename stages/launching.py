@@ -56,6 +56,11 @@ def launch(stage: str, settings, place, inputs: list[str], run) -> tuple[dict, d
         "precision": chosen_precision(settings.trainer.precision, accelerator),
         "deterministic": settings.trainer.deterministic,
     }
+    for path in inputs:
+        if not place.read(path).exists():
+            raise Refusal(f"{path} is missing: run the stage that writes it (dvc repro)")
+    if conditions.get("compiled") is False:
+        print(f"{stage}: no gcc and no clang here: training runs uncompiled and takes half as long again", flush=True)
     key = resume_key(stage, [plain, conditions], [place.read(path) for path in inputs])
     state = place.root / ".runs" / "resume" / f"{stage}-{key}"
     state.mkdir(parents=True, exist_ok=True)
@@ -108,8 +113,9 @@ def _run_ranks(job: Path, conditions: dict) -> int:
         filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")])
     )
     if conditions["accelerator"] != "none" and conditions["deterministic"]:
-        # cuBLAS sums in one order only in workspaces of its own, NCCL only where the switch does not add for it
-        environment |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}
+        # cuBLAS sums in one order only in workspaces of its own, NCCL only where the switch does not add for it, the
+        # compiler only where it does not try out which order is the fastest
+        environment |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring", "TORCHINDUCTOR_DETERMINISTIC": "1"}
     command = [sys.executable, "-m", "stages.torchrun", str(job), str(conditions["ranks"])]
     with (job.parent / "ranks.log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stderr=log, preexec_fn=die_with_parent)

@@ -6,6 +6,10 @@ R rotated dimensions of a head, V vocabulary.
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,6 +67,12 @@ def has_bfloat16(device_type: str) -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def can_compile() -> bool:
+    """Triton makes the GPU's kernels, and needs a C compiler for what starts them."""
+    compilers = os.environ.get("CC", "gcc"), "gcc", "clang"
+    return importlib.util.find_spec("triton") is not None and any(map(shutil.which, compilers))
+
+
 def rope_table(start: int, tokens: int, rotated: int, theta: float, device: torch.device | None) -> Rope:
     """Cosines and sines of positions start..start+tokens; computed each forward: no buffer to go stale."""
     frequency_R = theta ** -(torch.arange(0, rotated, 2, dtype=torch.float32, device=device) / rotated)
@@ -95,6 +105,8 @@ class GatedSilu(torch.autograd.Function):
 
 def gated_silu_backward(grad_NF: Tensor, h_N2F: Tensor, silu_NF: Tensor) -> Tensor:
     gate, up = h_N2F.chunk(2, dim=-1)
+    if h_N2F.device.type != "cpu":  # the compiler writes both halves in one pass, and traces no out=
+        return torch.cat([torch.ops.aten.silu_backward(grad_NF * up, gate), grad_NF * silu_NF], dim=-1)
     grad_N2F = torch.empty_like(h_N2F)
     grad_gate, grad_up = grad_N2F.chunk(2, dim=-1)
     torch.mul(grad_NF, silu_NF, out=grad_up)
@@ -209,9 +221,9 @@ def initialise(model: nn.Module, layers: int, seed: int) -> None:
     """Normal weights of std 0.02; matrices that write to the residual stream are scaled by 1/sqrt(2 layers).
 
     The scale keeps the residual stream's variance independent of depth (GPT-2). The generator is the model's
-    own, so the weights depend on the seed alone and nobody else's random numbers are used up.
+    own, so the weights depend on the seed (and the kind of device) alone and nobody else's random numbers are used up.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:

@@ -43,7 +43,7 @@ from stages.checkpoints import Checkpoint, made_once
 from stages.heap import keep_freed_memory
 from stages.optimizers import learning_rate_factor, make_optimizers
 from stages.shards import Tokens, Windows, read_card
-from stages.training import Fit, max_violation, validation_nats
+from stages.training import Fit, compile_blocks, max_violation, settle_cublas_workspaces, validation_nats
 
 LOAD_WINDOW_STEPS = 20  # the expert load reported at the end is that of the last so many steps
 
@@ -255,6 +255,10 @@ def run_fit(fit: Fit, job: Job) -> dict:
         print(f"{fit.name}: continues after step {progress.step} of {fit.steps}", flush=True)
     if progress.step < fit.steps:
         fit.model.train()
+        training = Training(fit, job, progress, optimizers)
+        if job.accelerator == "gpu":
+            for model in filter(None, (fit.model, training.teacher)):
+                compile_blocks(model)
         trainer = lightning.Trainer(
             accelerator=job.accelerator,
             devices=job.world_size,
@@ -269,7 +273,6 @@ def run_fit(fit: Fit, job: Job) -> dict:
             num_sanity_val_steps=0,
         )
         batches = Batches(job.windows, progress.step, fit.steps, job.rank, job.world_size, fit.batch_sequences)
-        training = Training(fit, job, progress, optimizers)
         trainer.fit(training, DataLoader(batches, batch_size=None))
         if job.rank == 0:
             progress.save(fit.model, optimizers)
@@ -298,6 +301,10 @@ def main() -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes all memory twice
         if not dist.is_initialized():
             dist.init_process_group("nccl" if job.accelerator == "gpu" else "gloo")
+        if job.accelerator == "gpu":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            if job.settings.trainer.deterministic:
+                settle_cublas_workspaces()
         job.heed_signals()  # not before: a rank that waits here for one that is gone would not see the request
         keep = partial(made_once, job.state, job.rank)
         for fit in importlib.import_module(f"stages.{job.stage}").fits(job.settings, job.place, keep):

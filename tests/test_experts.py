@@ -300,3 +300,16 @@ def test_the_permutation_is_the_stable_sort_by_expert_and_its_inverse():
     order_M, inverse_M = permutation(index_NK)
     assert torch.equal(order_M, index_NK.flatten().argsort(stable=True))
     assert torch.equal(order_M[inverse_M], torch.arange(57 * 3))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_router_leaves_the_number_of_threads_as_it_was(threads):
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(threads)
+    try:
+        with pytest.raises(ZeroDivisionError), stages.experts.one_thread(torch.device("cpu")):
+            seen.append(torch.get_num_threads())
+            raise ZeroDivisionError
+        assert seen == [1 if threads == 2 else threads] and torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from stages.artifacts import ROOT
+from stages.artifacts import ROOT, Refusal
+from stages.launching import launch
+from stages.runs import Place
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}  # of /proc/net
@@ -123,3 +125,9 @@ def test_a_rank_does_not_import_what_lightning_wants_and_training_does_not():
     code = "import stages.ranks, sys; print({'scipy', 'matplotlib', 'transformers', 'mlflow'} & set(sys.modules))"
     imported = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert imported.stdout.strip() == "set()"
+
+
+def test_a_missing_input_is_named_before_a_rank_starts(tiny_settings, tmp_path):
+    with pytest.raises(Refusal, match="^artifacts/data is missing: run the stage that writes it"):
+        launch("pretrain", tiny_settings, Place(tmp_path, tmp_path), ["artifacts/data"], run=None)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,172 @@
+"""What runs on CUDA alone: grouped products, compiled blocks, fused losses. Without a GPU: that they trace, and that
+the formulas given to the compiler are those of the slow twins. Needs no package beyond torch and pytest's.
+"""
+
+import contextlib
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks.training_step import REFERENCE, batches, new_teacher, teacher_step
+from stages import experts, layers, losses, student, teacher
+from stages.experts import MoE
+from stages.layers import initialise
+from stages.student import Student, StudentShape
+from stages.teacher import Teacher
+from stages.training import NextToken, compile_blocks, settle_cublas_workspaces
+
+SHAPE = replace(
+    REFERENCE, vocab_size=512, sequence_tokens=64, layers=3, dense_layers=1, width=64, heads=4, dense_width=128,
+    expert_width=32, shared_experts=1,
+)  # fmt: skip
+STUDENT = StudentShape(
+    vocab_size=512, sequence_tokens=64, layers=2, width=64, heads=4, kv_heads=2, head_dim=16, mlp_width=128,
+    rope_theta=10000.0,
+)  # fmt: skip
+
+on_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() or not layers.has_bfloat16("cuda"), reason="no GPU with bfloat16"
+)
+
+
+def far(one: torch.Tensor, other: torch.Tensor) -> float:
+    one, other = one.detach().double().cpu(), other.detach().double().cpu()
+    return ((one - other).norm() / other.norm()).item()
+
+
+@pytest.fixture
+def as_if_on_a_gpu(monkeypatch):
+    """Tensors without storage take every path that is not for the CPU. They know no autocast: weights are cast here."""
+    linear = F.linear
+    for module in (layers, experts, teacher, student, losses):
+        monkeypatch.setattr(module, "for_matmuls", lambda x: x.bfloat16(), raising=False)
+    monkeypatch.setattr(F, "linear", lambda x, weight, bias=None: linear(x.bfloat16(), weight.bfloat16()))
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(experts, "kernel_for", lambda *_: "grouped")
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(("kind", "shape"), [(Teacher, SHAPE), (Student, STUDENT)])
+def test_a_block_is_one_graph_forward_and_backward(as_if_on_a_gpu, kind, shape):
+    with torch.device("meta"):
+        model, tokens_BT1 = kind(shape).bfloat16(), torch.zeros(4, 65, dtype=torch.long)
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    NextToken(1e-4)(model, tokens_BT1).loss.backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
+
+
+def test_the_formulas_for_the_compiler_give_the_gradients_of_the_chunked_loss():
+    torch.manual_seed(0)
+    z_CV, teacher_z_CV, target_C = torch.randn(7, 50) * 3, torch.randn(7, 50) * 3, torch.randint(50, (7,))
+    hard, soft = torch.zeros(()), torch.zeros(())
+    slow_CV = losses._hard(z_CV.clone(), target_C, hard)
+    dz_CV, hard_C, soft_C = losses.gradients(z_CV, target_C, None, 1.0, 0.0)
+    torch.testing.assert_close(dz_CV, slow_CV)
+    torch.testing.assert_close(hard_C.sum(), hard)
+    assert not soft_C.any()
+
+    hard.zero_()
+    eye = torch.eye(50)  # logits are products with a head
+    slow_CV = losses._soft_and_hard(z_CV, eye, target_C, teacher_z_CV, eye, 2.0, 0.7, hard, soft)
+    dz_CV, hard_C, soft_C = losses.gradients(z_CV, target_C, teacher_z_CV, 2.0, 0.7)
+    torch.testing.assert_close(dz_CV, slow_CV, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(hard_C.sum(), hard)
+    torch.testing.assert_close(soft_C.sum(), soft)
+
+
+def test_compiling_takes_triton_and_a_c_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert not layers.can_compile()
+    (tmp_path / "gcc").touch(mode=0o755)
+    assert layers.can_compile()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not layers.can_compile()
+
+
+@on_gpu
+@pytest.mark.parametrize("gating", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_layer_on_a_gpu_gives_the_output_and_gradients_of_the_slow_one(gating, compiled):
+    slow = MoE(64, 32, 8, 3, 1, gating, 1.0)
+    initialise(slow, 1, seed=0)
+    torch.nn.init.normal_(slow.bias, std=0.01)
+    fast = MoE(64, 32, 8, 3, 1, gating, 1.0).cuda()
+    fast.load_state_dict(slow.state_dict())
+    if compiled:
+        fast.compile(fullgraph=True)
+    x_BTD, grad_BTD = torch.randn(4, 100, 64), torch.randn(4, 100, 64)
+    results = []
+    for layer in (slow, fast):
+        device = layer.down.device
+        x = x_BTD.clone().to(device).requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+            y_BTD, routing = layer(x)
+        (y_BTD.float() * grad_BTD.to(device)).sum().add(routing.balance_loss).backward()
+        results.append([y_BTD, routing.load_E, routing.balance_loss, x.grad, *(p.grad for p in layer.parameters())])
+    assert results[1][1].tolist() == results[0][1].tolist()
+    assert max(far(fast, slow) for slow, fast in zip(*results, strict=True)) < 0.02
+
+
+@on_gpu
+@pytest.mark.parametrize("distilling", [False, True])
+def test_the_loss_on_a_gpu_is_that_of_the_slow_one(distilling):
+    torch.manual_seed(0)
+    targets_N = torch.randint(1000, (300,))
+    x_ND, head_VD = torch.randn(300, 64), torch.randn(1000, 64) * 0.1
+    teacher_x_ND, teacher_head_VD = torch.randn(300, 96), torch.randn(1000, 96) * 0.1
+    results = []
+    for device in ("cpu", "cuda"):
+        x, head = (part.clone().to(device).requires_grad_() for part in (x_ND, head_VD))
+        with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
+            if distilling:
+                taught = teacher_x_ND.to(device), teacher_head_VD.to(device), targets_N.to(device), 2.0, 0.7, 128
+                loss, _ = losses.distillation(x, head, *taught)
+            else:
+                loss = losses.next_token(x, head, targets_N.to(device), chunk_tokens=128)
+        loss.backward()
+        results.append([loss, x.grad, head.grad])
+    assert max(far(fast, slow) for slow, fast in zip(*results, strict=True)) < 0.02
+
+
+def losses_of_steps(compiled: bool, steps: int = 6) -> list[float]:
+    torch.compiler.reset()
+    model = new_teacher(SHAPE)
+    step = teacher_step(model, batches(SHAPE, 4), torch.bfloat16)
+    if not compiled:
+        for block in model.blocks:
+            block._compiled_call_impl = None
+    return [step().item() for _ in range(steps)]
+
+
+@on_gpu
+def test_compiled_blocks_learn_as_others_do():
+    assert losses_of_steps(compiled=True) == pytest.approx(losses_of_steps(compiled=False), rel=2e-3)
+
+
+@on_gpu
+def test_deterministic_steps_repeat_bit_for_bit_once_the_workspaces_are_settled(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(torch._inductor.config, "deterministic", True)
+    settle_cublas_workspaces()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert losses_of_steps(compiled=True) == losses_of_steps(compiled=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@on_gpu
+def test_compiling_leaves_names_and_a_move_to_the_cpu_alone():
+    model = new_teacher(SHAPE)
+    names = list(model.state_dict())
+    compile_blocks(model)
+    model(torch.zeros(2, 64, dtype=torch.long, device="cuda"))
+    assert list(model.cpu().state_dict()) == names
