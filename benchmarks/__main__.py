@@ -1,6 +1,7 @@
 """Measures all and writes benchmarks/results.md and results.json; with names, prints those groups only.
 
     make bench                           # all; on two cores the cold pipeline in it alone takes some nine minutes
+    python -m benchmarks                 # where there is a GPU, what needs torch and transformers alone: results_gpu.*
     python -m benchmarks router losses   # prints these, writes nothing
 """
 
@@ -33,8 +34,9 @@ from benchmarks import (
     training_step,
 )
 from benchmarks.table import ROOT, Row, as_json, as_markdown, conditions, rendered
-from benchmarks.timing import kept_memory
+from benchmarks.timing import DEVICE, kept_memory
 from stages.artifacts import write_atomically
+from stages.training import settle_cublas_workspaces
 
 GROUPS: dict[str, Callable[[], Iterable[Row | str]]] = {
     "ceiling": ceiling.rows,
@@ -52,6 +54,7 @@ GROUPS: dict[str, Callable[[], Iterable[Row | str]]] = {
     "growth": growth.rows,
     "pipeline": pipeline.rows,
 }
+OF_ONE_DEVICE = ["ceiling", "training_step", "determinism", "moe_layer", "router", "losses", "decoding"]
 STEPS = {"training_step", "determinism", "moe_layer", "growth"}  # measured with memory kept, as the ranks have it
 
 
@@ -67,19 +70,22 @@ def measured(names: list[str]) -> Iterator[Row | str]:
 def main(names: list[str]) -> None:
     if unknown := [name for name in names if name not in GROUPS]:
         sys.exit(f"benchmarks: no group {unknown[0]!r}; there are {', '.join(GROUPS)}")
+    on_gpu = DEVICE.type == "cuda"
+    if on_gpu:
+        settle_cublas_workspaces()  # as the ranks do
     under = conditions()
     if float(under["load_before"] or 0) > 0.5 * float(under["cores"]):
         print(f"others use this machine (load {under['load_before']}): expect noise", file=sys.stderr)
-    found = list(measured(names or list(GROUPS)))
+    found = list(measured(names or (OF_ONE_DEVICE if on_gpu else list(GROUPS))))
     rows = [one for one in found if isinstance(one, Row)]
     notes = [one for one in found if isinstance(one, str)]
     print(rendered(rows), *notes, sep="\n")
     if names:
         return
-    folder = ROOT / "benchmarks"
-    write_atomically(folder / "results.md", as_markdown(rows, notes, under))
-    write_atomically(folder / "results.json", as_json(rows, notes, under))
-    print("written: benchmarks/results.md and benchmarks/results.json")
+    results = "benchmarks/results_gpu" if on_gpu else "benchmarks/results"
+    write_atomically(ROOT / f"{results}.md", as_markdown(rows, notes, under))
+    write_atomically(ROOT / f"{results}.json", as_json(rows, notes, under))
+    print(f"written: {results}.md and {results}.json")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,18 @@ from benchmarks.table import Row
 from benchmarks.timing import DEVICE, Action, Ratio, interleaved
 from stages.layers import has_bfloat16
 
-DTYPES = {"float32": torch.float32} | ({"bf16": torch.bfloat16} if has_bfloat16(DEVICE.type) else {})
+FLOAT32, BF16 = {"float32": torch.float32}, {"bf16": torch.bfloat16} if has_bfloat16(DEVICE.type) else {}
+DTYPES = BF16 if BF16 and DEVICE.type == "cuda" else FLOAT32 | BF16  # nobody trains in float32 on such a GPU
 SQUARE = 2048 if DEVICE.type == "cpu" else 8192
+
+
+DATA_SHEET_BF16_FLOPS = {"A100": 312e12, "H100": 989.4e12, "H200": 989.4e12}  # per second, dense, of the SXM boards
+
+
+def data_sheet_flops() -> float | None:
+    """What the maker promises of this GPU, where it is one of the list."""
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else ""
+    return next((flops for chip, flops in DATA_SHEET_BF16_FLOPS.items() if chip in name), None)
 
 
 def product(rows: int, inner: int, columns: int, dtype: torch.dtype) -> tuple[Action, float]:
@@ -31,9 +41,10 @@ def rows(square: int = SQUARE, seconds: float = 3.0) -> Iterator[Row | str]:
         "gate and up of an expert, 1024 tokens": (1024, 256, 1024),
     }
     actions, flops = {}, {}
-    for dtype in DTYPES:
+    dtypes = FLOAT32 | DTYPES
+    for dtype in dtypes:
         for shape, sizes in shapes.items():
-            actions[f"{shape} {dtype}"], flops[f"{shape} {dtype}"] = product(*sizes, DTYPES[dtype])
+            actions[f"{shape} {dtype}"], flops[f"{shape} {dtype}"] = product(*sizes, dtypes[dtype])
     times = interleaved(actions, seconds)
 
     def gflops(name):
@@ -58,7 +69,7 @@ def rows(square: int = SQUARE, seconds: float = 3.0) -> Iterator[Row | str]:
     else:
         yield "bf16 left out: this machine's matrix units do not have it, and training takes float32 here"
     for shape in list(shapes)[1:]:
-        for dtype in DTYPES:
+        for dtype in dtypes:
             ours, theirs = f"{shape} {dtype}", f"square {dtype}"
             yield Row.of(
                 "matmul ceiling",

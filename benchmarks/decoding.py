@@ -1,9 +1,10 @@
 """Reading a prompt and decoding after it: the teacher with its latent cache against transformers' DeepseekV3 with its
 DynamicCache, our weights and the best of its experts' implementations; and against ourselves without a cache.
 
-In bf16 ours runs under autocast, as everywhere in the pipeline; DeepseekV3 has bf16 weights, as it is served.
+In bf16 both have bf16 weights, as a model is served: ours those that autocast would cast at each token.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -91,6 +92,15 @@ def reading_again(start: Start, prompt_BT: Tensor, new_tokens: int) -> Action:
     return run
 
 
+def as_served(model: Teacher, dtype: torch.dtype) -> Teacher:
+    """A copy whose products need no cast; router and embedding, which autocast leaves alone, stay in float32."""
+    model = copy.deepcopy(model)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and not name.startswith("embedding") and "router" not in name:
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
 def twins(model: Teacher, dtype: torch.dtype) -> dict[str, nn.Module]:
     """transformers' model with our weights, per implementation of the experts; none where it is not installed."""
     try:
@@ -114,13 +124,13 @@ def rows(
     # with a shared expert, as our teachers have one: transformers would run it even at width 0
     model = new_teacher(replace(shape, sequence_tokens=capacity, shared_experts=1)).eval()
     for dtype_name, dtype in DTYPES.items():
-        theirs = twins(model, dtype)
-        if not theirs and dtype == torch.float32:  # told once
+        theirs, ours = twins(model, dtype), as_served(model, dtype)
+        if not theirs and dtype == next(iter(DTYPES.values())):  # told once
             yield INSTALL
         for batch in batches:
             generator = torch.Generator().manual_seed(0)
             prompt_BT = torch.randint(shape.vocab_size, (batch, prompt_tokens), generator=generator).to(DEVICE)
-            starts: dict[str, Start] = {"ours": partial(OurText, model, dtype, batch, capacity)}
+            starts: dict[str, Start] = {"ours": partial(OurText, ours, dtype, batch, capacity)}
             starts |= {name: partial(TheirText, peer) for name, peer in theirs.items()}
             what = f"batch {batch}, {dtype_name}"
             actions = {name: reading(start, prompt_BT) for name, start in starts.items()}
@@ -132,7 +142,7 @@ def rows(
             yield from against_best(f"prefill of {prompt_tokens}, {what}", actions, prompt_BT.numel(), seconds)
             actions = {name: decoding(start, prompt_BT, new_tokens) for name, start in starts.items()}
             if batch == 1:
-                whole = partial(OurText, model, dtype, batch, 0)
+                whole = partial(OurText, ours, dtype, batch, 0)
                 actions[WITHOUT_CACHE] = reading_again(whole, prompt_BT, new_tokens)
             yield from against_best(f"decode of {new_tokens}, {what}", actions, batch * new_tokens, seconds)
 

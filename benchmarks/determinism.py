@@ -10,8 +10,8 @@ import torch
 
 from benchmarks.ceiling import DTYPES
 from benchmarks.table import Row
-from benchmarks.timing import interleaved
-from benchmarks.training_step import REFERENCE, SEQUENCES, Step, batches, new_teacher, teacher_step
+from benchmarks.timing import DEVICE, interleaved
+from benchmarks.training_step import BATCHES, SHAPE, Step, batches, new_teacher, teacher_step
 from stages.teacher import TeacherShape
 
 
@@ -28,7 +28,10 @@ def switched(step: Step, on: bool) -> Step:
 
 
 def rows(
-    shape: TeacherShape = REFERENCE, sequences: int = SEQUENCES, seconds: float = 15.0, least_rounds: int = 4
+    shape: TeacherShape = SHAPE,
+    sequences: int = BATCHES[0],
+    seconds: float = 5.0 if DEVICE.type == "cuda" else 15.0,
+    least_rounds: int = 4,
 ) -> Iterator[Row]:
     tokens = sequences * shape.sequence_tokens
     for precision, dtype in DTYPES.items():

@@ -27,6 +27,10 @@ LOOP = "plain loop over experts"
 Layer = tuple[nn.Module, Callable[[Tensor], Tensor]]  # whose gradients are dropped, and what is called
 
 
+# On a GPU width and experts as at its scale, and many tokens alone: each layer is compiled, which takes seconds.
+WIDTHS, TOKENS = ((1536, 768), (16384,)) if DEVICE.type == "cuda" else ((256, 512), (512, 4096, 16384))
+
+
 def new_layer(width: int, expert_width: int, experts: int, per_token: int) -> MoE:
     layer = MoE(width, expert_width, experts, per_token, 0, "sigmoid", 1.0)
     initialise(layer, 1, seed=0)
@@ -75,7 +79,7 @@ def peer_layers(layer: MoE, tokens: int, dtype: torch.dtype) -> Iterator[tuple[s
         if isinstance(peer, str):
             yield peer
             continue
-        theirs = peer[1].model.layers[0].mlp
+        theirs = peer[1]().model.layers[0].mlp
         theirs.experts.load_state_dict({"gate_up_proj": layer.gate_up, "down_proj": layer.down})
         theirs.gate.load_state_dict({"weight": layer.router_weight, "e_score_correction_bias": layer.bias})
         theirs.experts.to(dtype)
@@ -99,10 +103,10 @@ def one_pass(layer: Layer, x_ND: Tensor, grad_ND: Tensor, backward: bool, dtype:
 
 
 def rows(
-    tokens: tuple[int, ...] = (512, 4096, 16384),
+    tokens: tuple[int, ...] = TOKENS,
     experts: tuple[int, ...] = (8, 64),
-    width: int = 256,
-    expert_width: int = 512,
+    width: int = WIDTHS[0],
+    expert_width: int = WIDTHS[1],
     per_token: int = 2,
     seconds: float = 1.2,
 ) -> Iterator[Row | str]:
@@ -123,6 +127,10 @@ def rows_of(layer: MoE, tokens: int, seconds: float) -> Iterator[Row | str]:
         ours = {dtype_name: layer}
         if dtype == torch.bfloat16:
             ours[f"{dtype_name} weights"] = with_bfloat16_experts(layer)
+        if DEVICE.type == "cuda":
+            torch.compiler.reset()
+            for one in ours.values():
+                one.compile(dynamic=False)
         layers: dict[str, Layer] = {of: (one, partial(run_layer, one)) for of, one in ours.items()}
         layers[LOOP] = (layer, partial(loop_over_experts, layer))
         for peer in peer_layers(layer, tokens, dtype):

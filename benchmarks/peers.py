@@ -5,10 +5,12 @@ experts under grouped-query attention; Qwen3 is dense, as wide and deep as ours 
 token.
 """
 
+import importlib.util
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +22,12 @@ from stages.student import StudentShape
 from stages.teacher import Teacher, TeacherShape
 
 EXPERTS_IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+Peer = tuple[str, Callable[[], nn.Module]]
 INSTALL = "peer left out: transformers is not installed; get it with `make env` or pip install -e '.[test]'"
+
+
+def transformers_is_here() -> bool:
+    return importlib.util.find_spec("transformers") is not None
 
 
 def peer_model(kind: str, implementation: str, shape: TeacherShape) -> nn.Module:
@@ -37,7 +44,8 @@ def peer_model(kind: str, implementation: str, shape: TeacherShape) -> nn.Module
             num_key_value_heads=dense.kv_heads, head_dim=dense.head_dim, intermediate_size=dense.mlp_width,
             tie_word_embeddings=False, **common,
         )  # fmt: skip
-        return transformers.Qwen3ForCausalLM._from_config(config).to(DEVICE)
+        with DEVICE:
+            return transformers.Qwen3ForCausalLM._from_config(config)
     common |= {"num_key_value_heads": shape.heads, "num_experts_per_tok": shape.experts_per_token}
     if kind == "Mixtral":
         model_type = transformers.MixtralForCausalLM
@@ -47,15 +55,16 @@ def peer_model(kind: str, implementation: str, shape: TeacherShape) -> nn.Module
     else:
         model_type = transformers.DeepseekV3ForCausalLM
         config = transformers.DeepseekV3Config(
-            n_routed_experts=shape.experts, moe_intermediate_size=shape.expert_width, n_shared_experts=0,
-            intermediate_size=shape.dense_width, first_k_dense_replace=0, n_group=1, topk_group=1,
+            n_routed_experts=shape.experts, moe_intermediate_size=shape.expert_width,
+            n_shared_experts=shape.shared_experts, intermediate_size=shape.dense_width,
+            first_k_dense_replace=shape.dense_layers, n_group=1, topk_group=1,
             routed_scaling_factor=shape.route_scale, q_lora_rank=None, kv_lora_rank=shape.latent_width,
             qk_nope_head_dim=shape.nope_head_dim, qk_rope_head_dim=shape.rope_head_dim,
             v_head_dim=shape.value_head_dim, num_nextn_predict_layers=0, **common,
         )  # fmt: skip
-    with warnings.catch_warnings():  # a shared expert of width 0 warns that there is nothing to initialise
+    with warnings.catch_warnings(), DEVICE:  # a shared expert of width 0 warns that there is nothing to initialise
         warnings.simplefilter("ignore")
-        return model_type._from_config(config, experts_implementation=implementation).to(DEVICE)
+        return model_type._from_config(config, experts_implementation=implementation)
 
 
 def twin(ours: Teacher, implementation: str) -> nn.Module:
@@ -106,8 +115,11 @@ def free_bytes() -> int:
         return 8 * 2**30
 
 
-def peer_models(shape: TeacherShape, tokens: int, kinds: tuple[str, ...]) -> Iterator[tuple[str, nn.Module] | str]:
-    """Name and model of each mixture of experts that can run here; a line for each that cannot."""
+def peer_models(shape: TeacherShape, tokens: int, kinds: tuple[str, ...]) -> Iterator[Peer | str]:
+    """Name and maker of each mixture of experts that can run here; a line for each that cannot."""
+    if not transformers_is_here():
+        yield INSTALL
+        return
     for kind in kinds:
         for implementation in EXPERTS_IMPLEMENTATIONS:
             name = f"transformers {kind} {implementation}"
@@ -115,8 +127,4 @@ def peer_models(shape: TeacherShape, tokens: int, kinds: tuple[str, ...]) -> Ite
             if why := too_large(name, needed):
                 yield why
                 continue
-            try:
-                yield name, peer_model(kind, implementation, shape)
-            except ImportError:
-                yield INSTALL
-                return
+            yield name, partial(peer_model, kind, implementation, shape)

@@ -133,7 +133,7 @@ def listed(under: dict[str, Any]) -> str:
 def as_markdown(rows: Sequence[Row], notes: Sequence[str], under: dict[str, Any]) -> str:
     remarks = "".join(f"- {note}\n" for note in notes)
     return (
-        "# Benchmarks\n\nWritten by `make bench`. A ratio is how many times better we are than the peer "
+        "# Benchmarks\n\nWritten by `python -m benchmarks`. A ratio is how many times better we are than the peer "
         "(above 1: faster, or smaller), or the share of the ceiling that we reach; medians over interleaved "
         f"rounds of one run.\n\n{listed(under)}\n\n{rendered(rows)}\n" + (f"\n{remarks}" if remarks else "")
     )

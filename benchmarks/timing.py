@@ -88,7 +88,7 @@ def interleaved(
         except Exception as error:  # whatever a peer raises, the others still have their rows
             if name not in may_fail:
                 raise
-            failed[name] = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+            failed[name] = _reason(error)
             del taken[name]
     for _ in range(warm_up - 1):
         for name in taken:
@@ -101,6 +101,36 @@ def interleaved(
         for name in list(taken) if done % 2 == 0 else reversed(list(taken)):
             taken[name].append(_seconds(actions[name]))
     return Timings(taken, failed)
+
+
+def one_by_one(
+    makers: Mapping[str, Callable[[], Action]], rounds: int, warm_up: int, may_fail: Collection[str] = ()
+) -> Timings:
+    """Each action made, timed and dropped before the next: for models that do not fit into a GPU beside each other.
+
+    Nobody else uses a GPU that is ours, so no round has to be shared.
+    """
+    taken, failed = {}, {}
+    for name, make in makers.items():
+        try:
+            taken[name] = _rounds_of(make(), rounds, warm_up)
+        except Exception as error:
+            if name not in may_fail:
+                raise
+            failed[name] = _reason(error)
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
+    return Timings(taken, failed)
+
+
+def _rounds_of(action: Action, rounds: int, warm_up: int) -> list[float]:
+    for _ in range(warm_up):
+        action()
+    return [_seconds(action) for _ in range(rounds)]
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
 
 
 def _seconds(action: Action) -> float:

@@ -5,20 +5,20 @@ Every model takes the same fused AdamW, the same precision and the same tokens: 
 where the experts' loads and with them the sizes of their products change from step to step.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.ceiling import DTYPES, ceiling
-from benchmarks.peers import peer_model, peer_models
+from benchmarks.ceiling import DTYPES, ceiling, data_sheet_flops
+from benchmarks.peers import peer_model, peer_models, transformers_is_here
 from benchmarks.table import Row
-from benchmarks.timing import DEVICE, Ratio, interleaved
+from benchmarks.timing import DEVICE, Action, Timings, interleaved, one_by_one
 from stages.cost import Counter, flops_per_token
 from stages.layers import initialise
 from stages.teacher import Teacher, TeacherShape
-from stages.training import NextToken, split_targets
+from stages.training import NextToken, compile_blocks, split_targets
 
 # 4 layers, width 256, 8 experts, top-2, expert width 512: what reference points were measured at
 REFERENCE = TeacherShape(
@@ -26,7 +26,14 @@ REFERENCE = TeacherShape(
     rope_head_dim=16, value_head_dim=32, latent_width=64, dense_width=512, experts=8, experts_per_token=2,
     shared_experts=0, expert_width=512, gating="sigmoid", route_scale=1.0, rope_theta=10000.0,
 )  # fmt: skip
-SEQUENCES = 16
+# the teacher of conf/scale/gpu.yaml
+GPU_SCALE = TeacherShape(
+    vocab_size=32768, sequence_tokens=2048, layers=12, dense_layers=1, width=1536, heads=12, nope_head_dim=96,
+    rope_head_dim=32, value_head_dim=128, latent_width=384, dense_width=4096, experts=16, experts_per_token=4,
+    shared_experts=1, expert_width=768, gating="sigmoid", route_scale=1.0, rope_theta=10000.0,
+)  # fmt: skip
+GPU_BATCHES = 8, 16  # in 80 GB the peers have room for 8 sequences; the scale has 16
+SHAPE, BATCHES = (GPU_SCALE, GPU_BATCHES) if DEVICE.type == "cuda" else (REFERENCE, (16,))
 LEARNING_RATE = 3e-4
 BALANCE_LOSS_WEIGHT, BIAS_UPDATE_RATE = 1e-4, 1e-3
 DENSE = "transformers Qwen3, dense, equal operations"
@@ -35,9 +42,10 @@ Step = Callable[[], Tensor]  # takes one optimizer step, returns the loss before
 
 
 def new_teacher(shape: TeacherShape) -> Teacher:
-    teacher = Teacher(shape)
+    with DEVICE:
+        teacher = Teacher(shape)
     initialise(teacher, shape.layers, seed=0)
-    return teacher.to(DEVICE)
+    return teacher
 
 
 def batches(shape: TeacherShape, sequences: int) -> Iterator[Tensor]:
@@ -50,6 +58,8 @@ def batches(shape: TeacherShape, sequences: int) -> Iterator[Tensor]:
 
 def teacher_step(model: Teacher, tokens: Iterator[Tensor], dtype: torch.dtype) -> Step:
     """What a rank of `pretrain` does in a step, balancing included, with AdamW for every weight."""
+    if DEVICE.type == "cuda":
+        compile_blocks(model)
     objective = NextToken(BALANCE_LOSS_WEIGHT)
 
     def forward() -> tuple[Tensor, Tensor]:
@@ -84,10 +94,25 @@ def _step(model: nn.Module, forward: Callable[[], tuple[Tensor, Tensor]], dtype:
     return step
 
 
-def peers_of(shape: TeacherShape, tokens: int) -> Iterator[tuple[str, nn.Module] | str]:
-    yield from peer_models(shape, tokens, ("Mixtral", "DeepseekV3"))
-    with contextlib.suppress(ImportError):  # the mixtures of experts have said so
-        yield DENSE, peer_model("Qwen3", "", shape)
+def peers_of(
+    shape: TeacherShape, sequences: int, dtype: torch.dtype
+) -> Iterator[tuple[str, Callable[[], Step]] | str]:
+    """Name and maker of each peer's step. A GPU has one more: DeepseekV3 with weights and optimizer in bf16, which
+    saves casting but has no float32 copy of the weights, as all others have."""
+
+    def maker(make: Callable[[], nn.Module], all_in: torch.dtype = torch.float32) -> Callable[[], Step]:
+        return lambda: peer_step(make().to(all_in), batches(shape, sequences), dtype)
+
+    for peer in peer_models(shape, sequences * shape.sequence_tokens, ("Mixtral", "DeepseekV3")):
+        if isinstance(peer, str):
+            yield peer
+            continue
+        name, make = peer
+        yield name, maker(make)
+        if DEVICE.type == "cuda" and name == "transformers DeepseekV3 grouped_mm":
+            yield f"{name}, all in bf16", maker(make, all_in=torch.bfloat16)
+    if transformers_is_here():
+        yield DENSE, maker(partial(peer_model, "Qwen3", "", shape))
 
 
 def forward_flops(model: nn.Module, shape: TeacherShape) -> int:
@@ -98,53 +123,71 @@ def forward_flops(model: nn.Module, shape: TeacherShape) -> int:
 
 
 def extra_work(shape: TeacherShape) -> Iterator[str]:
-    """Says how unequal the work is: Mixtral's attention is not latent."""
-    try:
-        peer = peer_model("Mixtral", "eager", shape)
-    except ImportError:
+    """Says how unequal the work is: Mixtral's attention is not latent, and it has neither dense layers nor shared
+    experts."""
+    if not transformers_is_here():
         return
+    peer = peer_model("Mixtral", "eager", shape)
     more = forward_flops(peer, shape) / forward_flops(new_teacher(shape), shape) - 1
     yield f"Mixtral runs {more:+.0%} operations per token against our teacher, DeepseekV3 the same number"
 
 
 def rows(
-    shape: TeacherShape = REFERENCE,
-    sequences: int = SEQUENCES,
+    shape: TeacherShape = SHAPE,
+    sequences: tuple[int, ...] = BATCHES,
     seconds: float = 30.0,
     least_rounds: int = 4,
     warm_up: int = 5,
 ) -> Iterator[Row | str]:
-    """Per data type: tokens per second against each peer, and the share of the matmul ceiling."""
-    tokens = sequences * shape.sequence_tokens
-    flops = 3 * tokens * flops_per_token(shape, shape.sequence_tokens)["total"]  # backward is twice forward
+    """Per data type and batch: tokens per second against each peer, for the first batch, and share of the ceiling."""
     yield from extra_work(shape)
     for dtype_name, dtype in DTYPES.items():
-        bound, bound_flops = ceiling(dtype)
-        actions = {"ours": teacher_step(new_teacher(shape), batches(shape, sequences), dtype), "ceiling": bound}
-        for peer in peers_of(shape, tokens):
-            if isinstance(peer, str):
-                if dtype_name == "float32":  # told once, not per data type
+        for batch in sequences:
+            makers: dict[str, Callable[[], Action]] = {
+                "ours": partial(our_step, shape, batch, dtype),
+                "ceiling": partial(bound_of, dtype),
+            }
+            for peer in peers_of(shape, batch, dtype) if batch == sequences[0] else ():
+                if not isinstance(peer, str):
+                    makers[peer[0]] = peer[1]
+                elif dtype == next(iter(DTYPES.values())):  # told once, not per data type
                     yield peer
+            peers = list(makers)[2:]
+            if DEVICE.type == "cuda":
+                times = one_by_one(makers, rounds=6, warm_up=3, may_fail=peers)
             else:
-                actions[peer[0]] = peer_step(peer[1], batches(shape, sequences), dtype)
-        peers = list(actions)[2:]
-        times = interleaved(actions, seconds, least_rounds, may_fail=peers, warm_up=warm_up)
-        yield from (f"peer left out: {name} in {dtype_name}: {why}" for name, why in times.failed.items())
-        ours = tokens / times.median("ours")
-        group, what = "training step", f"teacher, {dtype_name}"
-        for peer in filter(times.__contains__, peers):
-            theirs, ratio = tokens / times.median(peer), times.ratio(peer, "ours")
-            yield Row.of(group, what, ours, peer, theirs, "tokens/s", ratio, times.rounds)
-        share = times.ratio("ceiling", "ours")
-        scale = flops / bound_flops
-        yield Row.of(
-            group,
-            what,
-            flops / times.median("ours") / 1e9,
-            f"matmul ceiling, {dtype_name}",
-            bound_flops / times.median("ceiling") / 1e9,
-            "GFLOP/s",
-            Ratio(share.ratio * scale, share.low * scale, share.high * scale),
-            times.rounds,
-            of_ceiling=True,
-        )
+                actions = {name: make() for name, make in makers.items()}
+                times = interleaved(actions, seconds, least_rounds, may_fail=peers, warm_up=warm_up)
+            yield from (f"peer left out: {name} in {dtype_name}: {why}" for name, why in times.failed.items())
+            what = f"teacher, {batch} x {shape.sequence_tokens} tokens, {dtype_name}"
+            tokens = batch * shape.sequence_tokens
+            for peer in filter(times.__contains__, peers):
+                yield against_peer(what, times, peer, tokens)
+            yield from shares(what, times, 3 * tokens * flops_per_token(shape, shape.sequence_tokens)["total"], dtype)
+
+
+def our_step(shape: TeacherShape, sequences: int, dtype: torch.dtype) -> Step:
+    return teacher_step(new_teacher(shape), batches(shape, sequences), dtype)
+
+
+def bound_of(dtype: torch.dtype) -> Action:
+    return ceiling(dtype)[0]
+
+
+def against_peer(what: str, times: Timings, peer: str, tokens: int) -> Row:
+    ours, theirs = tokens / times.median("ours"), tokens / times.median(peer)
+    return Row.of("training step", what, ours, peer, theirs, "tokens/s", times.ratio(peer, "ours"), times.rounds)
+
+
+def shares(what: str, times: Timings, flops: float, dtype: torch.dtype) -> Iterator[Row]:
+    """Of what the matrix units did in the same rounds, and of what a GPU's data sheet promises: its model FLOPs
+    utilisation. `flops` are a step's, the backward pass counted as twice the forward."""
+    longer = flops / ceiling(dtype)[1]
+    bounds = {f"matmul ceiling, {what.split()[-1]}": [longer * seconds for seconds in times.seconds["ceiling"]]}
+    if promised := data_sheet_flops():
+        bounds["the GPU's data sheet"] = [flops / promised] * times.rounds
+    both = Timings(times.seconds | bounds, {})
+    for name in bounds:
+        rates = (flops / both.median(action) / 1e9 for action in ("ours", name))
+        ratio = both.ratio(name, "ours")
+        yield Row.of("training step", what, next(rates), name, next(rates), "GFLOP/s", ratio, times.rounds, True)

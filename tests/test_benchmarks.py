@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import repeat
@@ -62,7 +62,7 @@ def rows_of_one_device() -> list:
     """The groups that run on any machine with torch, at a size of no interest."""
     return [
         *ceiling.rows(square=32, seconds=0),
-        *training_step.rows(SHAPE, sequences=2, seconds=0, least_rounds=1),
+        *training_step.rows(SHAPE, sequences=(2,), seconds=0, least_rounds=1),
         *determinism.rows(SHAPE, sequences=2, seconds=0, least_rounds=1),
         *moe_layer.rows(tokens=(16,), experts=(4,), width=16, expert_width=8, seconds=0),
         *router.rows(sizes=((4, 2),), tokens=16, width=16, expert_width=8, seconds=0),
@@ -164,7 +164,7 @@ def test_a_cold_repro_is_split_by_what_its_stages_wrote(tree, monkeypatch):
 def test_every_expert_implementation_that_fits_is_a_peer_in_both_precisions(small_rows):
     pytest.importorskip("transformers")
     against = {(row.what, row.against) for row in small_rows if getattr(row, "group", "") == "training step"}
-    for what in ("teacher, float32", "teacher, bf16"):
+    for what in ("teacher, 2 x 12 tokens, float32", "teacher, 2 x 12 tokens, bf16"):
         for kind in ("Mixtral", "DeepseekV3"):
             for implementation in peers.EXPERTS_IMPLEMENTATIONS:
                 assert (what, f"transformers {kind} {implementation}") in against
@@ -208,7 +208,7 @@ def test_a_whole_run_writes_the_table_for_people_and_for_programs(tmp_path, monk
 def test_a_missing_peer_is_a_line_that_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     found = {
-        "step": list(training_step.rows(SHAPE, sequences=2, seconds=0, least_rounds=1)),
+        "step": list(training_step.rows(SHAPE, sequences=(2,), seconds=0, least_rounds=1)),
         "layer": list(moe_layer.rows(tokens=(16,), experts=(4,), width=16, expert_width=8, seconds=0)),
         "decoding": list(decoding.rows(SHAPE, batches=(1,), prompt_tokens=8, new_tokens=4, seconds=0)),
     }
@@ -226,7 +226,7 @@ def test_a_peer_too_large_for_the_memory_is_a_line_and_not_a_crash(monkeypatch):
     monkeypatch.setattr(peers, "free_bytes", lambda: 1000)
     monkeypatch.setattr(peers, "peer_model", lambda kind, implementation, shape: implementation)
     found = list(peers.peer_models(SHAPE, 24, ("Mixtral", "DeepseekV3")))
-    assert [one[1] for one in found if isinstance(one, tuple)] == ["eager", "grouped_mm"] * 2
+    assert [one[1]() for one in found if isinstance(one, tuple)] == ["eager", "grouped_mm"] * 2
     assert sum("batched_mm would take" in one for one in found if isinstance(one, str)) == 2
     (line,) = losses.rows({50: 16}, student_width=8, teacher_width=12, seconds=0)
     assert "the plain loss" in line and "would take" in line
@@ -280,6 +280,15 @@ def test_the_deepseek_peer_with_our_weights_follows_our_losses(implementation, t
     curves = [[step().item() for _ in range(5)] for step in (our_step, their_step)]
     assert curves[0][-1] < curves[0][0] - 1e-3
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+def test_what_a_gpu_is_measured_at_is_the_scale_for_it():
+    from stages import settings  # late: ABSENT
+
+    gpu = settings.validate(settings.compose(["scale=gpu"]))
+    given = asdict(gpu.teacher) | {"vocab_size": gpu.prepare.vocab_size, "sequence_tokens": gpu.sequence_tokens}
+    assert asdict(training_step.GPU_SCALE).items() <= given.items()
+    assert training_step.GPU_BATCHES[-1] == gpu.pretrain.batch_sequences
 
 
 def test_the_mixtral_peer_has_experts_of_our_size():
@@ -366,6 +375,20 @@ def test_both_caches_and_no_cache_decode_the_same_tokens_however_often(implement
     for start in (ours, theirs):
         decode = decoding.decoding(start, prompt_BT, 12)
         assert torch.equal(decode(), expected) and torch.equal(decode(), expected)
+
+
+@torch.no_grad()
+def test_casting_the_teachers_weights_beforehand_changes_no_number():
+    model = training_step.new_teacher(replace(SHAPE, sequence_tokens=32, shared_experts=1)).eval()
+    served = decoding.as_served(model, torch.bfloat16)
+    assert model.head.weight.dtype == torch.float32 and served.head.weight.dtype == torch.bfloat16
+    tokens_BT = torch.randint(64, (3, 9), generator=torch.Generator().manual_seed(0))
+    logits = []
+    for one in (model, served):
+        cache = model.new_cache(3, 10)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits += [one(tokens_BT, cache), one(tokens_BT[:, :1], cache)]
+    assert torch.equal(logits[0], logits[2]) and torch.equal(logits[1], logits[3])
 
 
 def test_ours_and_nanogpts_batches_hold_neighbouring_tokens_of_the_same_file(tmp_path):
