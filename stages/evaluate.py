@@ -32,6 +32,7 @@ from stages.artifacts import Refusal, write_atomically, write_json
 from stages.experts import load_and_balance, permutation, route
 from stages.generation import generate
 from stages.heap import keep_freed_memory
+from stages.layers import can_compile
 from stages.losses import next_token
 from stages.provenance import cores, device_conditions
 from stages.resuming import Interruption, ResumeState, resume_key
@@ -50,6 +51,8 @@ def main(settings, place: Place, run) -> dict:
     e, T = settings.evaluate, settings.sequence_tokens
     torch.set_num_threads(cores())
     conditions = device_conditions(int(torch.cuda.is_available())) | {"threads": cores(), "precision": "float32"}
+    if torch.cuda.is_available():
+        conditions["compiled"] = can_compile()  # the loss, whose memory is counted
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before CUDA starts: one order of summing for what DVC keeps
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False

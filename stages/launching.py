@@ -56,10 +56,14 @@ def launch(stage: str, settings, place, inputs: list[str], run) -> tuple[dict, d
         "precision": chosen_precision(settings.trainer.precision, accelerator),
         "deterministic": settings.trainer.deterministic,
     }
+    if accelerator == "gpu":
+        from stages.layers import can_compile  # late: it imports torch
+
+        conditions["compiled"] = can_compile()
     for path in inputs:
         if not place.read(path).exists():
             raise Refusal(f"{path} is missing: run the stage that writes it (dvc repro)")
-    if conditions.get("compiled") is False:
+    if not conditions.get("compiled", True):
         print(f"{stage}: no gcc and no clang here: training runs uncompiled and takes half as long again", flush=True)
     key = resume_key(stage, [plain, conditions], [place.read(path) for path in inputs])
     state = place.root / ".runs" / "resume" / f"{stage}-{key}"

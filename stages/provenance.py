@@ -88,13 +88,10 @@ def device_conditions(gpus: int) -> dict:
     found = {"cpu_kernels": torch.backends.cpu.get_cpu_capability()}
     if not gpus:
         return found | {"accelerator": "none"}
-    from stages.layers import can_compile
-
     names = Counter(torch.cuda.get_device_name(index) for index in range(gpus))
     return found | {
         "accelerator": ", ".join(f"{count} x {name}" for name, count in sorted(names.items())),
         "cuda": torch.version.cuda or f"rocm {torch.version.hip}",
-        "compiled": can_compile(),
         "cudnn": torch.backends.cudnn.version(),
         "nccl": ".".join(map(str, torch.cuda.nccl.version())),
     }

@@ -257,6 +257,7 @@ def run_fit(fit: Fit, job: Job) -> dict:
         fit.model.train()
         training = Training(fit, job, progress, optimizers)
         if job.accelerator == "gpu":
+            torch.compiler.reset()  # else the shapes of the fit before count towards how many a block is compiled for
             for model in filter(None, (fit.model, training.teacher)):
                 compile_blocks(model)
         trainer = lightning.Trainer(
