@@ -242,6 +242,24 @@ def test_a_peer_that_raises_is_left_out_and_our_own_failure_is_not_hidden():
         timing.interleaved({"ours": broken}, 0)
 
 
+def test_one_by_one_makes_an_action_when_the_one_before_is_done():
+    seen = []
+
+    def maker(name):
+        seen.append(f"make {name}")
+        return lambda: seen.append(name)
+
+    def broken():
+        raise MemoryError("no room")
+
+    makers = {"ours": partial(maker, "ours"), "peer": broken, "other": partial(maker, "other")}
+    times = timing.one_by_one(makers, rounds=2, warm_up=1, may_fail=["peer"])
+    assert seen == ["make ours", *["ours"] * 3, "make other", *["other"] * 3]
+    assert times.failed == {"peer": "MemoryError: no room"} and times.rounds == 2
+    with pytest.raises(MemoryError):
+        timing.one_by_one({"ours": broken}, rounds=1, warm_up=0)
+
+
 def test_rounds_are_interleaved_and_the_ratio_is_of_medians():
     calls = []
     actions = {name: lambda name=name: calls.append(name) for name in "ab"}
