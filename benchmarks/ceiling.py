@@ -11,8 +11,6 @@ from stages.layers import has_bfloat16
 FLOAT32, BF16 = {"float32": torch.float32}, {"bf16": torch.bfloat16} if has_bfloat16(DEVICE.type) else {}
 DTYPES = BF16 if BF16 and DEVICE.type == "cuda" else FLOAT32 | BF16  # nobody trains in float32 on such a GPU
 SQUARE = 2048 if DEVICE.type == "cpu" else 8192
-
-
 DATA_SHEET_BF16_FLOPS = {"A100": 312e12, "H100": 989.4e12, "H200": 989.4e12}  # per second, dense, of the SXM boards
 
 
@@ -29,9 +27,13 @@ def product(rows: int, inner: int, columns: int, dtype: torch.dtype) -> tuple[Ac
     return (lambda: torch.mm(a, b, out=out)), 2.0 * rows * inner * columns
 
 
-def ceiling(dtype: torch.dtype) -> tuple[Action, float]:
+def ceiling(dtype: torch.dtype) -> Action:
     """The product that stands for the ceiling; measure it in the rounds of what is compared with it."""
-    return product(SQUARE, SQUARE, SQUARE, dtype)
+    return product(SQUARE, SQUARE, SQUARE, dtype)[0]
+
+
+def ceiling_flops() -> float:
+    return 2.0 * SQUARE**3
 
 
 def rows(square: int = SQUARE, seconds: float = 3.0) -> Iterator[Row | str]:

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.ceiling import DTYPES, ceiling, data_sheet_flops
+from benchmarks.ceiling import DTYPES, ceiling, ceiling_flops, data_sheet_flops
 from benchmarks.peers import peer_model, peer_models, transformers_is_here
 from benchmarks.table import Row
 from benchmarks.timing import DEVICE, Action, Timings, interleaved, one_by_one
@@ -142,36 +142,41 @@ def rows(
     """Per data type and batch: tokens per second against each peer, for the first batch, and share of the ceiling."""
     yield from extra_work(shape)
     for dtype_name, dtype in DTYPES.items():
+        peers: dict[str, Callable[[], Step]] = {}
+        for peer in peers_of(shape, sequences[0], dtype):
+            if not isinstance(peer, str):
+                peers[peer[0]] = peer[1]
+            elif dtype == next(iter(DTYPES.values())):  # told once, not per data type
+                yield peer
         for batch in sequences:
-            makers: dict[str, Callable[[], Action]] = {
-                "ours": partial(our_step, shape, batch, dtype),
-                "ceiling": partial(bound_of, dtype),
-            }
-            for peer in peers_of(shape, batch, dtype) if batch == sequences[0] else ():
-                if not isinstance(peer, str):
-                    makers[peer[0]] = peer[1]
-                elif dtype == next(iter(DTYPES.values())):  # told once, not per data type
-                    yield peer
-            peers = list(makers)[2:]
-            if DEVICE.type == "cuda":
-                times = one_by_one(makers, rounds=6, warm_up=3, may_fail=peers)
-            else:
-                actions = {name: make() for name, make in makers.items()}
-                times = interleaved(actions, seconds, least_rounds, may_fail=peers, warm_up=warm_up)
+            against = peers if batch == sequences[0] else {}
+            times = timings(shape, batch, dtype, against, seconds, least_rounds, warm_up)
             yield from (f"peer left out: {name} in {dtype_name}: {why}" for name, why in times.failed.items())
             what = f"teacher, {batch} x {shape.sequence_tokens} tokens, {dtype_name}"
             tokens = batch * shape.sequence_tokens
-            for peer in filter(times.__contains__, peers):
-                yield against_peer(what, times, peer, tokens)
-            yield from shares(what, times, 3 * tokens * flops_per_token(shape, shape.sequence_tokens)["total"], dtype)
+            for name in filter(times.__contains__, against):
+                yield against_peer(what, times, name, tokens)
+            yield from shares(what, times, 3 * tokens * flops_per_token(shape, shape.sequence_tokens)["total"])
 
 
-def our_step(shape: TeacherShape, sequences: int, dtype: torch.dtype) -> Step:
-    return teacher_step(new_teacher(shape), batches(shape, sequences), dtype)
-
-
-def bound_of(dtype: torch.dtype) -> Action:
-    return ceiling(dtype)[0]
+def timings(
+    shape: TeacherShape,
+    batch: int,
+    dtype: torch.dtype,
+    peers: dict[str, Callable[[], Step]],
+    seconds: float,
+    least_rounds: int,
+    warm_up: int,
+) -> Timings:
+    makers: dict[str, Callable[[], Action]] = {
+        "ours": lambda: teacher_step(new_teacher(shape), batches(shape, batch), dtype),
+        "ceiling": lambda: ceiling(dtype),
+        **peers,
+    }
+    if DEVICE.type == "cuda":
+        return one_by_one(makers, rounds=6, warm_up=3, may_fail=peers)
+    actions = {name: make() for name, make in makers.items()}
+    return interleaved(actions, seconds, least_rounds, may_fail=peers, warm_up=warm_up)
 
 
 def against_peer(what: str, times: Timings, peer: str, tokens: int) -> Row:
@@ -179,10 +184,10 @@ def against_peer(what: str, times: Timings, peer: str, tokens: int) -> Row:
     return Row.of("training step", what, ours, peer, theirs, "tokens/s", times.ratio(peer, "ours"), times.rounds)
 
 
-def shares(what: str, times: Timings, flops: float, dtype: torch.dtype) -> Iterator[Row]:
+def shares(what: str, times: Timings, flops: float) -> Iterator[Row]:
     """Of what the matrix units did in the same rounds, and of what a GPU's data sheet promises: its model FLOPs
     utilisation. `flops` are a step's, the backward pass counted as twice the forward."""
-    longer = flops / ceiling(dtype)[1]
+    longer = flops / ceiling_flops()
     bounds = {f"matmul ceiling, {what.split()[-1]}": [longer * seconds for seconds in times.seconds["ceiling"]]}
     if promised := data_sheet_flops():
         bounds["the GPU's data sheet"] = [flops / promised] * times.rounds
