@@ -39,7 +39,7 @@ from benchmarks.variants import (
     new_model,
     new_objective,
     new_optimizers,
-    newton_schulz,
+    orthogonalisation,
     plain_adamw,
     rate_factor,
     variants,
@@ -152,7 +152,7 @@ class Run:
             outcome = self.objective(model, tokens_BT1)
         outcome.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip_norm)
-        with newton_schulz(recipe), self.autocast():
+        with orthogonalisation(recipe), self.autocast():
             for optimizer in self.optimizers:
                 optimizer.step()
         model.balance(outcome.loads, recipe.bias_update_rate)
@@ -195,7 +195,7 @@ def trained(recipe: Recipe, data: Data, seed: int, steps: int) -> list[tuple[int
 def costs(recipe: Recipe) -> tuple:
     """What a step's cost depends on."""
     r, shape = recipe, replace(recipe.shape, route_scale=1.0)
-    return shape, r.batch_sequences, r.plain, r.iterations, r.query_key_norm, r.ahead_weight > 0
+    return shape, r.batch_sequences, r.plain, len(r.coefficients), r.query_key_norm, r.ahead_weight > 0
 
 
 class OutOfTime(Exception):

@@ -1,7 +1,7 @@
 """What `benchmarks.recipe` compares: the default recipe and, one change at a time, what else one could train with.
 
 A recipe is everything between the data and the loss. What the product has no setting for is built here, around its
-own modules: query and key norms, multi-token prediction, other initialisations, fewer Newton-Schulz iterations.
+own modules: query and key norms, multi-token prediction, other initialisations, other orthogonalisations.
 
 Shapes: B sequences, T tokens, D width, H heads, d query or key head, U value head, N = B*T, V vocabulary.
 """
@@ -9,7 +9,6 @@ Shapes: B sequences, T tokens, D width, H heads, d query or key head, U value he
 import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
 from unittest import mock
 
 import torch
@@ -20,10 +19,12 @@ from stages.cost import flops_per_token
 from stages.layers import RMSNorm, Rope, attend, for_matmuls, initialise, rope_table, rotate
 from stages.losses import next_token
 from stages.models import build_teacher
-from stages.optimizers import learning_rate_factor, make_optimizers, orthogonalise
+from stages.optimizers import learning_rate_factor, make_optimizers
 from stages.settings import Optimizer, Settings
 from stages.teacher import Block, LatentAttention, Teacher, TeacherShape
 from stages.training import NextToken, Outcome, add_balance_loss, split_targets
+
+MUON = 3.4445, -4.7750, 2.0315  # a, b, c of each of its five iterations (Jordan et al. 2024)
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Recipe:
     logit_scale: float = 1.0  # of the final norm's weight at the start
     query_key_norm: bool = False
     ahead_weight: float = 0.0  # of the loss on the token after the next; 0: no multi-token prediction
-    iterations: int = 5  # of Newton-Schulz
+    coefficients: tuple = optimizers.COEFFICIENTS  # of Muon's iterations
     adamw_epsilon: float = 1e-8
     plain: bool = False  # AdamW for every weight
     cosine: bool = False  # instead of warm-up, plateau, linear decay
@@ -104,9 +105,9 @@ def variants(default: Recipe) -> dict[str, Recipe]:
         found[f"Muon's momentum {momentum:g}"] = tuned(muon_momentum=momentum)
     for sequences in (4, 8, 16):
         found[f"batch of {sequences}"] = replace(default, batch_sequences=sequences)
-    for iterations in (3, 4, 5):
-        found[f"{iterations} Newton-Schulz iterations"] = replace(default, iterations=iterations)
-    for scale in (5.0, 25.0):
+    for iterations in (3, 5):
+        found[f"{iterations} of Muon's iterations"] = replace(default, coefficients=(MUON,) * iterations)
+    for scale in (0.2, 2.0):
         found[f"embedding's std x {scale:g}"] = replace(default, embedding_scale=scale)
     for scale in (2.5, 4.0):
         found[f"route scale {scale:g}"] = replace(default, shape=replace(default.shape, route_scale=scale))
@@ -236,6 +237,6 @@ def rate_factor(recipe: Recipe, step: int, steps: int) -> float:
     return min((step + 1) / warmup, 0.55 + 0.45 * math.cos(turn))  # to a tenth, as GPT-3 has it
 
 
-def newton_schulz(recipe: Recipe) -> AbstractContextManager:
-    """Within it, Muon iterates as often as the recipe says."""
-    return mock.patch.object(optimizers, "orthogonalise", partial(orthogonalise, iterations=recipe.iterations))
+def orthogonalisation(recipe: Recipe) -> AbstractContextManager:
+    """Within it, Muon iterates as the recipe says."""
+    return mock.patch.object(optimizers, "COEFFICIENTS", recipe.coefficients)

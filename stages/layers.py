@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 NORM_EPSILON = 1e-6  # what DeepSeek-V3 and Qwen3 use; their latent and head norms have it fixed in code
 INIT_STD = 0.02
+EMBEDDING_STD = 0.1  # what blocks add early in training would drown a smaller one (tuned: LOG.md)
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines, each [T, R/2]
 
@@ -218,7 +219,8 @@ def past_tokens(cache: list[LayerCache] | None) -> int:
 
 
 def initialise(model: nn.Module, layers: int, seed: int) -> None:
-    """Normal weights of std 0.02; matrices that write to the residual stream are scaled by 1/sqrt(2 layers).
+    """Normal weights of std 0.02, 0.1 in the embedding; matrices that write to the residual stream are scaled by
+    1/sqrt(2 layers).
 
     The scale keeps the residual stream's variance independent of depth (GPT-2). The generator is the model's
     own, so the weights depend on the seed (and the kind of device) alone and nobody else's random numbers are used up.
@@ -230,6 +232,7 @@ def initialise(model: nn.Module, layers: int, seed: int) -> None:
                 parameter.fill_(1.0)  # norms
                 continue
             residual = ".output." in name or name.removesuffix(".weight").endswith(".down")
-            parameter.normal_(0.0, INIT_STD / ((2 * layers) ** 0.5 if residual else 1.0), generator=generator)
+            std = EMBEDDING_STD if name.startswith("embedding") else INIT_STD
+            parameter.normal_(0.0, std / ((2 * layers) ** 0.5 if residual else 1.0), generator=generator)
         for buffer in model.buffers():
             buffer.zero_()

@@ -44,10 +44,10 @@ class _ChunkedLoss(torch.autograd.Function):
                 dz_CV = _hard(_logits(x[chunk], head), targets_N[chunk], hard)
             dz_CV = dz_CV.to(x.dtype)
             torch.mm(dz_CV, head, out=dx_ND[chunk])
-            if x.is_cuda and x.dtype != dhead_VD.dtype:
-                dhead_VD = torch.addmm(dhead_VD, dz_CV.T, x[chunk], out_dtype=torch.float32)
-            elif dz_CV.dtype == dhead_VD.dtype:
+            if x.dtype == dhead_VD.dtype:
                 dhead_VD.addmm_(dz_CV.T, x[chunk])  # a sum of two would make another V x D beside it
+            elif x.is_cuda:
+                dhead_VD = torch.addmm(dhead_VD, dz_CV.T, x[chunk], out_dtype=torch.float32)
             else:
                 dhead_VD += dz_CV.T @ x[chunk]
             del dz_CV  # before the next chunk's stands beside it

@@ -1,11 +1,20 @@
 """Muon on stacks against torch.optim.Muon, and the schedule."""
 
+import pytest
 import torch
 
+from stages import optimizers
 from stages.optimizers import StackedMuon, fair_shares, learning_rate_factor, orthogonalise
 
 
-def test_each_matrix_of_a_stack_moves_as_torch_optim_muon_moves_it_alone():
+@pytest.fixture
+def torch_iterations(monkeypatch):
+    """The coefficients of torch.optim.Muon, five times."""
+    monkeypatch.setattr(optimizers, "COEFFICIENTS", ((3.4445, -4.7750, 2.0315),) * 5)
+    monkeypatch.setattr(optimizers, "CUSHION", 1.0)
+
+
+def test_each_matrix_of_a_stack_moves_as_torch_optim_muon_moves_it_alone(torch_iterations):
     torch.manual_seed(0)
     for rows, columns in ((24, 16), (16, 24)):
         stack = torch.nn.Parameter(torch.randn(3, rows, columns))
@@ -22,7 +31,7 @@ def test_each_matrix_of_a_stack_moves_as_torch_optim_muon_moves_it_alone():
         torch.testing.assert_close(stack.detach(), torch.stack([m.detach() for m in alone]), rtol=0, atol=2e-3)
 
 
-def test_a_single_matrix_moves_as_torch_optim_muon_moves_it():
+def test_a_single_matrix_moves_as_torch_optim_muon_moves_it(torch_iterations):
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Parameter(torch.ones(24, 16)) for _ in range(2))
     ours.grad = torch.randn(24, 16)
@@ -43,9 +52,23 @@ def test_gate_and_up_fused_in_one_parameter_move_as_two_matrices():
     torch.testing.assert_close(fused.detach(), torch.cat([gate, up], dim=1).detach(), rtol=0, atol=2e-3)
 
 
-def test_orthogonalised_updates_have_singular_values_near_one():
-    values = torch.linalg.svdvals(orthogonalise(torch.randn(4, 32, 20)).float())
-    assert values.min() > 0.3 and values.max() < 1.5
+def test_singular_values_from_a_hundredth_of_the_norm_on_end_near_one():
+    values = torch.logspace(-2, 0, 2000, dtype=torch.float64)
+    for a, b, c in optimizers.COEFFICIENTS:
+        values = a * values + b * values**3 + c * values**5
+    assert values.min() > 0.72 and values.max() < 1.28
+
+
+def test_an_orthogonalised_update_keeps_its_singular_vectors():
+    update = torch.randn(4, 32, 20)
+    for given, dtype in ((update, torch.float32), (update.mT.contiguous(), torch.bfloat16)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            found = orthogonalise(given).float()
+        left, _, right = torch.linalg.svd(given, full_matrices=False)
+        along = left.mT @ found @ right.mT
+        values = along.diagonal(dim1=-2, dim2=-1)
+        assert values.min() > 0.68 and values.max() < 1.35
+        torch.testing.assert_close(along, torch.diag_embed(values), rtol=0, atol=0.05)
 
 
 def test_the_iteration_runs_in_bfloat16_under_autocast_alone():
