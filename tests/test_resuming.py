@@ -76,7 +76,15 @@ def test_the_key_changes_with_settings_inputs_code_and_libraries(tmp_path, monke
     assert len(set(keys)) == 5 and key() == keys[-1]
 
 
-def test_a_signal_waits_for_the_check_or_ends_what_saves_nothing_at_once():
+@pytest.fixture
+def ctrl_c():
+    """SIGINT as in a terminal: what is started by nohup or in the background of a script ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_waits_for_the_check_or_ends_what_saves_nothing_at_once(ctrl_c):
     with Interruption("evaluate") as interruption:
         interruption.check("scoring")
         os.kill(os.getpid(), signal.SIGTERM)
@@ -90,7 +98,7 @@ def test_a_signal_waits_for_the_check_or_ends_what_saves_nothing_at_once():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "as before"
 
 
-def test_a_second_signal_ends_a_stage_that_does_not_come_to_its_check():
+def test_a_second_signal_ends_a_stage_that_does_not_come_to_its_check(ctrl_c):
     with pytest.raises(KeyboardInterrupt), Interruption("prepare"):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
