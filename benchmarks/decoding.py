@@ -17,6 +17,7 @@ from benchmarks.peers import EXPERTS_IMPLEMENTATIONS, INSTALL, batched_mm_bytes,
 from benchmarks.table import Row
 from benchmarks.timing import DEVICE, Action, interleaved
 from benchmarks.training_step import REFERENCE, new_teacher
+from stages.generation import Reader
 from stages.teacher import Teacher, TeacherShape
 
 WITHOUT_CACHE = "our own forward without a cache"
@@ -27,17 +28,19 @@ class OurText:
 
     def __init__(self, model: Teacher, dtype: torch.dtype, batch: int, capacity: int):
         self.model, self.dtype = model, dtype
-        self.cache = model.new_cache(batch, capacity) if capacity else None
+        self.reader = Reader(model, batch, capacity) if capacity else None
 
     def next(self, tokens_BT: Tensor) -> Tensor:
         """The likeliest token after these, which follow what was read before -> [B, 1]."""
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            x_BTD, _ = self.model.features(tokens_BT, self.cache)
+            if self.reader:
+                return self.reader.read(tokens_BT).argmax(-1, keepdim=True)
+            x_BTD, _ = self.model.features(tokens_BT)
             return self.model.head(x_BTD[:, -1]).argmax(-1, keepdim=True)
 
     def forget(self, tokens: int) -> None:
-        for layer in self.cache or []:
-            layer.length -= tokens
+        if self.reader:
+            self.reader.forget(tokens)
 
 
 class TheirText:

@@ -1,12 +1,16 @@
 """One MoE layer, forward and forward + backward, against a plain PyTorch loop over the experts and against the best of
-transformers' implementations: DeepseekV3's layer with our weights, without its shared expert.
+transformers' implementations: DeepseekV3's layer with our weights, without its shared expert. On a GPU that has it,
+against ScatterMoE (Tan et al. 2024, Triton kernels), too, behind our router:
 
-In bf16 ours and the loop run under autocast, as training does, and pay for casting the weights; transformers' layer
-has bf16 weights, for under autocast its grouped_mm would run in float32. So ours is measured with bf16 weights, too,
-which is the row of equal numerics.
+    pip install git+https://github.com/shawntan/scattermoe@47b5e1502e5a10e82c8e5945d761b877849871e7
+
+In bf16 ours and the loop run under autocast, as training does, and pay for casting the weights; the peers have bf16
+weights, for under autocast transformers' grouped_mm would run in float32 and ScatterMoE's kernels refuse. So ours is
+measured with bf16 weights, too, which is the row of equal numerics.
 """
 
 import copy
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -23,12 +27,12 @@ from benchmarks.training_step import REFERENCE
 from stages.experts import MoE
 from stages.layers import initialise
 
-LOOP = "plain loop over experts"
+LOOP, SCATTERMOE = "plain loop over experts", "ScatterMoE"
 Layer = tuple[nn.Module, Callable[[Tensor], Tensor]]  # whose gradients are dropped, and what is called
 
 
 # On a GPU width and experts as at its scale, and many tokens alone: each layer is compiled, which takes seconds.
-WIDTHS, TOKENS = ((1536, 768), (16384,)) if DEVICE.type == "cuda" else ((256, 512), (512, 4096, 16384))
+WIDTHS, TOKENS = ((1792, 896), (16384,)) if DEVICE.type == "cuda" else ((256, 512), (512, 4096, 16384))
 
 
 def new_layer(width: int, expert_width: int, experts: int, per_token: int) -> MoE:
@@ -92,6 +96,33 @@ def routed_experts(theirs: nn.Module, x_ND: Tensor) -> Tensor:
     return theirs.experts(x_ND, index_NK, weight_NK)
 
 
+class ScatterMoE(nn.Module):
+    """Our router and weights, the experts' work by ScatterMoE; raises ImportError where it is missing."""
+
+    def __init__(self, layer: MoE, dtype: torch.dtype):
+        super().__init__()
+        from scattermoe.mlp import GLUMLP
+
+        experts, width, expert_width = layer.down.shape
+        self.layer = layer
+        self.experts = GLUMLP(width, expert_width, experts, layer.experts_per_token).to(DEVICE, dtype)
+        gate, up = layer.gate_up.detach().chunk(2, dim=1)
+        self.experts.experts.weight.data.copy_(torch.cat([up, gate], dim=1))  # theirs has the gate's rows last
+        self.experts.output_experts.weight.data.copy_(layer.down)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        gates = self.layer.gates(x_ND)
+        x_ND = x_ND.to(self.experts.experts.weight.dtype)
+        return self.experts(x_ND, gates.weight_NK.to(x_ND.dtype), gates.expert_index_NK)
+
+
+def scattermoe_layers(layer: MoE, dtype: torch.dtype) -> dict[str, Layer]:
+    if DEVICE.type != "cuda" or importlib.util.find_spec("scattermoe") is None:
+        return {}
+    theirs = ScatterMoE(layer, dtype)
+    return {SCATTERMOE: (theirs, theirs)}
+
+
 def one_pass(layer: Layer, x_ND: Tensor, grad_ND: Tensor, backward: bool, dtype: torch.dtype) -> None:
     module, call = layer
     x = x_ND.detach().requires_grad_(backward)
@@ -133,6 +164,7 @@ def rows_of(layer: MoE, tokens: int, seconds: float) -> Iterator[Row | str]:
                 one.compile(dynamic=False)
         layers: dict[str, Layer] = {of: (one, partial(run_layer, one)) for of, one in ours.items()}
         layers[LOOP] = (layer, partial(loop_over_experts, layer))
+        layers |= scattermoe_layers(layer, dtype)
         for peer in peer_layers(layer, tokens, dtype):
             if isinstance(peer, str):
                 yield peer
@@ -143,11 +175,12 @@ def rows_of(layer: MoE, tokens: int, seconds: float) -> Iterator[Row | str]:
                 of: partial(one_pass, it, x_ND, grad_ND, backward, dtype) for of, it in layers.items()
             }
             peers = [name for name in layers if name.startswith("transformers")]
-            times = interleaved(actions, seconds, least_rounds=3, may_fail=peers)
+            times = interleaved(actions, seconds, least_rounds=3, may_fail=[*peers, SCATTERMOE])
             what = f"{name}, {tokens} tokens, {len(layer.down)} experts"
             yield from (f"peer left out: {of}: {what}, {dtype_name}: {why}" for of, why in times.failed.items())
             best = min(filter(times.__contains__, peers), key=times.median, default=None)
-            for mine, against in [(dtype_name, LOOP), *((of, best) for of in ours if best)]:
+            strong = filter(times.__contains__, filter(None, (best, SCATTERMOE)))
+            for mine, against in [(dtype_name, LOOP), *((of, peer) for peer in strong for of in ours)]:
                 yield Row.of(
                     "MoE layer",
                     f"{what}, {mine}",

@@ -1,7 +1,8 @@
 """The router alone, from hidden states to rows in the order of their experts.
 
 Scores, top-k, weights, permutation: all that the layer does before its first product, load and balance loss
-included.
+included. On a GPU it is compiled, as in training, and replayed as a CUDA graph, for alone its launches would take
+longer than its work; the peer's shapes depend on the data, which neither permits.
 """
 
 from collections.abc import Iterator
@@ -48,15 +49,18 @@ def rows(
         layer = new_layer(width, expert_width, experts, per_token)
         softmax = MoE(width, expert_width, experts, per_token, 0, "softmax", 1.0).to(DEVICE)
         softmax.load_state_dict(layer.state_dict())
+        ours = sorted_routing
+        if DEVICE.type == "cuda":
+            torch.compiler.reset()
+            ours = torch.compile(sorted_routing, mode="reduce-overhead")
         actions: dict[str, Action] = {
-            "sigmoid": partial(sorted_routing, layer, x_ND),
-            "softmax": partial(sorted_routing, softmax, x_ND),
+            "sigmoid": partial(ours, layer, x_ND),
+            "softmax": partial(ours, softmax, x_ND),
             "one-hot": partial(one_hot_dispatch, layer, x_ND),
         }
         times = interleaved(actions, seconds, least_rounds=10, most_rounds=300)
-        with_layer = interleaved(
-            {"sigmoid": actions["sigmoid"], "layer": partial(layer.forward, x_ND.unsqueeze(0))}, seconds
-        )
+        whole = torch.compile(layer.forward, mode="reduce-overhead") if DEVICE.type == "cuda" else layer.forward
+        with_layer = interleaved({"sigmoid": actions["sigmoid"], "layer": partial(whole, x_ND.unsqueeze(0))}, seconds)
 
         def per_1k(seconds: float) -> float:
             return seconds * 1e6 / (tokens / 1000)

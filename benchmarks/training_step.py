@@ -28,11 +28,11 @@ REFERENCE = TeacherShape(
 )  # fmt: skip
 # the teacher of conf/scale/gpu.yaml
 GPU_SCALE = TeacherShape(
-    vocab_size=32768, sequence_tokens=2048, layers=12, dense_layers=1, width=1536, heads=12, nope_head_dim=96,
-    rope_head_dim=32, value_head_dim=128, latent_width=384, dense_width=4096, experts=16, experts_per_token=4,
-    shared_experts=1, expert_width=768, gating="sigmoid", route_scale=1.0, rope_theta=10000.0,
+    vocab_size=32768, sequence_tokens=2048, layers=10, dense_layers=1, width=1792, heads=14, nope_head_dim=96,
+    rope_head_dim=32, value_head_dim=128, latent_width=448, dense_width=4864, experts=16, experts_per_token=4,
+    shared_experts=1, expert_width=896, gating="sigmoid", route_scale=1.0, rope_theta=10000.0,
 )  # fmt: skip
-GPU_BATCHES = 8, 16  # in 80 GB the peers have room for 8 sequences; the scale has 16
+GPU_BATCHES = 8, 32  # in 80 GB the peers have room for 8 sequences; the scale has 32
 SHAPE, BATCHES = (GPU_SCALE, GPU_BATCHES) if DEVICE.type == "cuda" else (REFERENCE, (16,))
 LEARNING_RATE = 3e-4
 BALANCE_LOSS_WEIGHT, BIAS_UPDATE_RATE = 1e-4, 1e-3

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from stages import cost, memory, models, scoring
 from stages.artifacts import Refusal, write_atomically, write_json
 from stages.experts import load_and_balance, permutation, route
-from stages.generation import generate
+from stages.generation import Reader, generate
 from stages.heap import keep_freed_memory
 from stages.layers import can_compile
 from stages.losses import next_token
@@ -276,17 +276,16 @@ def latency(
     peaks = {}
     for name, model in loaded.items():
         prompt_1T = torch.from_numpy(prompt)[None].to(next(model.parameters()).device)
-        cache = model.new_cache(1, prefill_tokens + decode_tokens)
-        model.features(prompt_1T, cache)
+        reader = Reader(model, 1, prefill_tokens + decode_tokens)
+        reader.read(prompt_1T)
 
         def prefill(model=model, prompt_1T=prompt_1T):
             model.head(model.features(prompt_1T)[0][:, -1])
 
-        def decode(model=model, token_11=prompt_1T[:, :1], cache=cache):
-            for layer in cache:
-                layer.length = prefill_tokens  # forget what the repetition before wrote
+        def decode(token_11=prompt_1T[:, :1], reader=reader):
             for _ in range(decode_tokens):
-                model.head(model.features(token_11, cache)[0])
+                reader.read(token_11)
+            reader.forget(decode_tokens)
 
         prefills[name], decodes[name] = prefill, decode
         live = memory.LiveBytes(model)
@@ -340,6 +339,8 @@ def router_time(tokens: int, shape, experts: int, per_token: int, repetitions: i
         load_E, _ = load_and_balance(gates.expert_index_NK, gates.score_NE, 1, shape.gating)
         return gates.weight_NK, *permutation(gates.expert_index_NK), load_E
 
+    if x_ND.is_cuda and can_compile():  # as training compiles it; in one graph, for alone it is nothing but launches
+        ours = torch.compile(ours, mode="reduce-overhead")
     seconds = cost.interleaved_seconds({"plain": plain, "ours": ours}, max(repetitions, 5))
     ratio, low, high = cost.ratio_of_medians(seconds["plain"], seconds["ours"], seed)
     return {

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.layers import SwiGLU, for_matmuls, gated_silu_backward
+from stages.layers import SwiGLU, for_matmuls, gated_silu, gated_silu_backward
 
 
 class Routing(NamedTuple):
@@ -248,8 +248,7 @@ class SortedExperts(torch.autograd.Function):
             order_M, inverse_M, weight_M, load_E = with_blanks(order_M, inverse_M, weight_M, load_E)
         inverse_NK, token_M = inverse_M.view_as(index_NK), order_M // index_NK.shape[1]
         h_M2F = rows_times_experts(x_ND.index_select(0, token_M), gate_up_E2FD.transpose(1, 2), load_E, kernel)
-        gate, up = h_M2F.chunk(2, dim=-1)
-        y_MD = rows_times_experts(F.silu(gate).mul_(up), down_EDF.transpose(1, 2), load_E, kernel)
+        y_MD = rows_times_experts(gated_silu(h_M2F), down_EDF.transpose(1, 2), load_E, kernel)
         ctx.save_for_backward(x_ND, weight_M, h_M2F, gate_up_E2FD, down_EDF, token_M, inverse_NK, load_E)
         ctx.kernel = kernel
         return _sum_over_choices(y_MD, inverse_NK, weight_NK)
@@ -286,6 +285,24 @@ def _sum_over_choices(y_MD: Tensor, inverse_NK: Tensor, weight_NK: Tensor | None
         return F.embedding_bag(inverse_NK, y_MD, mode="sum", per_sample_weights=weight_NK)
     y_NKD = y_MD.index_select(0, inverse_NK.flatten()).unflatten(0, inverse_NK.shape)
     return (y_NKD if weight_NK is None else y_NKD.mul_(weight_NK.unsqueeze(-1))).sum(dim=1)
+
+
+GATHERED_TOKENS = 8  # so many at the most: each has a copy made of its experts' weights
+
+
+def gathers(x_ND: Tensor) -> bool:
+    """Decoding on a GPU. Sorting a few rows takes longer than their products, and a CUDA graph of loops over counts
+    cannot be: the host would have to know them."""
+    return x_ND.is_cuda and len(x_ND) <= GATHERED_TOKENS and not torch.is_grad_enabled()
+
+
+def gathered_experts(
+    x_ND: Tensor, weight_NK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, index_NK: Tensor
+) -> Tensor:
+    """What SortedExperts gives, from the weights of each token's experts side by side."""
+    h_N2FK = gate_up_E2FD[index_NK].flatten(1, 2) @ x_ND.unsqueeze(2)
+    y_NKD1 = down_EDF[index_NK] @ gated_silu(h_N2FK.view(*index_NK.shape, -1)).unsqueeze(3)
+    return (y_NKD1.squeeze(3) * weight_NK.unsqueeze(2).to(y_NKD1.dtype)).sum(dim=1)
 
 
 def kernel_for(x_ND: Tensor, expert_width: int) -> str:
@@ -332,15 +349,11 @@ class MoE(nn.Module):
             gates.expert_index_NK, gates.score_NE, x_BTD.shape[0], self.gating
         )
         x_ND = for_matmuls(x_ND)
-        y_ND = SortedExperts.apply(
-            x_ND,
-            gates.weight_NK,
-            self.gate_up,
-            self.down,
-            gates.expert_index_NK,
-            load_E,
-            kernel_for(x_ND, self.down.shape[-1]),
-        )
+        operands = x_ND, gates.weight_NK, self.gate_up, self.down, gates.expert_index_NK
+        if gathers(x_ND):
+            y_ND = gathered_experts(*operands)
+        else:
+            y_ND = SortedExperts.apply(*operands, load_E, kernel_for(x_ND, self.down.shape[-1]))
         if self.shared is not None:
             y_ND = y_ND + self.shared(x_ND)
         return y_ND.view_as(x_BTD), Routing(gates.expert_index_NK, load_E, balance_loss)

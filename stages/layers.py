@@ -74,10 +74,10 @@ def can_compile() -> bool:
     return importlib.util.find_spec("triton") is not None and any(map(shutil.which, compilers))
 
 
-def rope_table(start: int, tokens: int, rotated: int, theta: float, device: torch.device | None) -> Rope:
+def rope_table(start: int | Tensor, tokens: int, rotated: int, theta: float, device: torch.device | None) -> Rope:
     """Cosines and sines of positions start..start+tokens; computed each forward: no buffer to go stale."""
     frequency_R = theta ** -(torch.arange(0, rotated, 2, dtype=torch.float32, device=device) / rotated)
-    position_T = torch.arange(start, start + tokens, dtype=torch.float32, device=device)
+    position_T = start + torch.arange(tokens, dtype=torch.float32, device=device)
     angle_TR = torch.outer(position_T, frequency_R)
     return angle_TR.cos(), angle_TR.sin()
 
@@ -89,14 +89,21 @@ def rotate(x_BTHR: Tensor, rope: Rope) -> Tensor:
     return torch.cat([first * cos_T1R - second * sin_T1R, second * cos_T1R + first * sin_T1R], dim=-1)
 
 
+def gated_silu(h_M2F: Tensor) -> Tensor:
+    """silu(gate) * up of h = [gate, up]."""
+    gate, up = h_M2F.chunk(2, dim=-1)
+    if h_M2F.device.type != "cpu":  # torch 2.11 compiles a Function with an output written in place wrongly: gradient 0
+        return F.silu(gate) * up
+    return F.silu(gate).mul_(up)
+
+
 class GatedSilu(torch.autograd.Function):
-    """silu(gate) * up of h = [gate, up]. Keeps only h for backward; plain autograd keeps twice as much."""
+    """The same. Keeps only h for backward; plain autograd keeps twice as much."""
 
     @staticmethod
     def forward(ctx, h_N2F: Tensor) -> Tensor:
         ctx.save_for_backward(h_N2F)
-        gate, up = h_N2F.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return gated_silu(h_N2F)
 
     @staticmethod
     def backward(ctx, grad_NF: Tensor) -> Tensor:
@@ -127,8 +134,10 @@ class SwiGLU(nn.Module):
         return self.down(GatedSilu.apply(self.gate_up(x)))
 
 
-def attend(query_BHTd: Tensor, key_BHSd: Tensor, value_BHSv: Tensor, scale: float) -> Tensor:
-    """Causal attention of the last T of S positions -> [B, H, T, v].
+def attend(
+    query_BHTd: Tensor, key_BHSd: Tensor, value_BHSv: Tensor, scale: float, seen_S: Tensor | None = None
+) -> Tensor:
+    """Causal attention of the last T of S positions -> [B, H, T, v]; where `seen_S` is given, of one to those.
 
     PyTorch's fused kernels need key and value heads of one size: the narrower is padded with zeros, which
     changes neither scores nor values.
@@ -142,7 +151,7 @@ def attend(query_BHTd: Tensor, key_BHSd: Tensor, value_BHSv: Tensor, scale: floa
     elif value_dim > key_dim:
         pad = (0, value_dim - key_dim)
         query_BHTd, key_BHSd = F.pad(query_BHTd, pad), F.pad(key_BHSd, pad)
-    mask = None
+    mask = None if seen_S is None else seen_S.unsqueeze(0)
     if 1 < queries < keys:  # a chunk that continues a cache
         mask = torch.ones(queries, keys, dtype=torch.bool, device=query_BHTd.device).tril(keys - queries)
     out = F.scaled_dot_product_attention(
@@ -199,22 +208,44 @@ def causal_shares(query_GTd: Tensor, key_GTd: Tensor, start: int, end: int, scal
 class LayerCache:
     """What decoding keeps of one layer: buffers [B, capacity, ...], filled up to `length`."""
 
+    seen_S: Tensor | None = None  # which of the positions that `append` returns are filled; None: all
+
     def __init__(self, *buffers: Tensor):
         self.buffers = buffers
-        self.length = 0
+        self.length: int | Tensor = 0
+
+    def grow(self, tokens: int) -> None:
+        capacity = self.buffers[0].shape[1]
+        if self.length + tokens > capacity:
+            raise ValueError(f"the cache holds {capacity} tokens; {self.length + tokens} were fed to it")
+        self.length += tokens
 
     def append(self, *new: Tensor) -> list[Tensor]:
         """Writes the new positions and returns every position so far."""
-        end = self.length + new[0].shape[1]
-        if end > self.buffers[0].shape[1]:
-            raise ValueError(f"the cache holds {self.buffers[0].shape[1]} tokens; {end} were fed to it")
+        start = self.length
+        self.grow(new[0].shape[1])
         for buffer, part in zip(self.buffers, new, strict=True):
-            buffer[:, self.length : end] = part
-        self.length = end
-        return [buffer[:, :end] for buffer in self.buffers]
+            buffer[:, start : self.length] = part
+        return [buffer[:, : self.length] for buffer in self.buffers]
 
 
-def past_tokens(cache: list[LayerCache] | None) -> int:
+class GraphLayerCache(LayerCache):
+    """The buffers of another as a CUDA graph sees them, where no shape may change from one replay to the next.
+
+    `length` is a number in the device's memory; one token is written there, and every position is returned.
+    """
+
+    def __init__(self, cache: LayerCache, length: Tensor, seen_S: Tensor):
+        super().__init__(*cache.buffers)
+        self.length, self.place_1, self.seen_S = length, length.view(1), seen_S
+
+    def append(self, *new: Tensor) -> list[Tensor]:
+        for buffer, part in zip(self.buffers, new, strict=True):
+            buffer.index_copy_(1, self.place_1, part.to(buffer.dtype))
+        return list(self.buffers)
+
+
+def past_tokens(cache: list[LayerCache] | None) -> int | Tensor:
     return cache[0].length if cache else 0
 
 

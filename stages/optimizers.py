@@ -36,13 +36,33 @@ def orthogonalise(update: Tensor) -> Tensor:
     return (x.mT if tall else x).reshape(update.shape)
 
 
+def orthogonalise_each(updates: list[Tensor]) -> list[Tensor]:
+    """Each of the updates [..., M, N]; on a GPU those of one shape at once, for there their launches take the time."""
+    if not (updates and updates[0].is_cuda):
+        return [orthogonalise(update) for update in updates]
+    return orthogonalise_by_shape(updates)
+
+
+def orthogonalise_by_shape(updates: list[Tensor]) -> list[Tensor]:
+    of_shape: dict[torch.Size, list[int]] = {}
+    for i, update in enumerate(updates):
+        of_shape.setdefault(update.shape[-2:], []).append(i)
+    results = list(updates)
+    for same in of_shape.values():
+        stacks = [for_matmuls(updates[i]).flatten(end_dim=-3) for i in same]
+        parts = orthogonalise(torch.cat(stacks)).split([len(stack) for stack in stacks])
+        for i, part in zip(same, parts, strict=True):
+            results[i] = part.view_as(updates[i])
+    return results
+
+
 class StackedMuon(torch.optim.Optimizer):
     """Muon on parameters [M, N] or stacks [..., M, N]; each matrix of a stack is orthogonalised by itself.
 
     A group's `fused` says how many matrices stand on top of each other in M: 2 for gate and up of a SwiGLU.
 
     Under DDP every rank has the same gradients, so the ranks share the orthogonalisation out among them and
-    exchange the updates: the same bits as one process, for a fraction of its time.
+    exchange the updates: on CPU the same bits as one process, for a fraction of its time.
     """
 
     def __init__(self, params, lr: float, momentum: float, weight_decay: float):
@@ -72,12 +92,12 @@ def orthogonalised_by_the_ranks(updates: list[Tensor]) -> list[Tensor]:
     parallel = dist.is_available() and dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
     if world_size == 1:
-        return [orthogonalise(update).bfloat16() for update in updates]  # rounded as if it had been sent
+        return [found.bfloat16() for found in orthogonalise_each(updates)]  # rounded as if it had been sent
     shares = fair_shares([update.numel() * min(update.shape[-2:]) for update in updates], world_size)
     sent = []  # every rank does its own share before it waits for another's
     for owner, share in enumerate(shares):
         if owner == rank:
-            sent.append(torch.cat([orthogonalise(updates[i]).flatten() for i in share]).bfloat16())
+            sent.append(torch.cat([x.flatten() for x in orthogonalise_each([updates[i] for i in share])]).bfloat16())
         else:
             size = sum(updates[i].numel() for i in share)
             sent.append(updates[0].new_empty(size, dtype=torch.bfloat16))

@@ -67,7 +67,7 @@ class GroupedQueryAttention(nn.Module):
             key_BTGd = key_BTGd.repeat_interleave(per_group, dim=2)
             value_BTGd = value_BTGd.repeat_interleave(per_group, dim=2)
         query, key, value = (part.transpose(1, 2) for part in (query_BTHd, key_BTGd, value_BTGd))
-        out_BHTd = attend(query, key, value, self.head_dim**-0.5)
+        out_BHTd = attend(query, key, value, self.head_dim**-0.5, cache.seen_S if cache else None)
         return self.output(out_BHTd.transpose(1, 2).reshape(B, T, self.heads * self.head_dim))
 
 
@@ -112,4 +112,4 @@ class Student(nn.Module):
     def new_cache(self, batch: int, tokens: int) -> list[LayerCache]:
         size = (batch, tokens, self.shape.kv_heads, self.shape.head_dim)
         weight = self.head.weight
-        return [LayerCache(weight.new_empty(size), weight.new_empty(size)) for _ in self.blocks]
+        return [LayerCache(weight.new_zeros(size), weight.new_zeros(size)) for _ in self.blocks]

@@ -77,7 +77,7 @@ class LatentAttention(nn.Module):
         if cache is not None:
             latent_BTC, key_rope_BTR = cache.append(latent_BTC, key_rope_BTR)
             if T == 1:
-                return self.output(self._decode(query_nope, query_rope, latent_BTC, key_rope_BTR))
+                return self.output(self._decode(query_nope, query_rope, latent_BTC, key_rope_BTR, cache.seen_S))
         S = latent_BTC.shape[1]
         up_BSHd = self.latent_up(latent_BTC).view(B, S, self.heads, self.nope + self.value_dim)
         key_nope, value_BSHU = up_BSHd.split([self.nope, self.value_dim], dim=-1)
@@ -88,7 +88,12 @@ class LatentAttention(nn.Module):
         return self.output(out_BHTU.transpose(1, 2).reshape(B, T, self.heads * self.value_dim))
 
     def _decode(
-        self, query_nope: Tensor, query_rope: Tensor, latent_BSC: Tensor, key_rope_BSR: Tensor
+        self,
+        query_nope: Tensor,
+        query_rope: Tensor,
+        latent_BSC: Tensor,
+        key_rope_BSR: Tensor,
+        seen_S: Tensor | None,
     ) -> Tensor:
         """One new token, in latent space: latent_up is folded into query and output (DeepSeek-V2, 2.1.2).
 
@@ -99,7 +104,10 @@ class LatentAttention(nn.Module):
         up_HdC = self.latent_up.weight.to(dtype).view(self.heads, self.nope + self.value_dim, -1)
         query_BHC = torch.einsum("bhp,hpc->bhc", query_nope[:, 0], up_HdC[:, : self.nope])
         score_BHS = query_BHC @ latent_BSC.transpose(1, 2) + query_rope[:, 0] @ key_rope_BSR.transpose(1, 2)
-        share_BHS = (score_BHS.float() * self.scale).softmax(dim=-1).to(dtype)
+        score_BHS = score_BHS.float() * self.scale
+        if seen_S is not None:
+            score_BHS = score_BHS.masked_fill(~seen_S, -torch.inf)
+        share_BHS = score_BHS.softmax(dim=-1).to(dtype)
         out_BHU = torch.einsum("bhc,huc->bhu", share_BHS @ latent_BSC, up_HdC[:, self.nope :])
         return out_BHU.reshape(out_BHU.shape[0], 1, -1)
 
@@ -170,8 +178,8 @@ class Teacher(nn.Module):
         weight = self.head.weight
         return [
             LayerCache(
-                weight.new_empty(batch, tokens, self.shape.latent_width),
-                weight.new_empty(batch, tokens, self.shape.rope_head_dim),
+                weight.new_zeros(batch, tokens, self.shape.latent_width),
+                weight.new_zeros(batch, tokens, self.shape.rope_head_dim),
             )
             for _ in self.blocks
         ]

@@ -14,11 +14,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 from stages import evaluate, scoring, shards
 from stages.artifacts import Refusal, read_json
-from stages.generation import generate
 from stages.models import build_student, build_teacher, save
 from stages.runs import Place
 
@@ -300,24 +298,3 @@ def test_a_missing_model_is_refused_by_name(evaluated, settings, tmp_path):
     shutil.copytree(evaluated.root / "artifacts/data", tmp_path / "artifacts/data")
     with pytest.raises(Refusal, match="teacher"):
         evaluate.main(settings, Place(tmp_path, tmp_path), SilentRun())
-
-
-@pytest.mark.parametrize("kind", ["teacher", "student"])
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_generation_with_a_cache_writes_what_generation_without_one_writes(settings, kind, temperature):
-    build = build_teacher if kind == "teacher" else build_student
-    model = build(getattr(settings, kind), VOCAB, 64, seed=1).eval()
-    with torch.no_grad():
-        model.head.weight.mul_(20)  # far from uniform, so that rounding cannot decide
-    prompt = [5, 9, 250, 31]
-    cached, plain = (generate(model, prompt, 12, cache, temperature, seed=4) for cache in (True, False))
-    assert cached == plain and len(cached) == 12
-    assert generate(model, prompt, 12, temperature=temperature, seed=4) == cached
-
-
-def test_generation_stops_before_the_end_of_text(settings):
-    model = build_student(settings.student, VOCAB, 64, seed=1).eval()
-    first = generate(model, [5, 9], 1)
-    assert generate(model, [5, 9], 8, end_of_text=first[0]) == []
-    with pytest.raises(ValueError, match="at least one token"):
-        generate(model, [], 3)

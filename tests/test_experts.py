@@ -11,6 +11,7 @@ from stages.experts import (
     MoE,
     SortedExperts,
     balanced_bias,
+    gathered_experts,
     kernel_for,
     load_and_balance,
     permutation,
@@ -313,3 +314,11 @@ def test_the_router_leaves_the_number_of_threads_as_it_was(threads):
         assert seen == [1 if threads == 2 else threads] and torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
+
+
+def test_gathered_weights_give_what_sorted_rows_give():
+    layer, x_ND = moe(experts=6, per_token=3), torch.randn(5, 16)
+    gates = layer.gates(x_ND)
+    operands = x_ND, gates.weight_NK, layer.gate_up, layer.down, gates.expert_index_NK
+    load_E, _ = load_and_balance(gates.expert_index_NK, gates.score_NE, 1, layer.gating)
+    torch.testing.assert_close(gathered_experts(*operands), SortedExperts.apply(*operands, load_E, "loop"))

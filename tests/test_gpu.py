@@ -10,9 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.moe_layer import ScatterMoE, new_layer, run_layer
 from benchmarks.training_step import REFERENCE, batches, new_teacher, teacher_step
 from stages import experts, layers, losses, student, teacher
 from stages.experts import MoE
+from stages.generation import Reader
 from stages.layers import initialise
 from stages.student import Student, StudentShape
 from stages.teacher import Teacher
@@ -146,6 +148,23 @@ def losses_of_steps(compiled: bool, steps: int = 6) -> list[float]:
 
 
 @on_gpu
+@pytest.mark.parametrize(("kind", "shape"), [(Teacher, SHAPE), (Student, STUDENT)])
+def test_every_weight_of_a_compiled_model_has_the_gradient_that_it_has_uncompiled(kind, shape):
+    torch.compiler.reset()
+    gradients = []
+    for compiled in (False, True):
+        model = kind(shape).cuda()
+        initialise(model, shape.layers, seed=0)
+        if compiled:
+            compile_blocks(model)
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = NextToken(1e-4)(model, next(batches(shape, 4))).loss
+        loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert max(far(fast, slow) for slow, fast in zip(*gradients, strict=True)) < 0.05
+
+
+@on_gpu
 def test_compiled_blocks_learn_as_others_do():
     assert losses_of_steps(compiled=True) == pytest.approx(losses_of_steps(compiled=False), rel=2e-3)
 
@@ -170,3 +189,40 @@ def test_compiling_leaves_names_and_a_move_to_the_cpu_alone():
     compile_blocks(model)
     model(torch.zeros(2, 64, dtype=torch.long, device="cuda"))
     assert list(model.cpu().state_dict()) == names
+
+
+@on_gpu
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "shape"), [(Teacher, SHAPE), (Student, STUDENT)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_graph_reads_token_by_token_what_the_whole_forward_reads(kind, shape, dtype, deterministic, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    model = kind(shape).cuda().eval()
+    initialise(model, shape.layers, seed=0)
+    tokens_BT = torch.randint(shape.vocab_size, (2, 12), device="cuda")
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            whole_BTV, reader = model(tokens_BT), Reader(model, 2, 12)
+            read = [reader.read(part_BT) for part_BT in tokens_BT.split([5, *[1] * 7], dim=1)]
+            with pytest.raises(ValueError, match="holds 12 tokens; 13 were fed"):
+                reader.read(tokens_BT[:, :1])
+            reader.forget(7)
+            read.append(reader.read(tokens_BT[:, 5:6]))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert reader.graph is not None
+    assert far(torch.stack(read[:-1], dim=1), whole_BTV[:, 4:]) < (2e-2 if dtype == torch.bfloat16 else 1e-4)
+    assert torch.equal(read[-1], read[1])
+
+
+@on_gpu
+def test_scattermoes_experts_give_what_ours_give_behind_the_same_router():
+    pytest.importorskip("scattermoe")
+    layer = new_layer(64, 32, 8, 3)
+    x_ND, theirs = torch.randn(300, 64, device="cuda"), ScatterMoE(layer, torch.bfloat16)
+    with torch.autocast("cuda", torch.bfloat16):
+        ours_ND = run_layer(layer, x_ND)
+        theirs_ND = theirs(x_ND)
+    assert far(theirs_ND, ours_ND) < 0.02

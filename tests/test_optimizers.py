@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.variants import MUON
 from stages import optimizers
-from stages.optimizers import StackedMuon, fair_shares, learning_rate_factor, orthogonalise
+from stages.optimizers import StackedMuon, fair_shares, learning_rate_factor, orthogonalise, orthogonalise_by_shape
 
 
 @pytest.fixture
@@ -77,6 +77,13 @@ def test_the_iteration_runs_in_bfloat16_under_autocast_alone():
     assert orthogonalise(torch.randn(8, 6)).dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert orthogonalise(torch.randn(8, 6)).dtype == torch.bfloat16
+
+
+def test_updates_orthogonalised_with_others_of_their_shape_are_as_alone():
+    torch.manual_seed(0)
+    updates = [torch.randn(2, 12, 8), torch.randn(1, 8, 12), torch.randn(3, 2, 12, 8), torch.randn(1, 12, 8)]
+    for together, update in zip(orthogonalise_by_shape(updates), updates, strict=True):
+        torch.testing.assert_close(together, orthogonalise(update))
 
 
 def test_the_schedule_warms_up_holds_and_decays_to_almost_nothing():
