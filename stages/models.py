@@ -25,7 +25,7 @@ from torch import Tensor
 
 from stages.artifacts import Refusal, read_json, sha256_of, write_atomically, write_json
 from stages.experts import MoE
-from stages.layers import NORM_EPSILON, SwiGLU, initialise
+from stages.layers import INIT_STD, NORM_EPSILON, SwiGLU, initialise
 from stages.student import Student, StudentShape
 from stages.teacher import Teacher, TeacherShape
 
@@ -128,7 +128,7 @@ def save(
         "attention_bias": False,
         "attention_dropout": 0.0,
         "tie_word_embeddings": False,
-        "initializer_range": 0.02,
+        "initializer_range": INIT_STD,
         "use_cache": True,
         "weights_sha256": sha256_of(folder / WEIGHTS),
         "tokenizer_sha256": tokenizer_sha256,
