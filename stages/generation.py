@@ -23,6 +23,7 @@ class Reader:
         self.model, self.cache = model, model.new_cache(batch, capacity)
         self.graph: torch.cuda.CUDAGraph | None = None
 
+    @torch.no_grad()
     def read(self, tokens_BT: Tensor) -> Tensor:
         """Logits [B, V] of the token after these, which follow what was read before."""
         if tokens_BT.is_cuda and tokens_BT.shape[1] == 1 and len(tokens_BT) <= GATHERED_TOKENS:
