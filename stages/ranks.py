@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from stages.artifacts import Refusal, read_json, write_atomically, write_json
-from stages.runs import Place, die_with_parent
+from stages.runs import Place, die_with_parent, leave
 
 if __name__ == "__main__":  # before the imports: in their seconds torchrun may be killed, and nobody else ends a rank
     die_with_parent(int(os.environ.get("OFFRAMP_TORCHRUN", os.getppid())))
@@ -321,3 +321,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -16,6 +16,7 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import yaml
 
@@ -133,6 +134,13 @@ def die_with_parent(parent=None):
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:  # it died just before
         sys.exit(1)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends a process that has nothing left to write: taking torch and Lightning down in order takes a second."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters, rendezvou
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
 from stages.artifacts import write_atomically
+from stages.runs import leave
 
 BACKEND = "loopback"
 
@@ -67,4 +68,4 @@ def main(job: Path, ranks: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))
+    leave(main(Path(sys.argv[1]), sys.argv[2]))
