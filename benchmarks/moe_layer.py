@@ -179,7 +179,7 @@ def rows_of(layer: MoE, tokens: int, seconds: float) -> Iterator[Row | str]:
             what = f"{name}, {tokens} tokens, {len(layer.down)} experts"
             yield from (f"peer left out: {of}: {what}, {dtype_name}: {why}" for of, why in times.failed.items())
             best = min(filter(times.__contains__, peers), key=times.median, default=None)
-            strong = filter(times.__contains__, filter(None, (best, SCATTERMOE)))
+            strong = [peer for peer in (best, SCATTERMOE) if peer and peer in times]
             for mine, against in [(dtype_name, LOOP), *((of, peer) for peer in strong for of in ours)]:
                 yield Row.of(
                     "MoE layer",
