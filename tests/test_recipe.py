@@ -151,7 +151,15 @@ def test_the_table_names_every_corpus_and_a_missing_one_is_a_line(tiny, corpora,
     assert sorted(line.split(" | ")[0] for line in lines) == sorted(f"| {name}" for name in names)
     assert len(table.notes) == 5 and all(name in "".join(table.notes) for name in ("small", "capitals", "noise"))
     assert len(list(table.leads_of_the_twin(here[0]))) == len(recipe.BUDGETS)
-    assert table.rendered() in recipe.as_markdown(table.rendered(), table.notes, 0.01)
+    text = recipe.as_markdown(table.rendered(), table.notes, 0.01, (1, 2))
+    assert table.rendered() in text and "seeds 1, 2." in text
+
+
+def test_what_is_compared_is_the_mean_over_the_seeds(tiny, corpora, tiny_settings, tmp_path):
+    (data,) = recipe.corpora_here(["small"], 0.1, tiny_settings)
+    bench = recipe.Bench([data], tiny, tmp_path, seeds=(1, 2), rounds=1)
+    each = [bench.curve(tiny, data, 0.01, seed)[-1][1] for seed in (1, 2)]
+    assert each[0] != each[1] and bench.bits(tiny, data, 0.01) == pytest.approx(sum(each) / 2)
 
 
 def test_a_table_without_time_left_has_only_what_was_kept(tiny, corpora, tiny_settings, tmp_path):
