@@ -161,11 +161,10 @@ def rows_times_experts(x_MI: Tensor, weight_EIO: Tensor, load_E: Tensor, kernel:
     if kernel == "grouped":
         return F.grouped_mm(x_MI, weight_EIO.to(x_MI.dtype), offs=_ends(load_E))
     out_MO = x_MI.new_empty(x_MI.shape[0], weight_EIO.shape[-1])
-    end = 0
-    for expert, count in enumerate(load_E.long().tolist()):
-        start, end = end, end + count
-        if count:  # cast here: the weight stays in cache, and decoding touches only the chosen experts
-            torch.mm(x_MI[start:end], weight_EIO[expert].to(x_MI.dtype), out=out_MO[start:end])
+    rows_E = load_E.long().tolist()
+    for x, weight, out in zip(x_MI.split(rows_E), weight_EIO, out_MO.split(rows_E), strict=True):
+        if len(x):  # cast here: the weight stays in cache, and decoding touches only the chosen experts
+            torch.mm(x, weight.to(x.dtype), out=out)
     return out_MO
 
 
@@ -179,15 +178,14 @@ def outer_per_expert(a_MO: Tensor, b_MI: Tensor, load_E: Tensor, dtype: torch.dt
     if kernel == "grouped":
         return F.grouped_mm(a_MO.t(), b_MI, offs=_ends(load_E)).to(dtype)
     out_EOI = torch.empty(len(load_E), a_MO.shape[1], b_MI.shape[1], dtype=dtype, device=a_MO.device)
-    end = 0
-    for expert, count in enumerate(load_E.long().tolist()):
-        start, end = end, end + count
-        if not count:
-            out_EOI[expert].zero_()
-        elif dtype == a_MO.dtype:
-            torch.mm(a_MO[start:end].t(), b_MI[start:end], out=out_EOI[expert])
+    rows_E = load_E.long().tolist()
+    for a, b, out in zip(a_MO.split(rows_E), b_MI.split(rows_E), out_EOI, strict=True):
+        if not len(a):
+            out.zero_()
+        elif dtype == a.dtype:
+            torch.mm(a.t(), b, out=out)
         else:
-            out_EOI[expert].copy_(a_MO[start:end].t() @ b_MI[start:end])
+            out.copy_(a.t() @ b)
     return out_EOI
 
 
@@ -287,19 +285,32 @@ def _sum_over_choices(y_MD: Tensor, inverse_NK: Tensor, weight_NK: Tensor | None
     return (y_NKD if weight_NK is None else y_NKD.mul_(weight_NK.unsqueeze(-1))).sum(dim=1)
 
 
-GATHERED_TOKENS = 8  # so many at the most: each has a copy made of its experts' weights
+# ---- decoding ----------------------------------------------------------------------------------------------
+# Both give what SortedExperts gives, for a few tokens: sorting those takes longer than their products.
+
+GATHERED_TOKENS = 8  # on a GPU so many at the most: each has a copy made of its experts' weights
 
 
-def gathers(x_ND: Tensor) -> bool:
-    """Decoding on a GPU. Sorting a few rows takes longer than their products, and a CUDA graph of loops over counts
-    cannot be: the host would have to know them."""
-    return x_ND.is_cuda and len(x_ND) <= GATHERED_TOKENS and not torch.is_grad_enabled()
+def few_enough(x_ND: Tensor) -> bool:
+    return not torch.is_grad_enabled() and len(x_ND) <= (GATHERED_TOKENS if x_ND.is_cuda else 1)
+
+
+def experts_of_one(
+    x_1D: Tensor, weight_1K: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, index_1K: Tensor
+) -> Tensor:
+    """On CPU, of one token."""
+    y_K1D = [
+        F.linear(gated_silu(F.linear(x_1D, gate_up_E2FD[expert].to(x_1D.dtype))), down_EDF[expert].to(x_1D.dtype))
+        for expert in index_1K[0].tolist()
+    ]
+    return (torch.cat(y_K1D) * weight_1K.T.to(x_1D.dtype)).sum(dim=0, keepdim=True)
 
 
 def gathered_experts(
     x_ND: Tensor, weight_NK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, index_NK: Tensor
 ) -> Tensor:
-    """What SortedExperts gives, from the weights of each token's experts side by side."""
+    """On a GPU, from the weights of each token's experts side by side. No loop over counts: in a CUDA graph the host
+    cannot know them."""
     h_N2FK = gate_up_E2FD[index_NK].flatten(1, 2) @ x_ND.unsqueeze(2)
     y_NKD1 = down_EDF[index_NK] @ gated_silu(h_N2FK.view(*index_NK.shape, -1)).unsqueeze(3)
     return (y_NKD1.squeeze(3) * weight_NK.unsqueeze(2).to(y_NKD1.dtype)).sum(dim=1)
@@ -350,8 +361,8 @@ class MoE(nn.Module):
         )
         x_ND = for_matmuls(x_ND)
         operands = x_ND, gates.weight_NK, self.gate_up, self.down, gates.expert_index_NK
-        if gathers(x_ND):
-            y_ND = gathered_experts(*operands)
+        if few_enough(x_ND):
+            y_ND = gathered_experts(*operands) if x_ND.is_cuda else experts_of_one(*operands)
         else:
             y_ND = SortedExperts.apply(*operands, load_E, kernel_for(x_ND, self.down.shape[-1]))
         if self.shared is not None:

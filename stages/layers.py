@@ -17,6 +17,7 @@ from torch import Tensor, nn
 NORM_EPSILON = 1e-6  # what DeepSeek-V3 and Qwen3 use; their latent and head norms have it fixed in code
 INIT_STD = 0.02
 EMBEDDING_STD = 0.1  # what blocks add early in training would drown a smaller one (tuned: LOG.md)
+FEW_NUMBERS = 1 << 14  # as in decoding: up to so many an operation of PyTorch takes less time than calling it
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines, each [T, R/2]
 
@@ -29,7 +30,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda:  # has a kernel of its own
+        if x.is_cuda or x.numel() < FEW_NUMBERS:  # has a kernel of its own, or is over before ours has begun
             return F.rms_norm(x.float(), self.weight.shape, self.weight, NORM_EPSILON)
         return FewPassRMSNorm.apply(x.float(), self.weight)
 

@@ -102,14 +102,14 @@ class LatentAttention(nn.Module):
         dtype = query_nope.dtype
         latent_BSC, key_rope_BSR = latent_BSC.to(dtype), key_rope_BSR.to(dtype)
         up_HdC = self.latent_up.weight.to(dtype).view(self.heads, self.nope + self.value_dim, -1)
-        query_BHC = torch.einsum("bhp,hpc->bhc", query_nope[:, 0], up_HdC[:, : self.nope])
+        query_BHC = (query_nope[:, 0].transpose(0, 1) @ up_HdC[:, : self.nope]).transpose(0, 1)
         score_BHS = query_BHC @ latent_BSC.transpose(1, 2) + query_rope[:, 0] @ key_rope_BSR.transpose(1, 2)
         score_BHS = score_BHS.float() * self.scale
         if seen_S is not None:
             score_BHS = score_BHS.masked_fill(~seen_S, -torch.inf)
         share_BHS = score_BHS.softmax(dim=-1).to(dtype)
-        out_BHU = torch.einsum("bhc,huc->bhu", share_BHS @ latent_BSC, up_HdC[:, self.nope :])
-        return out_BHU.reshape(out_BHU.shape[0], 1, -1)
+        out_HBU = (share_BHS @ latent_BSC).transpose(0, 1) @ up_HdC[:, self.nope :].mT
+        return out_HBU.transpose(0, 1).flatten(1).unsqueeze(1)
 
 
 class Block(nn.Module):

@@ -11,6 +11,7 @@ from stages.experts import (
     MoE,
     SortedExperts,
     balanced_bias,
+    experts_of_one,
     gathered_experts,
     kernel_for,
     load_and_balance,
@@ -316,9 +317,18 @@ def test_the_router_leaves_the_number_of_threads_as_it_was(threads):
         torch.set_num_threads(before)
 
 
-def test_gathered_weights_give_what_sorted_rows_give():
-    layer, x_ND = moe(experts=6, per_token=3), torch.randn(5, 16)
+@pytest.mark.parametrize(("unsorted", "tokens"), [(gathered_experts, 5), (experts_of_one, 1)])
+def test_what_is_not_sorted_gives_what_sorted_rows_give(unsorted, tokens):
+    layer, x_ND = moe(experts=6, per_token=3), torch.randn(tokens, 16)
     gates = layer.gates(x_ND)
     operands = x_ND, gates.weight_NK, layer.gate_up, layer.down, gates.expert_index_NK
     load_E, _ = load_and_balance(gates.expert_index_NK, gates.score_NE, 1, layer.gating)
-    torch.testing.assert_close(gathered_experts(*operands), SortedExperts.apply(*operands, load_E, "loop"))
+    torch.testing.assert_close(unsorted(*operands), SortedExperts.apply(*operands, load_E, "loop"))
+
+
+def test_a_single_token_read_without_gradients_is_not_sorted(monkeypatch):
+    layer, x_BTD = moe(), torch.randn(1, 1, 16)
+    sorted_BTD, _ = layer(x_BTD)  # with gradients
+    monkeypatch.setattr("stages.experts.permutation", lambda index_NK: pytest.fail("sorted"))
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x_BTD)[0], sorted_BTD)
