@@ -1,11 +1,13 @@
 """Starts the ranks of a training stage through torchrun. The stage process itself is never a rank: it composes
-the settings once, and a Hydra sweep or a retry can never give two ranks different hyperparameters.
+the settings once, and a Hydra sweep or a retry can never give two ranks different hyperparameters. Nor does it import
+torch: what there is to compute on it asks of torchrun's process, which imports torch anyway.
 """
 
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,33 +15,69 @@ from dataclasses import asdict
 from pathlib import Path
 
 from stages.artifacts import Refusal, read_json, write_atomically, write_json
-from stages.provenance import cores, device_conditions
 from stages.resuming import resume_key
 from stages.runs import die_with_parent
 
 
-def rank_count(accelerator: str, ranks: int | str) -> tuple[str, int]:
-    """The accelerator to use and how many ranks: two gloo processes on CPU, one rank per GPU over NCCL."""
-    import torch
+class Torchrun:
+    """The process of stages.torchrun: it says what training would run on, and then runs it there."""
 
-    if accelerator == "auto":
-        accelerator = "gpu" if torch.cuda.is_available() else "cpu"
-    if accelerator == "gpu" and not torch.cuda.is_available():
-        raise Refusal("trainer.accelerator = gpu: this machine shows no CUDA device; use cpu or auto")
-    if ranks == "auto":
-        ranks = torch.cuda.device_count() if accelerator == "gpu" else 2
-    if accelerator == "gpu" and int(ranks) > torch.cuda.device_count():
-        raise Refusal(f"trainer.ranks = {ranks}: this machine has {torch.cuda.device_count()} GPUs")
-    return accelerator, int(ranks)
+    def __enter__(self) -> "Torchrun":
+        environment = os.environ | {"TORCH_CPP_LOG_LEVEL": "ERROR"}
+        environment |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # ranks listen for each other only
+        environment["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")])
+        )
+        self._socket, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "stages.torchrun", str(theirs.fileno())]
+        with theirs:
+            self._process = subprocess.Popen(
+                command, env=environment, pass_fds=[theirs.fileno()], preexec_fn=_as_helper
+            )
+        self._running = False
+        self._before = {number: signal.signal(number, self._signalled) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _signalled(self, number, _):
+        if not self._running:
+            raise KeyboardInterrupt
+        self._process.send_signal(number)
+
+    def conditions(self, trainer) -> dict:
+        """What bytes will depend on: accelerator, ranks, threads, precision. Refuses what this machine lacks."""
+        answer = json.loads(self._told(asdict(trainer)) or "{}")
+        if not answer:
+            raise Refusal(f"torchrun ended with code {self._process.wait()} before it could start a rank")
+        if "refusal" in answer:
+            raise Refusal(answer["refusal"])
+        return answer
+
+    def run(self, job: Path) -> int:
+        """Runs the job in every rank; the exit code of the whole."""
+        self._running = True
+        self._told(str(job))
+        return self._process.wait()
+
+    def _told(self, what) -> str:
+        """Its answer; empty where it is gone or has nothing more to say."""
+        try:
+            self._socket.sendall(json.dumps(what).encode() + b"\n")
+            with self._socket.makefile() as answers:
+                return answers.readline()
+        except (BrokenPipeError, ConnectionResetError):
+            return ""
+
+    def __exit__(self, *_) -> None:
+        self._process.kill()  # it has ended, unless something was refused or interrupted before a rank began
+        self._process.wait()
+        self._socket.close()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
-def chosen_precision(precision: str, accelerator: str) -> str:
-    """bfloat16 autocast where the matrix units have it: detected, not assumed."""
-    from stages.layers import has_bfloat16
-
-    if precision == "auto":
-        precision = "bfloat16" if has_bfloat16("cuda" if accelerator == "gpu" else "cpu") else "float32"
-    return precision
+def _as_helper() -> None:
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the seconds of its imports is the stage's to tell
 
 
 def launch(stage: str, settings, place, inputs: list[str], run) -> tuple[dict, dict]:
@@ -48,34 +86,17 @@ def launch(stage: str, settings, place, inputs: list[str], run) -> tuple[dict, d
     A failure of any rank ends all of them; its one-line reason is raised here as a Refusal.
     """
     plain = {k: v for k, v in asdict(settings).items() if v is not None}
-    accelerator, ranks = rank_count(settings.trainer.accelerator, settings.trainer.ranks)
-    conditions = {
-        **device_conditions(ranks if accelerator == "gpu" else 0),
-        "ranks": ranks,
-        "threads_per_rank": 1 if accelerator == "gpu" else max(1, cores() // ranks),
-        "precision": chosen_precision(settings.trainer.precision, accelerator),
-        "deterministic": settings.trainer.deterministic,
-    }
-    if accelerator == "gpu":
-        from stages.layers import can_compile  # late: it imports torch
-
-        conditions["compiled"] = can_compile()
     for path in inputs:
         if not place.read(path).exists():
             raise Refusal(f"{path} is missing: run the stage that writes it (dvc repro)")
-    if not conditions.get("compiled", True):
-        print(f"{stage}: no gcc and no clang here: training runs uncompiled and takes half as long again", flush=True)
-    key = resume_key(stage, [plain, conditions], [place.read(path) for path in inputs])
-    state = place.root / ".runs" / "resume" / f"{stage}-{key}"
-    state.mkdir(parents=True, exist_ok=True)
-    for name in ("error.txt", "result.json", "steps.jsonl"):
-        (state / name).unlink(missing_ok=True)
-    job = {"stage": stage, "settings": plain, "accelerator": accelerator, "precision": conditions["precision"]}
-    job |= {"root": str(place.root), "out": str(place.out), "state": str(state)}
-    write_atomically(state / "job.json", json.dumps(job))  # not write_json, which rounds: ranks get the exact settings
-
     started = time.monotonic()
-    code = _run_ranks(state / "job.json", conditions)
+    with Torchrun() as torchrun:
+        conditions = torchrun.conditions(settings.trainer)
+        if not conditions.get("compiled", True):
+            slow = "no gcc and no clang here: training runs uncompiled and takes half as long again"
+            print(f"{stage}: {slow}", flush=True)
+        state = _state(stage, plain, conditions, place, inputs)
+        code = torchrun.run(state / "job.json")
     speeds = _record_steps(state / "steps.jsonl", run)  # also of a run that failed
     if code != 0:
         error = state / "error.txt"
@@ -83,10 +104,30 @@ def launch(stage: str, settings, place, inputs: list[str], run) -> tuple[dict, d
             raise Refusal(error.read_text().strip())
         raise Refusal(f"a rank of {stage} ended with code {code}; its last words are in {state / 'ranks.log'}")
     result = read_json(state / "result.json")
-    clock = {"seconds": time.monotonic() - started, "ranks": ranks, "accelerator": accelerator}
+    clock = {"seconds": time.monotonic() - started, "ranks": conditions["ranks"]}
+    clock |= {"accelerator": accelerator(conditions)}
     write_json(place.write(f"measurements/{stage}.json"), clock | speeds)
     shutil.rmtree(state)  # finished: the outs are the state now
     return result, conditions
+
+
+def _state(stage: str, plain: dict, conditions: dict, place, inputs: list[str]) -> Path:
+    """The folder of this work, in which the ranks find their job, and what an interrupted run of it has kept."""
+    key = resume_key(stage, [plain, conditions], [place.read(path) for path in inputs])
+    state = place.root / ".runs" / "resume" / f"{stage}-{key}"
+    state.mkdir(parents=True, exist_ok=True)
+    for name in ("error.txt", "result.json", "steps.jsonl"):
+        (state / name).unlink(missing_ok=True)
+    job = {"stage": stage, "settings": plain, "accelerator": accelerator(conditions)}
+    job |= {"precision": conditions["precision"]}
+    job |= {"root": str(place.root), "out": str(place.out), "state": str(state)}
+    write_atomically(state / "job.json", json.dumps(job))  # not write_json, which rounds: ranks get the exact settings
+    return state
+
+
+def accelerator(conditions: dict) -> str:
+    """As Lightning calls it."""
+    return "cpu" if conditions["accelerator"] == "none" else "gpu"
 
 
 def _record_steps(path: Path, run) -> dict[str, float]:
@@ -107,27 +148,3 @@ def write_curves(path: Path, result: dict) -> None:
             bits = "" if row["validation_bits_per_byte"] is None else row["validation_bits_per_byte"]
             lines.append(f"{name},{row['step']},{row['loss']},{bits}")
     write_atomically(path, "\n".join(lines) + "\n")
-
-
-def _run_ranks(job: Path, conditions: dict) -> int:
-    threads = str(conditions["threads_per_rank"])  # for MKL too: torch takes its number over OpenMP's
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    environment |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # ranks listen for each other only
-    environment["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")])
-    )
-    if conditions["accelerator"] != "none" and conditions["deterministic"]:
-        # cuBLAS sums in one order only in workspaces of its own, NCCL only where the switch does not add for it, the
-        # compiler only where it does not try out which order is the fastest
-        environment |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring", "TORCHINDUCTOR_DETERMINISTIC": "1"}
-    command = [sys.executable, "-m", "stages.torchrun", str(job), str(conditions["ranks"])]
-    with (job.parent / "ranks.log").open("wb") as log:
-        process = subprocess.Popen(command, env=environment, stderr=log, preexec_fn=die_with_parent)
-        previous = {
-            s: signal.signal(s, lambda number, _: process.send_signal(number)) for s in (signal.SIGTERM, signal.SIGINT)
-        }
-        try:
-            return process.wait()
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)

@@ -8,6 +8,8 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 for name in ("DVC_STAGE", "DVC_ROOT", "HYDRA_FULL_ERROR"):
     os.environ.pop(name, None)
 
+from pathlib import Path  # noqa: E402
+
 import pytest  # noqa: E402
 
 from stages import settings  # noqa: E402
@@ -17,3 +19,13 @@ from stages import settings  # noqa: E402
 def tiny_settings() -> settings.Settings:
     """The real configuration, composed at the scale that is made for tests."""
     return settings.validate(settings.compose(["scale=tiny", "corpus=stdlib"]))
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """A clone at `scale: tiny` after its first `dvc repro`. Whoever changes it puts it back."""
+    from tests.test_pipeline import DVC, clone, user_types
+
+    tree = clone(tmp_path_factory.mktemp("clone"))
+    user_types(tree, *DVC, "repro")
+    return tree

@@ -90,13 +90,11 @@ def listening_addresses(pids):
     return addresses
 
 
-def test_a_training_stage_listens_on_loopback_only(training):
+def test_a_training_stage_listens_on_loopback_only_and_told_to_stop_saves_and_says_so(training):
     addresses = listening_addresses(descendants(training.pid))
     assert len(addresses) >= 3, "the store and two ranks"
     assert {address.split(":")[0] for address in addresses} <= LOOPBACK
 
-
-def test_a_training_stage_told_to_stop_saves_and_says_so(training):
     training.terminate()
     assert training.wait(60) == 1
     told = training.stderr.read()
@@ -131,3 +129,36 @@ def test_a_missing_input_is_named_before_a_rank_starts(tiny_settings, tmp_path):
     with pytest.raises(Refusal, match="^artifacts/data is missing: run the stage that writes it"):
         launch("pretrain", tiny_settings, Place(tmp_path, tmp_path), ["artifacts/data"], run=None)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def starting(tree):
+    """A stage that trains, while its torchrun still imports torch; and that torchrun."""
+    command = [sys.executable, "-m", "stages.pretrain"]
+    stage = subprocess.Popen(command, cwd=tree, env=environment("pretrain"), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (found := [pid for pid, command in descendants(stage.pid).items() if "stages.torchrun" in command]):
+        assert stage.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    yield stage, found[0]
+    stage.kill()
+    stage.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_training_stage_told_to_stop_before_its_ranks_are_there_says_so_at_once(starting, number):
+    stage, torchrun = starting
+    for pid in (torchrun, stage.pid):  # a terminal tells both
+        os.kill(pid, number)
+    told = stage.communicate(timeout=10)[1]
+    assert stage.returncode == 130
+    assert "interrupted; the same command continues" in told and "Traceback" not in told
+    assert not alive(torchrun)
+
+
+def test_a_torchrun_killed_before_its_ranks_are_there_is_told_in_one_line(starting):
+    stage, torchrun = starting
+    os.kill(torchrun, signal.SIGKILL)
+    told = stage.communicate(timeout=10)[1]
+    assert stage.returncode == 1
+    assert "offramp: torchrun ended with code -9 before it could start a rank" in told and "Traceback" not in told

@@ -10,6 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
+
+from stages import distill
+from stages.artifacts import Refusal, sha256_of
+from stages.runs import Place
 
 ROOT = Path(__file__).parent.parent
 DVC = [sys.executable, "-m", "dvc"]
@@ -43,12 +48,9 @@ def user_types(tree: Path, *command: str, check: bool = True, umask: int = -1, *
     return done
 
 
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory) -> Path:
-    """The clone after its first `dvc repro`."""
-    target = clone(tmp_path_factory.mktemp("clone"))
-    user_types(target, *DVC, "repro")
-    return target
+@pytest.fixture
+def tree(finished) -> Path:
+    return finished
 
 
 def test_a_second_repro_does_nothing(tree):
@@ -147,46 +149,35 @@ def test_a_loss_that_is_not_finite_is_refused_and_no_model_is_written(tree):
     assert not (out / "artifacts/teacher/model.safetensors").exists()
 
 
-def test_a_teacher_of_another_tokenizer_is_refused(tree):
-    config = tree / "artifacts/teacher/config.json"
-    before = config.read_bytes()
+def test_a_teacher_of_another_tokenizer_is_refused(tree, tiny_settings, tmp_path):
+    for name in ("artifacts/data", "artifacts/teacher"):
+        shutil.copytree(tree / name, tmp_path / name)
+    config = tmp_path / "artifacts/teacher/config.json"
+    told = json.loads(config.read_text()) | {"tokenizer_sha256": "0" * 64}
     config.chmod(0o644)
-    config.write_text(json.dumps(json.loads(before) | {"tokenizer_sha256": "0" * 64}).replace("config_sha256", "was"))
-    try:
-        words = ["distill.steps=1", f"hydra.run.dir={tree / 'outputs' / 'refused'}"]
-        done = user_types(tree, sys.executable, "-m", "stages.distill", *words, check=False)
-    finally:
-        config.write_bytes(before)
-    assert done.returncode != 0 and "another tokenizer" in done.stderr and "Traceback" not in done.stderr
+    config.write_text(json.dumps(told).replace("config_sha256", "was"))
+    with pytest.raises(Refusal, match="another tokenizer"):
+        next(distill.fits(tiny_settings, Place(tmp_path, tmp_path), keep=None))
 
 
 OTHER_HABITS = {"PYTHONHASHSEED": "7", "TZ": "Pacific/Kiritimati", "LC_ALL": "C", "LANG": "C", "umask": 0o077}
+OTHER_THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "3")
 
 
 def test_another_folder_and_another_persons_environment_give_identical_bytes(tree, tmp_path):
-    """prepare and pretrain elsewhere: hash seed, time zone, locale, umask, and a path of another depth."""
+    """The whole pipeline elsewhere: hash seed, time zone, locale, umask, a path of another depth, numbers of threads.
+
+    DDP is on, and DVC hashes every out. A stage takes its own number of threads, for bytes depend on it.
+    """
     other = clone(new_folder(tmp_path / "a folder" / "größer" / "deep"))
-    user_types(other, *DVC, "repro", "pretrain", **OTHER_HABITS)
-    written = [
-        path.relative_to(other)
-        for name in ("artifacts", "metrics", "plots", "provenance")
-        for path in sorted((other / name).rglob("*"))
-        if path.is_file()
-    ]
-    assert {path.name for path in written} >= {"model.safetensors", "card.json", "prepare.json", "pretrain.csv"}
-    assert [path for path in written if (other / path).read_bytes() != (tree / path).read_bytes()] == []
+    user_types(other, *DVC, "repro", **OTHER_HABITS, **OTHER_THREADS)
+    assert (other / "dvc.lock").read_bytes() == (tree / "dvc.lock").read_bytes()
+    stages = yaml.safe_load((tree / "dvc.lock").read_text())["stages"]
+    outs = [out["path"] for stage in stages.values() for out in stage["outs"]]
+    assert {"artifacts/data", "artifacts/sparse_student", "artifacts/scores", "report/claims.json"} <= set(outs)
+    assert [path for path in outs if sha256_of(other / path) != sha256_of(tree / path)] == []
 
 
 def new_folder(path: Path) -> Path:
     path.mkdir(parents=True)
     return path
-
-
-def test_a_forced_rerun_gives_identical_bytes(tree):
-    """The last test of the clone: DDP on, every out hashed by DVC, outs rebuilt from nothing.
-
-    Numbers of threads in the environment do not reach a stage: it takes its own, and bytes depend on them.
-    """
-    lock = (tree / "dvc.lock").read_bytes()
-    user_types(tree, *DVC, "repro", "-f", OMP_NUM_THREADS="3", MKL_NUM_THREADS="3", OPENBLAS_NUM_THREADS="3")
-    assert (tree / "dvc.lock").read_bytes() == lock

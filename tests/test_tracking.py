@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from stages import tracking
+from stages import mirror, tracking
 from stages.artifacts import ROOT, sha256_of
 
 mlflow = pytest.importorskip("mlflow")
@@ -104,7 +104,7 @@ def test_stages_of_one_pipeline_share_a_parent_and_a_run_by_hand_has_none(made, 
     record(made, "evaluate")
     (made / "outputs").mkdir()
     record(made, "sparsify", out=made / "outputs")
-    assert sync(made).returncode == 0
+    assert mirror.send(made) == 0
     _, by_kind, runs = runs_in(made)
     assert len(runs) == 4
     parent = by_kind["pipeline"]
@@ -120,7 +120,7 @@ def test_jobs_of_a_sweep_stand_under_one_parent_named_by_their_overrides(made, n
         (sweep / f"{job}/.hydra").mkdir(parents=True)
         (sweep / f"{job}/.hydra/overrides.yaml").write_text(f"- distill.temperature={temperature}\n")
         record(made, out=sweep / str(job), sweep=sweep)
-    assert sync(made).returncode == 0
+    assert mirror.send(made) == 0
     _, _, runs = runs_in(made)
     assert {run.info.run_name for run in runs} == {
         "sweep distill 20260101", "distill temperature=1", "distill temperature=2"}
@@ -140,7 +140,7 @@ def test_an_unreachable_server_does_not_raise_and_nothing_is_lost(made, monkeypa
     assert SECRET not in waited
     assert len(tracking.read_lines(folder / "events.jsonl")) > 700
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert sync(made).returncode == 0  # later, to a store that is there
+    assert mirror.send(made) == 0  # later, to a store that is there
     assert len(runs_in(made)[2]) == 2
 
 
@@ -162,7 +162,7 @@ def test_a_killed_stage_is_sent_as_killed_with_what_it_had_said(made):
     folder = tracking.unsent(made)[0]
     with open(folder / "events.jsonl", "a") as file:
         file.write('{"kind": "metrics", "values": {"lo')  # and a line cut short
-    assert sync(made).returncode == 0
+    assert mirror.send(made) == 0
     child = runs_in(made)[1]["distill"]
     assert child.info.status == "KILLED" and child.data.metrics == {"loss": 3.0}
     assert tracking.unsent(made) == []
@@ -229,7 +229,7 @@ def test_the_logged_model_generates_the_text_that_the_saved_one_does(made, no_mi
     expected = tokenizer.decode(generation.generate(
         models.load(folder), tokenizer.encode("def "), 12, end_of_text=tokenizer.end_of_text))
     shutil.rmtree(folder)  # as DVC does before the stage runs again
-    assert sync(made).returncode == 0
+    assert mirror.send(made) == 0
 
     client, by_kind, _ = runs_in(made)
     logged = client.search_logged_models([by_kind["distill"].info.experiment_id])
@@ -259,7 +259,7 @@ def test_data_that_dvc_yaml_names_is_recorded_by_its_hash(made, no_mirror):
     (made / "metrics").mkdir()
     (made / "metrics/distill.json").write_text("{}")
     record(made)
-    assert sync(made).returncode == 0
+    assert mirror.send(made) == 0
     child = runs_in(made)[1]["distill"]
     assert {"in.artifacts/data", "out.metrics/distill.json"} <= set(child.data.tags)
     assert child.inputs.dataset_inputs[0].dataset.name == "stdlib"
