@@ -324,9 +324,9 @@ def ctrl_c(bench: Bench, row: Row, kills: int) -> None:
     interrupted(bench, row, "ctrl-c", kills, lambda tree, process: os.killpg(process.pid, signal.SIGINT))
 
 
-def kill9_evaluate(bench: Bench, row: Row, kills: int) -> None:
-    """kill -9 of dvc's process group during evaluate alone (the short form)"""
-    interrupted(bench, row, "kill9-evaluate", kills, kill_group, "evaluate")
+def kill9_prepare(bench: Bench, row: Row, kills: int) -> None:
+    """kill -9 of dvc's process group during prepare alone (the short form)"""
+    interrupted(bench, row, "kill9-prepare", kills, kill_group, "prepare")
 
 
 def training(tree: Path) -> subprocess.Popen:
@@ -445,11 +445,11 @@ def flip_a_bit(path: Path, rng: random.Random) -> None:
     path.write_bytes(content)
 
 
-def damaged(bench: Bench, row: Row, path: str, reader: str | None) -> None:
+def damaged(bench: Bench, row: Row, path: str, reader: str | None, harms: tuple = (truncate, flip_a_bit)) -> None:
     """A stage by hand refuses the file by name; `dvc repro` brings it back."""
     name = f"damaged-{path.replace('/', '-')}"
     tree, rng = bench.copy(name), bench.random(name)
-    for harm in (truncate, flip_a_bit):
+    for harm in harms:
         row.tried += 1
         harm(tree / path, rng)
         if reader:
@@ -469,9 +469,9 @@ def damaged_test_shard(bench: Bench, row: Row) -> None:
     damaged(bench, row, "artifacts/data/test-00000.bin", "evaluate")
 
 
-def damaged_tokenizer(bench: Bench, row: Row) -> None:
+def damaged_tokenizer(bench: Bench, row: Row, **how) -> None:
     """the tokenizer, the same"""
-    damaged(bench, row, "artifacts/data/tokenizer.json", "evaluate")
+    damaged(bench, row, "artifacts/data/tokenizer.json", "evaluate", **how)
 
 
 def damaged_card(bench: Bench, row: Row) -> None:

@@ -17,8 +17,8 @@ def bench(tmp_path_factory, finished) -> faults.Bench:
 @pytest.mark.parametrize(
     ("case", "how"),
     [
-        (faults.kill9_evaluate, {"kills": 1}),
-        (faults.damaged_tokenizer, {}),
+        (faults.kill9_prepare, {"kills": 2}),
+        (faults.damaged_tokenizer, {"harms": (faults.flip_a_bit,)}),
         (faults.damaged_settings, {}),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
