@@ -17,7 +17,7 @@ def bench(tmp_path_factory, finished) -> faults.Bench:
 @pytest.mark.parametrize(
     ("case", "how"),
     [
-        (faults.kill9_prepare, {"kills": 2}),
+        (faults.kill9_prepare, {"kills": 1}),
         (faults.damaged_tokenizer, {"harms": (faults.flip_a_bit,)}),
         (faults.damaged_settings, {}),
     ],

@@ -197,13 +197,13 @@ def test_secrets_never_reach_the_record(tmp_path, no_mirror):
 
 
 def test_mirrors_at_once_on_one_new_store_lose_nothing(tmp_path, no_mirror):
-    folders = [record(tmp_path) for _ in range(3)]
+    folders = [record(tmp_path) for _ in range(2)]
     words = [sys.executable, "-m", "stages.tracking", "sync", "--root", str(tmp_path)]
     processes = [subprocess.Popen([*words, str(folder)], cwd=ROOT) for folder in folders]
-    assert [process.wait(120) for process in processes] == [0, 0, 0]
+    assert [process.wait(120) for process in processes] == [0, 0]
     client, _, runs = runs_in(tmp_path)
     children = [run for run in runs if run.data.tags["offramp.kind"] == "distill"]
-    assert len(children) == 3 and len(runs) == 4
+    assert len(children) == 2 and len(runs) == 3
     assert all(len(client.get_metric_history(run.info.run_id, "loss")) == 700 for run in children)
 
 
