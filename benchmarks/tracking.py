@@ -15,6 +15,7 @@ from benchmarks.table import Row
 from benchmarks.timing import interleaved
 
 WITHOUT = "without tracking"
+WORDS = ("scale=tiny", "corpus=stdlib")
 STAGE = "import runpy, sys; sys.argv[1:] = {words}; runpy.run_module('stages.prepare', run_name='__main__')"
 NO_TRACKING = (
     "import contextlib; from stages import tracking; "
@@ -22,14 +23,14 @@ NO_TRACKING = (
 )
 
 
-def stage(root: Path, documents: int, tracking: bool, uri: str) -> None:
+def stage(root: Path, words: tuple[str, ...], tracking: bool, uri: str) -> None:
     """To the end of its output: what a pipeline or a log collector behind the stage waits for."""
-    code = STAGE.format(words=["scale=tiny", "corpus=stdlib", f"prepare.max_documents={documents}"])
-    words = [sys.executable, "-c", code if tracking else NO_TRACKING + code]
-    subprocess.run(words, cwd=root, env=environment(MLFLOW_TRACKING_URI=uri), check=True, capture_output=True)
+    code = STAGE.format(words=list(words))
+    command = [sys.executable, "-c", code if tracking else NO_TRACKING + code]
+    subprocess.run(command, cwd=root, env=environment(MLFLOW_TRACKING_URI=uri), check=True, capture_output=True)
 
 
-def rows(documents: int = 60, seconds: float = 60.0, least_rounds: int = 5) -> Iterator[Row | str]:
+def rows(words: tuple[str, ...] = WORDS, seconds: float = 60.0, least_rounds: int = 5) -> Iterator[Row | str]:
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,  # mirrors may still be giving up
         socket.create_server(("127.0.0.1", 0)) as mute,  # takes connections and never answers
@@ -39,8 +40,8 @@ def rows(documents: int = 60, seconds: float = 60.0, least_rounds: int = 5) -> I
         closed.bind(("127.0.0.1", 0))
         uris = {what: f"http://127.0.0.1:{at.getsockname()[1]}"
                 for what, at in (("MLflow refuses", closed), ("MLflow never answers", mute))}
-        actions = {what: partial(stage, root, documents, True, uri) for what, uri in uris.items()}
-        actions[WITHOUT] = partial(stage, root, documents, False, "")
+        actions = {what: partial(stage, root, words, True, uri) for what, uri in uris.items()}
+        actions[WITHOUT] = partial(stage, root, words, False, "")
         times = interleaved(actions, seconds, least_rounds)
     for what in uris:
         ratio = times.ratio(WITHOUT, what)

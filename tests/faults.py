@@ -445,11 +445,11 @@ def flip_a_bit(path: Path, rng: random.Random) -> None:
     path.write_bytes(content)
 
 
-def damaged(bench: Bench, row: Row, path: str, reader: str | None, harms: tuple = (truncate, flip_a_bit)) -> None:
+def damaged(bench: Bench, row: Row, path: str, reader: str | None) -> None:
     """A stage by hand refuses the file by name; `dvc repro` brings it back."""
     name = f"damaged-{path.replace('/', '-')}"
     tree, rng = bench.copy(name), bench.random(name)
-    for harm in harms:
+    for harm in (truncate, flip_a_bit):
         row.tried += 1
         harm(tree / path, rng)
         if reader:
@@ -469,9 +469,9 @@ def damaged_test_shard(bench: Bench, row: Row) -> None:
     damaged(bench, row, "artifacts/data/test-00000.bin", "evaluate")
 
 
-def damaged_tokenizer(bench: Bench, row: Row, **how) -> None:
+def damaged_tokenizer(bench: Bench, row: Row) -> None:
     """the tokenizer, the same"""
-    damaged(bench, row, "artifacts/data/tokenizer.json", "evaluate", **how)
+    damaged(bench, row, "artifacts/data/tokenizer.json", "evaluate")
 
 
 def damaged_card(bench: Bench, row: Row) -> None:

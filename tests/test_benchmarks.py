@@ -79,7 +79,7 @@ def small_rows(both_precisions) -> list:
         *data.rows(tokens=20_000, sizes=((2, 16),), batches=2, seconds=0),
         *checkpoint.rows({"little": 4800}, seconds=0),
         *startup.rows({"nothing": ("json", "re")}, {"report": "yaml"}, seconds=0, least_rounds=1),
-        *tracking.rows(documents=20, seconds=0, least_rounds=1),
+        *tracking.rows((*tracking.WORDS, "prepare.max_documents=20"), seconds=0, least_rounds=1),
     ]
 
 

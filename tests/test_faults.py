@@ -18,7 +18,7 @@ def bench(tmp_path_factory, finished) -> faults.Bench:
     ("case", "how"),
     [
         (faults.kill9_prepare, {"kills": 1}),
-        (faults.damaged_tokenizer, {"harms": (faults.flip_a_bit,)}),
+        (faults.damaged_tokenizer, {}),
         (faults.damaged_settings, {}),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

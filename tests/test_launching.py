@@ -38,21 +38,38 @@ def environment(stage):
     return os.environ | {"DVC_STAGE": stage, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}  # nothing listens there
 
 
+def pretrain(tree, seconds, sought):
+    """A stage that trains, from the moment when `sought` finds something; and what it found."""
+    command = [sys.executable, "-m", "stages.pretrain"]
+    stage = subprocess.Popen(command, cwd=tree, env=environment("pretrain"), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + seconds
+    while not (found := sought(stage)):
+        assert stage.poll() is None, stage.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return stage, found
+
+
 @pytest.fixture
 def training(tree):
     """A stage that trains, from its first logged step on."""
     shutil.rmtree(tree / ".runs/resume", ignore_errors=True)
-    command = [sys.executable, "-m", "stages.pretrain"]
-    stage = subprocess.Popen(command, cwd=tree, env=environment("pretrain"), stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not list((tree / ".runs/resume").glob("pretrain-*/steps.jsonl")):
-        assert stage.poll() is None, stage.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    stage, _ = pretrain(tree, 120, lambda _: list((tree / ".runs/resume").glob("pretrain-*/steps.jsonl")))
     yield stage
     if stage.poll() is None:
         stage.terminate()
     stage.communicate(timeout=60)
+
+
+@pytest.fixture
+def starting(tree):
+    """A stage that trains, while its torchrun still imports torch; and that torchrun."""
+    stage, found = pretrain(
+        tree, 60, lambda stage: [pid for pid, words in descendants(stage.pid).items() if "stages.torchrun" in words]
+    )
+    yield stage, found[0]
+    stage.kill()
+    stage.communicate()
 
 
 def descendants(root):
@@ -90,25 +107,19 @@ def listening_addresses(pids):
     return addresses
 
 
-def test_a_training_stage_listens_on_loopback_only_and_told_to_stop_saves_and_says_so(training):
-    addresses = listening_addresses(descendants(training.pid))
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_listen_on_loopback_only_and_a_killed_one_ends_the_stage_in_one_line_with_no_orphan(training, rank):
+    below = descendants(training.pid)
+    addresses = listening_addresses(below)
     assert len(addresses) >= 3, "the store and two ranks"
     assert {address.split(":")[0] for address in addresses} <= LOOPBACK
 
-    training.terminate()
-    assert training.wait(60) == 1
-    told = training.stderr.read()
-    assert "the same command continues from there" in told and "Traceback" not in told
-
-
-def test_a_killed_rank_ends_the_stage_in_seconds_with_one_line_and_no_orphan(training):
-    below = descendants(training.pid)
-    (victim,) = [pid for pid in below if b"LOCAL_RANK=1" in Path(f"/proc/{pid}/environ").read_bytes()]
+    (victim,) = [pid for pid in below if f"LOCAL_RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes()]
     os.kill(victim, signal.SIGKILL)
     assert training.wait(60) == 1
     told = training.stderr.read().splitlines()  # the mirror adds that no MLflow server is there
     assert "Traceback" not in "".join(told)
-    wanted = "offramp: rank 1 was killed by SIGKILL, perhaps for lack of memory; the same command"
+    wanted = f"offramp: rank {rank} was killed by SIGKILL, perhaps for lack of memory; the same command"
     assert any(line.startswith(wanted) for line in told)
     assert not [pid for pid in below if alive(pid)]
 
@@ -128,20 +139,6 @@ def test_a_missing_input_is_named_before_a_rank_starts(tiny_settings, tmp_path):
     with pytest.raises(Refusal, match="^artifacts/data is missing: run the stage that writes it"):
         launch("pretrain", tiny_settings, Place(tmp_path, tmp_path), ["artifacts/data"], run=None)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.fixture
-def starting(tree):
-    """A stage that trains, while its torchrun still imports torch; and that torchrun."""
-    command = [sys.executable, "-m", "stages.pretrain"]
-    stage = subprocess.Popen(command, cwd=tree, env=environment("pretrain"), stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not (found := [pid for pid, command in descendants(stage.pid).items() if "stages.torchrun" in command]):
-        assert stage.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    yield stage, found[0]
-    stage.kill()
-    stage.communicate()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -92,7 +92,7 @@ def test_a_run_reaches_the_local_store_whole_and_a_second_sync_adds_nothing(tmp_
     assert names == {"settings.yaml", "samples.txt", "picture.svg"}
 
     (folder / "sent.json").unlink()  # as if killed between sending and remembering
-    assert sync(tmp_path).returncode == 0
+    assert mirror.send(tmp_path) == 0
     client, _, runs = runs_in(tmp_path)
     assert len(runs) == 2
     assert len(client.get_metric_history(child.info.run_id, "loss")) == 700
