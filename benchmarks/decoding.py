@@ -18,6 +18,7 @@ from benchmarks.table import Row
 from benchmarks.timing import DEVICE, Action, interleaved
 from benchmarks.training_step import REFERENCE, new_teacher
 from stages.generation import Reader
+from stages.layers import one_thread
 from stages.teacher import Teacher, TeacherShape
 
 WITHOUT_CACHE = "our own forward without a cache"
@@ -77,6 +78,16 @@ def decoding(start: Start, prompt_BT: Tensor, new_tokens: int) -> Action:
             tokens.append(text.next(tokens[-1]))
         text.forget(new_tokens)
         return torch.cat(tokens[1:], dim=1)
+
+    return run
+
+
+def on_one_thread(action: Action) -> Action:
+    """As we decode, which may be better for a peer, too."""
+
+    def run() -> object:
+        with one_thread(DEVICE):
+            return action()
 
     return run
 
@@ -144,6 +155,8 @@ def rows(
                     yield f"{why} (prefill, {what})"
             yield from against_best(f"prefill of {prompt_tokens}, {what}", actions, prompt_BT.numel(), seconds)
             actions = {name: decoding(start, prompt_BT, new_tokens) for name, start in starts.items()}
+            if DEVICE.type == "cpu":
+                actions |= {f"{name} on one thread": on_one_thread(actions[name]) for name in theirs}
             if batch == 1:
                 whole = partial(OurText, ours, dtype, batch, 0)
                 actions[WITHOUT_CACHE] = reading_again(whole, prompt_BT, new_tokens)

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 from stages import cost, memory, models, scoring
 from stages.artifacts import Refusal, write_atomically, write_json
-from stages.experts import load_and_balance, permutation, route
+from stages.experts import loads, permutation, route
 from stages.generation import Reader, generate
 from stages.heap import keep_freed_memory
 from stages.layers import can_compile
@@ -336,8 +336,7 @@ def router_time(tokens: int, shape, experts: int, per_token: int, repetitions: i
 
     def ours():
         gates = route(x_ND, router_ED, bias_E, per_token, shape.gating, shape.route_scale)
-        load_E, _ = load_and_balance(gates.expert_index_NK, gates.score_NE, 1, shape.gating)
-        return gates.weight_NK, *permutation(gates.expert_index_NK), load_E
+        return gates.weight_NK, *permutation(gates.expert_index_NK), loads(gates.expert_index_NK, experts)
 
     if x_ND.is_cuda and can_compile():  # as training compiles it; in one graph, for alone it is nothing but launches
         ours = torch.compile(ours, mode="reduce-overhead")

@@ -9,8 +9,6 @@ checkpointing) cannot count a token twice.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -18,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.layers import SwiGLU, for_matmuls, gated_silu, gated_silu_backward
+from stages.layers import SwiGLU, for_matmuls, gated_silu, gated_silu_backward, one_thread
 
 
 class Routing(NamedTuple):
     expert_index_NK: Tensor
     load_E: Tensor  # float32 count of tokens that each expert received in this forward
-    balance_loss: Tensor  # scalar, 1 where the load is even; its weight is the caller's
+    balance_loss: Tensor | None  # scalar, 1 where the load is even; None where no gradient is wanted
 
 
 class Gates(NamedTuple):
@@ -62,27 +60,16 @@ def route(
     return Gates(weight_NK, index_NK, score_NE)
 
 
+def by_column(score_NE: Tensor) -> bool:
+    """On CPU the experts of a token, where they are too few to fill a register, are slow to work on side by side."""
+    return score_NE.device.type == "cpu" and score_NE.shape[1] < 16
+
+
 def softmax(logit_NE: Tensor) -> Tensor:
-    """Over the experts of each token. On CPU, where they do not fill a register, over columns: a ninth of the time."""
-    if logit_NE.device.type == "cpu" and logit_NE.shape[1] < 16:
+    """Over the experts of each token; by column it takes a ninth of the time."""
+    if by_column(logit_NE):
         return logit_NE.T.softmax(dim=0).T
     return logit_NE.softmax(dim=-1)
-
-
-@contextlib.contextmanager
-def one_thread(device: torch.device) -> Iterator[None]:
-    """For one of two on CPU: each of the router's many short passes waits longer for the second than that saves.
-
-    Where there are more, which was not measured, all take part.
-    """
-    if device.type != "cpu" or torch.get_num_threads() != 2:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(2)
 
 
 def top_experts(score_NE: Tensor, experts_per_token: int) -> Tensor:
@@ -94,15 +81,20 @@ def top_experts(score_NE: Tensor, experts_per_token: int) -> Tensor:
     """
     if score_NE.device.type != "cpu" or len(score_NE) < 256:
         return score_NE.topk(experts_per_token, dim=-1, sorted=False).indices
-    experts = score_NE.shape[1]
-    key_NE = score_NE.double()
-    key_NE.view(torch.int64).bitwise_or_(torch.arange(experts))
-    chosen = []
-    for _ in range(experts_per_token):
-        number_N = key_NE.amax(dim=1).view(torch.int64).bitwise_and_(0xFFFF)
-        chosen.append(number_N.clamp_(max=experts - 1))  # a score that is not a number has other bits there
-        key_NE.scatter_(1, number_N.unsqueeze(1), -torch.inf)
-    return torch.stack(chosen, dim=1)
+    tokens, experts = score_NE.shape
+    number_E, across = torch.arange(experts), 1
+    if by_column(score_NE):
+        score_NE, number_E, across = score_NE.T, number_E.unsqueeze(1), 0
+    key = torch.empty(score_NE.shape, dtype=torch.float64).copy_(score_NE)
+    key.view(torch.int64).bitwise_or_(number_E)
+    index_NK = torch.empty(tokens, experts_per_token, dtype=torch.int64)
+    for choice in range(experts_per_token):
+        best_N = key.amax(dim=across).view(torch.int64).bitwise_and_(0xFFFF)
+        best_N.clamp_(max=experts - 1)  # a score that is not a number has other bits there
+        index_NK[:, choice] = best_N
+        if choice + 1 < experts_per_token:
+            key.scatter_(across, best_N.unsqueeze(across), -torch.inf)
+    return index_NK
 
 
 def chosen_scores(score_NE: Tensor, index_NK: Tensor) -> Tensor:
@@ -117,29 +109,28 @@ def is_expert(index: Tensor, experts: int) -> Tensor:
     return index.unsqueeze(-1) == torch.arange(experts, device=index.device)
 
 
-def load_and_balance(
-    index_NK: Tensor, score_NE: Tensor, sequences: int, gating: str
-) -> tuple[Tensor, Tensor]:
-    """Load of each expert, and the loss sum_e f_e P_e, where f is E/K times the share of tokens that chose e
-    and P is its mean score.
-
-    sigmoid: DeepSeek-V3 eq. 17-20, per sequence, then averaged; f counts the routing taken, bias included.
-    softmax: the classic loss of GShard and Switch, over the whole batch. Gradients flow through P alone.
-    """
-    experts = score_NE.shape[-1]
-    groups = sequences if gating == "sigmoid" else 1
+def loads(index_NK: Tensor, experts: int, groups: int = 1) -> Tensor:
+    """How many tokens of each group of equal size chose each expert -> [groups, E], float32."""
     chosen_GM = index_NK.reshape(groups, -1)
-    with one_thread(index_NK.device):
-        if index_NK.device.type == "cpu":
-            one = torch.ones((), dtype=torch.float32)
-            count_GE = torch.zeros(groups, experts).scatter_add_(1, chosen_GM, one.expand_as(chosen_GM))
-        else:
-            count_GE = is_expert(chosen_GM, experts).sum(dim=1).float()
+    if chosen_GM.device.type != "cpu":
+        return is_expert(chosen_GM, experts).sum(dim=1).float()
+    one = torch.ones((), dtype=torch.float32)
+    return torch.zeros(groups, experts).scatter_add_(1, chosen_GM, one.expand_as(chosen_GM))
+
+
+def balance_loss(load_GE: Tensor, score_NE: Tensor, gating: str) -> Tensor:
+    """The mean over groups of sum_e f_e P_e, where f is an expert's load over the mean load and P its mean score.
+    Gradients flow through P alone.
+
+    sigmoid: DeepSeek-V3 eq. 17-20, each sequence a group; f counts the routing taken, bias included.
+    softmax: the classic loss of GShard and Switch, the whole batch one group.
+    """
+    with one_thread(score_NE.device):
         if gating == "sigmoid":
             score_NE = score_NE / (score_NE.sum(dim=-1, keepdim=True) + 1e-20)
-        mean_GE = score_NE.view(groups, -1, experts).mean(dim=1)
-        share_GE = count_GE * (experts / chosen_GM.shape[1])
-        return count_GE.sum(dim=0), (share_GE * mean_GE).sum(dim=-1).mean()
+        mean_GE = score_NE.unflatten(0, (len(load_GE), -1)).mean(dim=1)
+        share_GE = load_GE / load_GE.mean(dim=-1, keepdim=True)
+        return (share_GE * mean_GE).sum(dim=-1).mean()
 
 
 def balanced_bias(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:
@@ -356,9 +347,10 @@ class MoE(nn.Module):
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing]:
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         gates = self.gates(x_ND)
-        load_E, balance_loss = load_and_balance(
-            gates.expert_index_NK, gates.score_NE, x_BTD.shape[0], self.gating
-        )
+        groups = x_BTD.shape[0] if self.gating == "sigmoid" else 1
+        load_GE = loads(gates.expert_index_NK, len(self.bias), groups)
+        load_E = load_GE.sum(dim=0)
+        balance = balance_loss(load_GE, gates.score_NE, self.gating) if torch.is_grad_enabled() else None
         x_ND = for_matmuls(x_ND)
         operands = x_ND, gates.weight_NK, self.gate_up, self.down, gates.expert_index_NK
         if few_enough(x_ND):
@@ -367,4 +359,4 @@ class MoE(nn.Module):
             y_ND = SortedExperts.apply(*operands, load_E, kernel_for(x_ND, self.down.shape[-1]))
         if self.shared is not None:
             y_ND = y_ND + self.shared(x_ND)
-        return y_ND.view_as(x_BTD), Routing(gates.expert_index_NK, load_E, balance_loss)
+        return y_ND.view_as(x_BTD), Routing(gates.expert_index_NK, load_E, balance)

@@ -6,9 +6,11 @@ R rotated dimensions of a head, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +62,22 @@ def for_matmuls(x: Tensor) -> Tensor:
     """x in autocast's dtype, once: left alone, autocast casts it anew for each matmul that reads it."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+@contextlib.contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """For one of two on CPU: where passes are short, each waits longer for the second than that saves.
+
+    Where there are more, which was not measured, all take part.
+    """
+    if device.type != "cpu" or torch.get_num_threads() != 2:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(2)
 
 
 def has_bfloat16(device_type: str) -> bool:

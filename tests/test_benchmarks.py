@@ -201,7 +201,7 @@ def test_a_whole_run_writes_the_table_for_people_and_for_programs(tmp_path, monk
     printed = capsys.readouterr().out
     assert "| router" in printed and "| router" in (tmp_path / "benchmarks" / "results.md").read_text()
     plain = json.loads((tmp_path / "benchmarks" / "results.json").read_text())
-    assert [row["group"] for row in plain["rows"]] == ["router"] * 3
+    assert [row["group"] for row in plain["rows"]] == ["router"] * 5
     assert {"commit", "processor", "cores", "torch", "transformers"} <= plain["conditions"].keys()
 
 
@@ -423,8 +423,9 @@ def test_the_sorted_router_and_the_one_hot_dispatch_send_the_same_tokens_with_th
     layer = moe_layer.new_layer(16, 8, 6, 3)
     layer.gating = "softmax"
     x_ND = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
-    weight_NK, order_M, inverse_M, load_E = router.sorted_routing(layer, x_ND)
-    plain_weight_NK, rows = router.one_hot_dispatch(layer, x_ND)
+    gates, order_M, inverse_M, load_1E, loss = router.sorted_routing_in_training(layer, x_ND)
+    weight_NK, load_E = gates.weight_NK, load_1E[0]
+    plain_weight_NK, rows, plain_loss = router.one_hot_dispatch_in_training(layer, x_ND)
     assert torch.equal(order_M[inverse_M], torch.arange(120))
     assert load_E.tolist() == [len(token) for _, token in rows]
     for expert, sorted_rows in enumerate(order_M.split(load_E.long().tolist())):
@@ -432,6 +433,7 @@ def test_the_sorted_router_and_the_one_hot_dispatch_send_the_same_tokens_with_th
         mine = {(row // 3).item(): weight_NK.flatten()[row].item() for row in sorted_rows}
         theirs = {t.item(): plain_weight_NK[t, c].item() for t, c in zip(token, choice, strict=True)}
         assert mine == pytest.approx(theirs)
+    assert loss.item() * 3 == pytest.approx(plain_loss.item())  # Switch's sums over the choices, of which there are 3
 
 
 def test_the_plain_distillation_loss_gives_the_chunked_loss_and_gradients():

@@ -7,14 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import stages.experts
+import stages.layers
 from stages.experts import (
     MoE,
     SortedExperts,
+    balance_loss,
     balanced_bias,
     experts_of_one,
     gathered_experts,
     kernel_for,
-    load_and_balance,
+    loads,
     permutation,
     route,
     top_experts,
@@ -228,20 +230,33 @@ def test_bfloat16_experts_stay_close_to_float32_and_give_float32_gradients():
 def test_balance_loss_is_one_for_an_even_load_and_grows_with_skew(gating):
     even_NK = torch.arange(8).view(4, 2).repeat(2, 1)  # two sequences of four tokens over eight experts
     flat_NE = torch.full((8, 8), 0.5 if gating == "sigmoid" else 1 / 8)
-    load_E, loss = load_and_balance(even_NK, flat_NE, 2, gating)
-    assert load_E.tolist() == [2.0] * 8
-    torch.testing.assert_close(loss, torch.tensor(1.0))
+    groups = 2 if gating == "sigmoid" else 1
+    load_GE = loads(even_NK, 8, groups)
+    assert load_GE.tolist() == [[2.0 / groups] * 8] * groups
+    torch.testing.assert_close(balance_loss(load_GE, flat_NE, gating), torch.tensor(1.0))
     skewed_NE = torch.full((8, 8), 0.01)
     skewed_NE[:, :2] = 0.47
-    _, skewed = load_and_balance(torch.tensor([[0, 1]]).expand(8, 2), skewed_NE, 2, gating)
-    assert skewed > 2
+    assert balance_loss(loads(torch.tensor([[0, 1]]).expand(8, 2), 8, groups), skewed_NE, gating) > 2
 
 
 def test_sigmoid_balance_is_judged_per_sequence_and_softmax_balance_over_the_batch():
     index_NK = torch.tensor([[0], [0], [1], [1]])  # even over the batch, skewed in each sequence
     score_NE = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.1, 0.9], [0.1, 0.9]])
-    assert load_and_balance(index_NK, score_NE, 2, "sigmoid")[1] == pytest.approx(1.8)
-    assert load_and_balance(index_NK, score_NE, 2, "softmax")[1] == pytest.approx(1.0)
+    assert balance_loss(loads(index_NK, 2, groups=2), score_NE, "sigmoid") == pytest.approx(1.8)
+    assert balance_loss(loads(index_NK, 2), score_NE, "softmax") == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("gating", GATINGS)
+def test_the_layer_gives_its_balance_loss_where_gradients_are_wanted(gating):
+    layer, x_BTD = moe(gating), torch.randn(3, 5, 16)
+    _, routing = layer(x_BTD)
+    parts = x_BTD if gating == "sigmoid" else x_BTD.view(1, 15, 16)
+    gates = [layer.gates(part_TD) for part_TD in parts]
+    losses = [balance_loss(loads(part.expert_index_NK, 6), part.score_NE, gating) for part in gates]
+    torch.testing.assert_close(routing.balance_loss, torch.stack(losses).mean())
+    assert routing.load_E.tolist() == sum(loads(part.expert_index_NK, 6)[0] for part in gates).tolist()
+    with torch.no_grad():
+        assert layer(x_BTD)[1].balance_loss is None
 
 
 def test_bias_updates_even_out_a_skewed_load():
@@ -309,7 +324,7 @@ def test_the_router_leaves_the_number_of_threads_as_it_was(threads):
     before, seen = torch.get_num_threads(), []
     torch.set_num_threads(threads)
     try:
-        with pytest.raises(ZeroDivisionError), stages.experts.one_thread(torch.device("cpu")):
+        with pytest.raises(ZeroDivisionError), stages.layers.one_thread(torch.device("cpu")):
             seen.append(torch.get_num_threads())
             raise ZeroDivisionError
         assert seen == [1 if threads == 2 else threads] and torch.get_num_threads() == threads
@@ -322,7 +337,7 @@ def test_what_is_not_sorted_gives_what_sorted_rows_give(unsorted, tokens):
     layer, x_ND = moe(experts=6, per_token=3), torch.randn(tokens, 16)
     gates = layer.gates(x_ND)
     operands = x_ND, gates.weight_NK, layer.gate_up, layer.down, gates.expert_index_NK
-    load_E, _ = load_and_balance(gates.expert_index_NK, gates.score_NE, 1, layer.gating)
+    load_E = loads(gates.expert_index_NK, 6)[0]
     torch.testing.assert_close(unsorted(*operands), SortedExperts.apply(*operands, load_E, "loop"))
 
 

@@ -66,3 +66,17 @@ def test_a_reader_goes_on_from_where_it_forgot_and_refuses_more_than_it_has_room
     reader.read(token_11)
     with pytest.raises(ValueError, match="holds 5 tokens; 6 were fed"):
         reader.read(token_11)
+
+
+@torch.no_grad()
+def test_one_of_two_threads_reads_single_tokens_and_both_a_prompt(tiny_settings):
+    model, before, seen = decided_model(tiny_settings, "student"), torch.get_num_threads(), []
+    model.head.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+    reader = Reader(model, 1, 5)
+    torch.set_num_threads(2)
+    try:
+        for tokens in ([[5, 9, 31]], [[7]], [[7]]):
+            reader.read(torch.tensor(tokens))
+        assert seen == [2, 1, 1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
