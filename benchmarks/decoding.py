@@ -153,7 +153,8 @@ def rows(
                 if why := too_large(name, needed):
                     del actions[name]
                     yield f"{why} (prefill, {what})"
-            yield from against_best(f"prefill of {prompt_tokens}, {what}", actions, prompt_BT.numel(), seconds)
+            # a slow peer would leave few rounds, too few where each takes a tenth of a second
+            yield from against_best(f"prefill of {prompt_tokens}, {what}", actions, prompt_BT.numel(), 4 * seconds)
             actions = {name: decoding(start, prompt_BT, new_tokens) for name, start in starts.items()}
             if DEVICE.type == "cpu":
                 actions |= {f"{name} on one thread": on_one_thread(actions[name]) for name in theirs}
