@@ -97,6 +97,17 @@ def test_an_edit_reruns_exactly_the_stages_that_read_it(tree):
         user_types(tree, *DVC, "repro", "config")
 
 
+def test_timings_taken_again_reach_the_page_though_no_input_of_the_report_changed(tree):
+    claims, page = tree / "report/claims.json", tree / "report/index.html"
+    before, lock = claims.read_bytes(), (tree / "dvc.lock").read_bytes()
+    page.unlink()  # as in a new clone
+    user_types(tree, *DVC, "repro", "--force", "--single-item", "evaluate")
+    assert "report:" in user_types(tree, *DVC, "status").stdout
+    done = user_types(tree, *DVC, "repro").stdout
+    assert [line for line in done.splitlines() if line.startswith("Running stage")] == ["Running stage 'report':"]
+    assert page.exists() and claims.read_bytes() == before and (tree / "dvc.lock").read_bytes() == lock
+
+
 def test_a_typo_is_refused_in_one_line_before_any_work(tree):
     done = user_types(tree, sys.executable, "-m", "stages.distill", "distill.temprature=2", check=False)
     assert done.returncode != 0
