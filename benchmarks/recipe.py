@@ -1,9 +1,8 @@
 """Learning per second: what each recipe reaches in the same seconds of training, on corpora found on the machine.
 
     make recipe                                              # hours on one idle core; writes benchmarks/recipe.md
-    python -m benchmarks.recipe                              # the same
-    python -m benchmarks.recipe --seconds 60 --corpora "C headers" -- default "batch of 16"    # prints these
-    python -m benchmarks.recipe --seeds 1 2 3 --corpora "C headers" -- "plain AdamW 0.002"     # their mean
+    python -m benchmarks.recipe                              # the same: the default, its dense twin and plain AdamW
+    python -m benchmarks.recipe --seconds 60 --seeds 1 --corpora "C headers" -- "batch of 16"     # prints this one
 
 One process of one thread trains the teacher of the default scale as a rank of `pretrain` does, without Lightning.
 The budget counts processor seconds of training, validation apart. A recipe's step is timed first, in turn with plain
@@ -15,6 +14,7 @@ per step takes fewer. Validation windows and data order are the same for all. Wh
 import argparse
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -22,7 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
@@ -54,16 +54,15 @@ from stages.resuming import Interruption
 from stages.shards import SPLITS, Tokens, Windows, token_dtype, write_card, write_split
 from stages.training import validation_nats
 
-CORPORA = {  # that of most documents first: on it the noise is measured and every variant tried
+CORPORA = {  # that of most documents first: on it plain AdamW is tuned
     "English manuals": ["/usr/share/man/man1/*.gz"],
     "Perl modules": ["/usr/share/perl/**/*.pm", "/usr/share/perl5/**/*.pm"],
     "C headers": ["/usr/include/**/*.h"],
 }
 ADAMW = "plain AdamW"  # what the names of its variants begin with
-SECONDS = 180.0  # about what the default scale gives its teacher
-SEEDS, NOISE_SEEDS = (1,), (1, 2, 3)  # whose mean is compared; of which the default's deviation is taken
+SECONDS = 360.0  # about what the default scale gives its teacher where there are no bfloat16 units
+SEEDS = (1, 2, 3)  # a single one says nothing on C headers
 FACTORS = (3.0, 2.0, 1.5, 1.0)  # how many times sooner the default may be; the cheapest to try comes first
-BUDGETS = (1 / 3, 1.0, 2.0)  # times the table's: what a mixture gains over its dense twin depends on how long it trains
 KEPT = ROOT / ".runs" / "recipe"
 VALIDATION_SEQUENCES = 64
 LARGEST_FILE = 1 << 18  # bytes; above it stand tables and generated code
@@ -247,9 +246,9 @@ class Bench:
         curve = self.once(lambda: trained(recipe, data, seed, steps), *identity)
         return [(step * each, bits) for step, bits in curve]
 
-    def bits(self, recipe: Recipe, data: Data, seconds: float) -> float:
-        """Bits per byte at the end, the mean over the seeds."""
-        return statistics.mean(self.curve(recipe, data, seconds, seed)[-1][1] for seed in self.seeds)
+    def bits(self, recipe: Recipe, data: Data, seconds: float) -> list[float]:
+        """Bits per byte at the end, by seed."""
+        return [self.curve(recipe, data, seconds, seed)[-1][1] for seed in self.seeds]
 
 
 # ---- the comparison ----------------------------------------------------------------------------------------
@@ -260,83 +259,61 @@ class Table:
 
     def __init__(self, bench: Bench, found: dict[str, Recipe], seconds: float):
         self.bench, self.found, self.seconds = bench, found, seconds
-        self.bits: dict[tuple[str, str], float] = {}  # by variant and corpus
+        self.bits: dict[tuple[str, str], list[float]] = {}  # by variant and corpus, of each seed
         self.notes: list[str] = []
         self.complete = True
 
-    def measure(self, names: list[str], corpora: list[Data]) -> None:
-        for name in names:
-            for data in corpora:
-                try:
-                    bits = self.bench.bits(self.found[name], data, self.seconds)
-                except OutOfTime:
-                    self.complete = False
-                    continue
-                self.bits[name, data.name] = bits
-                print(f"{data.name}: {name}: {bits:.4f}", file=sys.stderr, flush=True)
-
     def fill(self) -> None:
-        """What matters most first; on all corpora the rivals and what beats the default by more than the noise."""
-        (first, *others), found = self.bench.corpora, self.found
-        rivals = [name for name in found if name in ("default", "dense twin")]
-        plain = [name for name in found if name.startswith(ADAMW)]
-        self.measure([*rivals, *plain], [first])
-        self.measure([*rivals, *self.best(plain, first)[:2]], others)
-        for data in self.bench.corpora:
-            self.notes += self.against_rivals(data)
-        noise = self.noise(first)
-        rest = [name for name in found if name not in (*rivals, *plain)]
-        self.measure(rest, [first])
-        to_beat = self.bits.get(("default", first.name), 0.0) - noise
-        self.measure([name for name in self.best(rest, first) if self.bits[name, first.name] < to_beat], others)
-
-    def best(self, names: list[str], data: Data) -> list[str]:
-        """Those of the variants that were measured on the corpus, the best first."""
-        return sorted((n for n in names if (n, data.name) in self.bits), key=lambda n: self.bits[n, data.name])
-
-    def noise(self, data: Data) -> float:
-        """What counts as a difference."""
+        """AdamW's variants by the first seed on the first corpus, the better two and all else everywhere."""
+        plain = [name for name in self.found if name.startswith(ADAMW)]
+        self.measure(name for name in self.found if name not in plain)
         try:
-            curves = [self.bench.curve(self.found["default"], data, self.seconds, seed) for seed in NOISE_SEEDS]
+            plain = self.tuned(plain)
         except OutOfTime:
             self.complete = False
-            return 0.0
-        deviation = statistics.stdev(curve[-1][1] for curve in curves)
-        self.notes.append(
-            f"noise: over seeds {', '.join(map(str, NOISE_SEEDS))} the default has a standard deviation of"
-            f" {deviation:.4f} bits per byte on {data.name}; twice that counts as a difference"
-        )
-        return 2 * deviation
-
-    def against_rivals(self, data: Data) -> Iterator[str]:
-        if ("default", data.name) not in self.bits:
             return
-        for best in self.best([name for name in self.found if name.startswith(ADAMW)], data)[:1]:
-            try:
-                factor = self.times_sooner(data, self.bits[best, data.name])
-            except OutOfTime:
-                self.complete = False
-                continue
-            how = f"no worse than {best} in 1/{factor:g} of the time" if factor else f"worse than {best}"
-            yield f"{data.name}: the default ends {how}"
-        if "dense twin" in self.found:
-            found = ", ".join(f"{lead:+.4f} in {seconds:g} s" for seconds, lead in self.leads_of_the_twin(data))
-            yield f"{data.name}: the default's bits per byte less those of the dense twin in the same time: {found}"
+        self.measure(plain)
+        for data in self.bench.corpora:
+            self.notes += self.against_adamw(plain, data)
 
-    def leads_of_the_twin(self, data: Data) -> Iterator[tuple[float, float]]:
-        """Budgets, and how far the default ends above the dense twin in each."""
-        for seconds in (self.seconds * factor for factor in BUDGETS):
+    def measure(self, names: Iterable[str]) -> None:
+        for name, data in itertools.product(names, self.bench.corpora):
             try:
-                default, twin = (self.bench.bits(self.found[name], data, seconds) for name in ("default", "dense twin"))
+                bits = self.bench.bits(self.found[name], data, self.seconds)
             except OutOfTime:
                 self.complete = False
                 continue
-            yield seconds, default - twin
+            self.bits[name, data.name] = bits
+            print(f"{data.name}: {name}: {statistics.mean(bits):.4f}", file=sys.stderr, flush=True)
+
+    def tuned(self, names: list[str]) -> list[str]:
+        """The better two; of more the numbers that chose them are noted."""
+        if len(names) <= 2:
+            return names
+        bench, data = self.bench, self.bench.corpora[0]
+        seed = bench.seeds[0]
+        bits = {name: bench.curve(self.found[name], data, self.seconds, seed)[-1][1] for name in names}
+        numbers = ", ".join(f"{name.removeprefix(ADAMW).strip()} {bits[name]:.4f}" for name in names)
+        self.notes.append(f"{ADAMW} was tuned on {data.name}, seed {seed}: {numbers}")
+        return sorted(names, key=bits.__getitem__)[:2]
+
+    def against_adamw(self, plain: list[str], data: Data) -> Iterator[str]:
+        ends = {name: statistics.mean(self.bits[name, data.name]) for name in plain if (name, data.name) in self.bits}
+        if not ends or ("default", data.name) not in self.bits:
+            return
+        best = min(ends, key=ends.__getitem__)
+        try:
+            factor = self.times_sooner(data, ends[best])
+        except OutOfTime:
+            self.complete = False
+            return
+        how = f"no worse than {best} in 1/{factor:g} of the time" if factor else f"worse than {best}"
+        yield f"{data.name}: the default ends {how}"
 
     def times_sooner(self, data: Data, bits: float) -> float:
         """The largest of FACTORS by which the default's budget can be cut, its schedule with it, to end no worse."""
         for factor in FACTORS:
-            if self.bench.bits(self.found["default"], data, self.seconds / factor) <= bits:
+            if statistics.mean(self.bench.bits(self.found["default"], data, self.seconds / factor)) <= bits:
                 return factor
         return 0.0
 
@@ -344,21 +321,28 @@ class Table:
         corpora, lines = [data.name for data in self.bench.corpora], []
         for name in dict.fromkeys(name for name, _ in self.bits):
             each = self.bench.seconds_per_step(self.found[name])
-            cells = [name, f"{each:.3f}", str(round(self.seconds / each))]
-            for corpus in corpora:
-                bits, default = self.bits.get((name, corpus)), self.bits.get(("default", corpus))
-                change = f" ({bits - default:+.4f})" if bits and default and name != "default" else ""
-                cells.append(f"{bits:.4f}{change}" if bits else "")
-            lines.append(f"| {' | '.join(cells)} |")
+            cells = (self.cell(name, corpus) for corpus in corpora)
+            lines.append(f"| {name} | {each:.3f} | {round(self.seconds / each)} | {' | '.join(cells)} |")
         head = ["variant", "s per step", "steps", *corpora]
         return "\n".join([f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}", *lines])
+
+    def cell(self, name: str, corpus: str) -> str:
+        bits, default = self.bits.get((name, corpus)), self.bits.get(("default", corpus))
+        if not bits:
+            return ""
+        if name == "default" or not default:
+            return f"{statistics.mean(bits):.4f}"
+        more = [ours - theirs for ours, theirs in zip(bits, default, strict=True)]
+        error = f" ± {statistics.stdev(more) / math.sqrt(len(more)):.4f}" if len(more) > 1 else ""
+        return f"{statistics.mean(bits):.4f} ({statistics.mean(more):+.4f}{error})"
 
 
 def as_markdown(table: str, notes: list[str], seconds: float, seeds: Sequence[int]) -> str:
     return (
-        "# The recipe\n\nWritten by `make recipe`. Validation bits per byte (difference from the default) after "
+        "# The recipe\n\nWritten by `make recipe`. Validation bits per byte after "
         f"{seconds:g} processor seconds of training on one core, the schedule laid over as many steps as these pay "
-        f"for; the mean of runs with seeds {', '.join(map(str, seeds))}.\n\n{listed(conditions())}\n\n{table}\n\n"
+        f"for: the mean of runs with seeds {', '.join(map(str, seeds))} (difference from the default ± its standard "
+        f"error over the seeds).\n\n{listed(conditions())}\n\n{table}\n\n"
         + "".join(f"- {note}\n" for note in notes)
     )
 
@@ -378,7 +362,7 @@ def corpora_here(names: list[str], megabytes: float, plain: settings.Settings) -
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recipe")
-    parser.add_argument("names", nargs="*", help="variants; none named: all, and benchmarks/recipe.md is written")
+    parser.add_argument("names", nargs="*", help="variants; none: the rivals, into benchmarks/recipe.md")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="processor seconds of training per run")
     parser.add_argument("--megabytes", type=float, default=6, help="of text per corpus")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing after these; it continues later")
@@ -398,7 +382,8 @@ def main(arguments: list[str]) -> None:
     found = variants(default)
     if unknown := [name for name in given.names if name not in found]:
         sys.exit(f"benchmarks.recipe: no variant {unknown[0]!r}; there are {', '.join(found)}")
-    found = {name: recipe for name, recipe in found.items() if name in ("default", *(given.names or found))}
+    named = given.names or ["dense twin", *(name for name in found if name.startswith(ADAMW))]
+    found = {name: recipe for name, recipe in found.items() if name in ("default", *named)}
     table = Table(Bench(corpora, default, KEPT, given.seeds, given.minutes), found, given.seconds)
     table.fill()
     if not table.complete:

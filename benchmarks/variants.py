@@ -87,7 +87,7 @@ def variants(default: Recipe) -> dict[str, Recipe]:
         return replace(default, optimizer=replace(o, **changes))
 
     found = {"default": default, "dense twin": replace(default, shape=dense_twin(default.shape))}
-    for rate in (1e-3, 2e-3, 4e-3, 8e-3):
+    for rate in (1e-3, 2e-3, 4e-3):
         found[f"plain AdamW {rate:g}"] = plain_adamw(default, rate)
     for rate in (2e-3, 4e-3):
         found[f"plain AdamW {rate:g}, cosine"] = plain_adamw(default, rate, cosine=True)
