@@ -24,8 +24,9 @@ def tiny_settings() -> settings.Settings:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory) -> Path:
     """A clone at `scale: tiny` after its first `dvc repro`. Whoever changes it puts it back."""
-    from tests.test_pipeline import DVC, clone, user_types
+    from benchmarks.checkout import checkout
+    from tests.test_pipeline import DVC, user_types
 
-    tree = clone(tmp_path_factory.mktemp("clone"))
+    tree = checkout(tmp_path_factory.mktemp("clone"), "tiny")
     user_types(tree, *DVC, "repro")
     return tree

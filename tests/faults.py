@@ -32,9 +32,10 @@ from pathlib import Path
 import psutil
 import yaml
 
+from benchmarks.checkout import checkout
 from stages.artifacts import sha256_of
 from stages.tracking import machine, unsent
-from tests.test_pipeline import ROOT, clone
+from tests.test_pipeline import ROOT
 
 REPRO = (sys.executable, "-m", "dvc", "repro")
 CHECKPOINT_SECONDS = 1
@@ -91,16 +92,7 @@ class Bench:
 
     def fresh(self, name: str) -> Path:
         """A clone in which nothing has run."""
-        tree = self.folder / name
-        tree.mkdir()
-        clone(tree)
-        for path, edits in SIZES.items():
-            text = (tree / path).read_text()
-            for old, new in edits.items():
-                assert old in text, f"{path} lacks {old}"
-                text = text.replace(old, new)
-            (tree / path).write_text(text)
-        return tree
+        return checkout(self.folder / name, "tiny", SIZES)
 
     def copy(self, name: str) -> Path:
         """A copy of the finished pipeline, with nothing in the background."""

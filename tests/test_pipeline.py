@@ -12,30 +12,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.checkout import checkout
 from stages import distill
 from stages.artifacts import Refusal, sha256_of
 from stages.runs import Place
 
 ROOT = Path(__file__).parent.parent
 DVC = [sys.executable, "-m", "dvc"]
-
-
-def clone(target: Path) -> Path:
-    """A git checkout of the working tree with `scale: tiny`, so that no test touches the experiment of record."""
-    for name in ("dvc.yaml", "params.yaml", "conf", "stages", ".dvcignore", ".gitignore", "pyproject.toml"):
-        source = ROOT / name
-        copy = shutil.copytree if source.is_dir() else shutil.copy2
-        copy(source, target / name)
-    (target / ".dvc").mkdir()
-    for name in ("config", ".gitignore"):
-        shutil.copy2(ROOT / ".dvc" / name, target / ".dvc" / name)
-    sheet = target / "params.yaml"
-    sheet.write_text(sheet.read_text().replace("scale: demo", "scale: tiny"))
-    git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
-    subprocess.run([*git, "init", "-q"], cwd=target, check=True)
-    subprocess.run([*git, "add", "-A"], cwd=target, check=True)
-    subprocess.run([*git, "commit", "-qm", "tiny"], cwd=target, check=True)
-    return target
 
 
 def user_types(tree: Path, *command: str, check: bool = True, umask: int = -1, **variables: str):
@@ -181,15 +164,10 @@ def test_another_folder_and_another_persons_environment_give_identical_bytes(tre
 
     DDP is on, and DVC hashes every out. A stage takes its own number of threads, for bytes depend on it.
     """
-    other = clone(new_folder(tmp_path / "a folder" / "größer" / "deep"))
+    other = checkout(tmp_path / "a folder" / "größer" / "deep", "tiny")
     user_types(other, *DVC, "repro", **OTHER_HABITS, **OTHER_THREADS)
     assert (other / "dvc.lock").read_bytes() == (tree / "dvc.lock").read_bytes()
     stages = yaml.safe_load((tree / "dvc.lock").read_text())["stages"]
     outs = [out["path"] for stage in stages.values() for out in stage["outs"]]
     assert {"artifacts/data", "artifacts/sparse_student", "artifacts/scores", "report/claims.json"} <= set(outs)
     assert [path for path in outs if sha256_of(other / path) != sha256_of(tree / path)] == []
-
-
-def new_folder(path: Path) -> Path:
-    path.mkdir(parents=True)
-    return path
