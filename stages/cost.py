@@ -155,12 +155,15 @@ def median_and_quartiles(name: str, values: np.ndarray) -> dict[str, float]:
     return {name: float(middle), f"{name}_quartile_low": float(low), f"{name}_quartile_high": float(high)}
 
 
-def ratio_of_medians(
+def median_ratio(
     above: np.ndarray, below: np.ndarray, seed: int, resamples: int = 1000
 ) -> tuple[float, float, float]:
-    """How many times longer `above` takes, with a 95% interval: repetitions are resampled as pairs."""
+    """How many times longer `above` takes, with a 95% interval: the ratio of each repetition, done in turn, counts.
+
+    What slows a repetition slows both: the ratio of the medians has an interval a third wider here.
+    """
+    ratios = above / below
     generator = np.random.Generator(np.random.PCG64(seed))
-    drawn = generator.integers(0, len(above), size=(resamples, len(above)))
-    resampled = np.median(above[drawn], axis=1) / np.median(below[drawn], axis=1)
+    resampled = np.median(generator.choice(ratios, size=(resamples, len(ratios))), axis=1)
     low, high = np.quantile(resampled, [0.025, 0.975])
-    return float(np.median(above) / np.median(below)), float(low), float(high)
+    return float(np.median(ratios)), float(low), float(high)

@@ -317,7 +317,7 @@ def checkpointing_time(model, policies: list[str], loss_of, repetitions: int, se
     seconds = cost.interleaved_seconds({name: partial(step, name) for name in policies}, repetitions)
     rows = {}
     for name in policies:
-        ratio, low, high = cost.ratio_of_medians(seconds[name], seconds["none"], seed)
+        ratio, low, high = cost.median_ratio(seconds[name], seconds["none"], seed)
         rows[name] = scoring.Estimate(ratio, low, high).named("step_seconds_ratio")
         rows[name] |= cost.median_and_quartiles("step_seconds", seconds[name])
         if torch.cuda.is_available():
@@ -344,7 +344,7 @@ def router_time(tokens: int, shape, experts: int, per_token: int, repetitions: i
     if x_ND.is_cuda and can_compile():  # as training compiles it; in one graph, for alone it is nothing but launches
         ours = torch.compile(ours, mode="reduce-overhead")
     seconds = cost.interleaved_seconds({"plain": plain, "ours": ours}, max(repetitions, 5))
-    ratio, low, high = cost.ratio_of_medians(seconds["plain"], seconds["ours"], seed)
+    ratio, low, high = cost.median_ratio(seconds["plain"], seconds["ours"], seed)
     return {
         "plain_microseconds": float(np.median(seconds["plain"]) * 1e6),
         "ours_microseconds": float(np.median(seconds["ours"]) * 1e6),

@@ -350,8 +350,17 @@ def test_the_best_checkpointing_policy_is_the_one_that_saves_most_within_the_tim
     assert claimed(1.2, 1.1).values["policy"] == "every_1" and claimed(1.2, 1.1).verdict == "beaten"
     assert claimed(1.4, 1.1).values["policy"] == "selective"
     assert claimed(1.24, 1.4).verdict == "not testable here"  # the interval reaches beyond 25%
+    assert claimed(1.26, 1.4).verdict == "not testable here"  # and begins below it
     assert claimed(1.24, 1.2).values["policy"] == "selective", "surely within beats perhaps within"
     assert claimed(1.4, 1.4).verdict == "fails"
+
+
+def test_a_policy_surely_in_time_that_saves_too_little_does_not_hide_one_perhaps_in_time_that_saves_enough():
+    policies = [row for row in evaluation()["checkpointing"] if row["policy"] in ("none", "every_4", "every_2")]
+    claim = report.checkpointing_claim(policies, {"every_4": slowed(1.1), "every_2": slowed(1.24)})
+    assert (claim.values["policy"], claim.verdict) == ("every_2", "not testable here")
+    claim = report.checkpointing_claim(policies, {"every_4": slowed(1.1), "every_2": slowed(1.4)})
+    assert (claim.values["policy"], claim.verdict) == ("every_4", "fails")
 
 
 def test_a_policy_with_other_gradients_is_never_recommended():
