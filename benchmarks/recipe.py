@@ -293,7 +293,7 @@ class Table:
         bench, data = self.bench, self.bench.corpora[0]
         seed = bench.seeds[0]
         bits = {name: bench.curve(self.found[name], data, self.seconds, seed)[-1][1] for name in names}
-        numbers = "; ".join(f"{name.removeprefix(ADAMW).strip()}: {bits[name]:.4f}" for name in names)
+        numbers = "; ".join(f"{bits[name]:.4f} at {name.removeprefix(ADAMW).strip()}" for name in names)
         self.notes.append(f"{ADAMW} was tuned on {data.name}, seed {seed}: {numbers}")
         return sorted(names, key=bits.__getitem__)[:2]
 

@@ -172,7 +172,8 @@ def test_plain_adamw_is_tuned_on_the_first_corpus_and_its_better_two_compared(ti
     bench = recipe.Bench(here, tiny, tmp_path, seeds=(1,), rounds=1)
     table = recipe.Table(bench, {"default": tiny} | plain, seconds=0.2)
     table.fill()
-    assert table.notes[0].startswith("plain AdamW was tuned on small, seed 1: 1e-06: ")
+    tuned, at = table.notes[0].split(": ")[0], "at 1e-06; "
+    assert tuned == "plain AdamW was tuned on small, seed 1" and at in table.notes[0]
     assert {name for name, _ in table.bits} == {"default", "plain AdamW 0.001", "plain AdamW 0.002"}
     assert len(table.bits) == 6 and len(table.notes) == 3
 
