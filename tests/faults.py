@@ -38,6 +38,7 @@ from stages.tracking import machine, unsent
 from tests.test_pipeline import ROOT
 
 REPRO = (sys.executable, "-m", "dvc", "repro")
+RWLOCK = ".dvc/tmp/rwlock"
 CHECKPOINT_SECONDS = 1
 SIZES = {  # tiny's own steps end before a kill can land between two checkpoints
     "conf/common.yaml": {"checkpoint_every_seconds: 60": f"checkpoint_every_seconds: {CHECKPOINT_SECONDS}"},
@@ -256,6 +257,9 @@ def interrupted(bench: Bench, row: Row, name: str, kills: int, strike: Callable,
             process.wait(STOP_SECONDS)
             await_end(tree, 15, mirrors=False)
             remember(row, said(tree))
+            continue
+        if process.returncode and "RWLock-file" in said(tree):  # the blow cut DVC's own writing short
+            (tree / RWLOCK).unlink()  # as the README says
             continue
         assert process.returncode == 0, f"an undisturbed repro failed:\n{said(tree)[-3000:]}"
         remember(row, said(tree))
@@ -562,9 +566,9 @@ def out_removed(bench: Bench, row: Row, paths: tuple = OUTS) -> None:
 
 
 def stale_lock(bench: Bench, row: Row) -> None:
-    """locks of DVC that a killed dvc left: of a dead process, and of a process id that is taken again"""
+    """locks of DVC that a killed dvc left: of a dead process, of a process id that is taken again, cut short"""
     tree = bench.copy("stale-lock")
-    locked = tree / ".dvc/tmp/rwlock"
+    locked = tree / RWLOCK
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     for pid in (dead.pid, os.getpid()):
@@ -578,6 +582,12 @@ def stale_lock(bench: Bench, row: Row) -> None:
             locked.unlink()  # as the README says
         bench.finish(tree, row)
         row.survived += 1
+    row.tried += 1
+    locked.write_text("")
+    refuses(tree, "RWLock-file .* corrupted", *REPRO)
+    locked.unlink()
+    bench.finish(tree, row)
+    row.survived += 1
 
 
 def two_at_once(bench: Bench, row: Row) -> None:
