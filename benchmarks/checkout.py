@@ -1,4 +1,5 @@
-"""A copy of the working tree as a user has it, where benchmarks run stages: the experiment of record stays untouched.
+"""A copy of the working tree as a user has it, where benchmarks and tests run stages; the experiment of record stays
+untouched.
 
     root = checkout(folder, scale="tiny")
     stage(root, "prepare")                          # as DVC runs it: reads resolved.yaml, writes the outs

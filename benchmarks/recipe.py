@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
@@ -267,24 +268,25 @@ class Table:
         """AdamW's variants by the first seed on the first corpus, the better two and all else everywhere."""
         plain = [name for name in self.found if name.startswith(ADAMW)]
         self.measure(name for name in self.found if name not in plain)
-        try:
+        with self.while_time_lasts():
             plain = self.tuned(plain)
+            self.measure(plain)
+            for data in self.bench.corpora:
+                with self.while_time_lasts():
+                    self.notes += self.against_adamw(plain, data)
+
+    @contextmanager
+    def while_time_lasts(self) -> Iterator[None]:
+        try:
+            yield
         except OutOfTime:
             self.complete = False
-            return
-        self.measure(plain)
-        for data in self.bench.corpora:
-            self.notes += self.against_adamw(plain, data)
 
     def measure(self, names: Iterable[str]) -> None:
         for name, data in itertools.product(names, self.bench.corpora):
-            try:
-                bits = self.bench.bits(self.found[name], data, self.seconds)
-            except OutOfTime:
-                self.complete = False
-                continue
-            self.bits[name, data.name] = bits
-            print(f"{data.name}: {name}: {statistics.mean(bits):.4f}", file=sys.stderr, flush=True)
+            with self.while_time_lasts():
+                bits = self.bits[name, data.name] = self.bench.bits(self.found[name], data, self.seconds)
+                print(f"{data.name}: {name}: {statistics.mean(bits):.4f}", file=sys.stderr, flush=True)
 
     def tuned(self, names: list[str]) -> list[str]:
         """The better two; of more the numbers that chose them are noted."""
@@ -302,11 +304,7 @@ class Table:
         if not ends or ("default", data.name) not in self.bits:
             return
         best = min(ends, key=ends.__getitem__)
-        try:
-            factor = self.times_sooner(data, ends[best])
-        except OutOfTime:
-            self.complete = False
-            return
+        factor = self.times_sooner(data, ends[best])
         how = f"no worse than {best} in 1/{factor:g} of the time" if factor else f"worse than {best}"
         yield f"{data.name}: the default ends {how}"
 

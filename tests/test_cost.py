@@ -97,5 +97,6 @@ def test_interleaved_timing_runs_each_action_in_turn_and_drops_the_warm_up():
 
 def test_the_ratio_of_times_lies_in_its_interval_which_a_drift_of_the_machine_does_not_widen():
     drift, noise = np.linspace(1.0, 2.0, 21), np.random.default_rng(1).normal(1.0, 0.01, 21)
+    assert cost.median_ratio(2 * drift, drift, seed=1) == pytest.approx((2, 2, 2))
     ratio, low, high = cost.median_ratio(2 * drift * noise, drift, seed=1)
     assert low < ratio < high and low == pytest.approx(2, rel=0.02) and high == pytest.approx(2, rel=0.02)

@@ -145,8 +145,11 @@ def test_the_table_names_every_corpus_and_a_missing_one_is_a_line(tiny, corpora,
     assert [data.name for data in here] == ["small", "capitals"]
     names = ("default", "dense twin", "plain AdamW 0.001", "batch of 4")
     found = {name: one for name, one in variants.variants(tiny).items() if name in names}
-    table = recipe.Table(recipe.Bench(here, tiny, tmp_path / "kept", seeds=(1, 2), rounds=1), found, seconds=0.01)
+    bench = recipe.Bench(here, tiny, tmp_path / "kept", seeds=(1, 2), rounds=1)
+    table = recipe.Table(bench, found, seconds=0.01)
     table.fill()
+    each = [bench.curve(tiny, here[0], 0.01, seed)[-1][1] for seed in (1, 2)]
+    assert each[0] != each[1] and table.bits["default", "small"] == each
     head, _, *lines = table.rendered().splitlines()
     assert "small" in head and "capitals" in head and len({line.count("|") for line in (head, *lines)}) == 1
     assert sorted(line.split(" | ")[0] for line in lines) == sorted(f"| {name}" for name in names)
