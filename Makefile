@@ -41,7 +41,7 @@ repro: .venv/.run
 	@echo "The runs:      make ui   (MLflow on http://127.0.0.1:$(PORT))"
 
 test: .venv/.develop
-	python -m pytest
+	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 chaos: .venv/.develop
 	python -m tests.faults

@@ -8,8 +8,6 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 for name in ("DVC_STAGE", "DVC_ROOT", "HYDRA_FULL_ERROR"):
     os.environ.pop(name, None)
 
-from pathlib import Path  # noqa: E402
-
 import pytest  # noqa: E402
 
 from stages import settings  # noqa: E402
@@ -21,12 +19,6 @@ def tiny_settings() -> settings.Settings:
     return settings.validate(settings.compose(["scale=tiny", "corpus=stdlib"]))
 
 
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory) -> Path:
-    """A clone at `scale: tiny` after its first `dvc repro`. Whoever changes it puts it back."""
-    from benchmarks.checkout import checkout
-    from tests.test_pipeline import DVC, user_types
-
-    tree = checkout(tmp_path_factory.mktemp("clone"), "tiny")
-    user_types(tree, *DVC, "repro")
-    return tree
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest first: beside it a second worker does all the others."""
+    items.sort(key=lambda item: item.path.name != "test_pipeline.py")

@@ -6,7 +6,7 @@
 
 Every case works in a copy of a pipeline that ran undisturbed with the same settings, types what a user would type,
 and asserts what the user sees and that every out ends with the same bytes. The whole run writes its
-table to docs/faults.md. tests/test_faults.py runs the cheap cases once each.
+table to docs/faults.md. tests/test_pipeline.py runs the cheap cases once each.
 """
 
 import argparse
@@ -33,9 +33,9 @@ import psutil
 import yaml
 
 from benchmarks.checkout import checkout
+from benchmarks.table import ROOT
 from stages.artifacts import sha256_of
 from stages.tracking import machine, unsent
-from tests.test_pipeline import ROOT
 
 REPRO = (sys.executable, "-m", "dvc", "repro")
 RWLOCK = ".dvc/tmp/rwlock"

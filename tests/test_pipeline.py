@@ -16,6 +16,7 @@ from benchmarks.checkout import checkout
 from stages import distill
 from stages.artifacts import Refusal, sha256_of
 from stages.runs import Place
+from tests import faults
 
 ROOT = Path(__file__).parent.parent
 DVC = [sys.executable, "-m", "dvc"]
@@ -31,9 +32,12 @@ def user_types(tree: Path, *command: str, check: bool = True, umask: int = -1, *
     return done
 
 
-@pytest.fixture
-def tree(finished) -> Path:
-    return finished
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """A clone after its first `dvc repro`. Whoever changes it puts it back."""
+    clone = checkout(tmp_path_factory.mktemp("clone"), "tiny")
+    user_types(clone, *DVC, "repro")
+    return clone
 
 
 def test_a_second_repro_does_nothing(tree):
@@ -171,3 +175,28 @@ def test_another_folder_and_another_persons_environment_give_identical_bytes(tre
     outs = [out["path"] for stage in stages.values() for out in stage["outs"]]
     assert {"artifacts/data", "artifacts/sparse_student", "artifacts/scores", "report/claims.json"} <= set(outs)
     assert [path for path in outs if sha256_of(other / path) != sha256_of(tree / path)] == []
+
+
+# The short form of the fault test: the cheap cases of tests/faults.py, once each. Left to `make chaos`, because each
+# trains again and again or needs a server or root: kills of the whole pipeline, of a rank and by signals, full and
+# read-only disks, damaged models, metrics and checkpoints, failing MLflow servers.
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory, tree) -> faults.Bench:
+    return faults.Bench(tmp_path_factory.mktemp("faults"), finished=tree)
+
+
+@pytest.mark.parametrize(
+    ("case", "how"),
+    [
+        (faults.kill9_prepare, {"kills": 1}),
+        (faults.damaged_tokenizer, {}),
+        (faults.damaged_settings, {}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_nothing_is_lost_or_silently_wrong(bench, case, how):
+    row = faults.run(bench, case, **how)
+    assert not row.failure, row.failure
+    assert row.tried == row.survived > 0 and row.compared > 0 and row.message
