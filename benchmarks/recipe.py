@@ -1,7 +1,7 @@
 """Learning per second: what each recipe reaches in the same seconds of training, on corpora found on the machine.
 
-    make recipe                                              # hours on one idle core; writes benchmarks/recipe.md
-    python -m benchmarks.recipe                              # the same: the default, its dense twin and plain AdamW
+    make recipe                                              # half a day on one idle core; benchmarks/recipe.md
+    python -m benchmarks.recipe --minutes 60                 # the same, an hour of it; called again it continues
     python -m benchmarks.recipe --seconds 60 --seeds 1 --corpora "C headers" -- "batch of 16"     # prints this one
 
 One process of one thread trains the teacher of the default scale as a rank of `pretrain` does, without Lightning.
@@ -62,7 +62,10 @@ CORPORA = {  # that of most documents first: on it plain AdamW is tuned
 }
 ADAMW = "plain AdamW"  # what the names of its variants begin with
 SECONDS = 360.0  # about what the default scale gives its teacher where there are no bfloat16 units
+MEGABYTES = 6.0  # of text per corpus
 SEEDS = (1, 2, 3)  # a single one says nothing on C headers
+LONGER_SECONDS = (1800.0, 3600.0)  # of the default and its dense twin, on the first corpus by the first seed
+LONGER_MEGABYTES = 24.0  # so that little text comes twice
 FACTORS = (3.0, 2.0, 1.5, 1.0)  # how many times sooner the default may be; the cheapest to try comes first
 KEPT = ROOT / ".runs" / "recipe"
 VALIDATION_SEQUENCES = 64
@@ -315,6 +318,11 @@ class Table:
                 return factor
         return 0.0
 
+    def section(self, megabytes: float) -> str:
+        seeds = ", ".join(map(str, self.bench.seeds))
+        title = f"## {self.seconds:g} seconds, up to {megabytes:g} MB of text, seeds {seeds}"
+        return "\n".join([f"{title}\n", f"{self.rendered()}\n", *(f"- {note}" for note in self.notes), ""])
+
     def rendered(self) -> str:
         corpora, lines = [data.name for data in self.bench.corpora], []
         for name in dict.fromkeys(name for name, _ in self.bits):
@@ -335,17 +343,16 @@ class Table:
         return f"{statistics.mean(bits):.4f} ({statistics.mean(more):+.4f}{error})"
 
 
-def as_markdown(table: str, notes: list[str], seconds: float, seeds: Sequence[int]) -> str:
-    return (
-        "# The recipe\n\nWritten by `make recipe`. Validation bits per byte after "
-        f"{seconds:g} processor seconds of training on one core, the schedule laid over as many steps as these pay "
-        f"for: the mean of runs with seeds {', '.join(map(str, seeds))} (difference from the default ± its standard "
-        f"error over the seeds).\n\n{listed(conditions())}\n\n{table}\n\n"
-        + "".join(f"- {note}\n" for note in notes)
+def page(sections: list[str]) -> str:
+    what = (
+        "Written by `make recipe`. Validation bits per byte after processor seconds of training on one core, the "
+        "schedule laid over as many steps as these pay for: means over the seeds (difference from the default ± its "
+        "standard error over the seeds)."
     )
+    return "\n".join(["# The recipe\n", f"{what}\n", f"{listed(conditions())}\n", *sections])
 
 
-def corpora_here(names: list[str], megabytes: float, plain: settings.Settings) -> Iterator[Data | str]:
+def corpora_here(names: Iterable[str], megabytes: float, plain: settings.Settings) -> Iterator[Data | str]:
     """Each corpus, or a line for one that this machine does not have."""
     for name in names:
         folder = KEPT / f"{name.replace(' ', '-')}-{megabytes:g}"
@@ -358,11 +365,35 @@ def corpora_here(names: list[str], megabytes: float, plain: settings.Settings) -
         yield Data.of(name, folder, plain.sequence_tokens)
 
 
+def compared(
+    names: Sequence[str], seconds: float, megabytes: float, seeds: Sequence[int], corpora: Sequence[str], minutes: float
+) -> Table | str:
+    """The table of the default and the variants named, of the rivals where none is; a line where there is no corpus."""
+    demo = settings.validate(settings.compose(["scale=demo", "corpus=stdlib"]))
+    here = list(corpora_here(corpora, megabytes, demo))
+    missing = [one for one in here if isinstance(one, str)]
+    data = [one for one in here if isinstance(one, Data)]
+    if not data:
+        return "\n".join(missing)
+    default = default_recipe(demo, data[0].train.vocab_size)
+    found = variants(default)
+    if unknown := [name for name in names if name not in found]:
+        sys.exit(f"benchmarks.recipe: no variant {unknown[0]!r}; there are {', '.join(found)}")
+    named = names or ["dense twin", *(name for name in found if name.startswith(ADAMW))]
+    found = {name: recipe for name, recipe in found.items() if name in ("default", *named)}
+    table = Table(Bench(data, default, KEPT, seeds, minutes), found, seconds)
+    table.fill()
+    table.notes += missing
+    if not table.complete:
+        table.notes.append("not all is measured yet: the same command continues")
+    return table
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recipe")
     parser.add_argument("names", nargs="*", help="variants; none: the rivals, into benchmarks/recipe.md")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="processor seconds of training per run")
-    parser.add_argument("--megabytes", type=float, default=6, help="of text per corpus")
+    parser.add_argument("--megabytes", type=float, default=MEGABYTES, help="of text per corpus")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing after these; it continues later")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="whose mean the table shows")
     parser.add_argument("--corpora", nargs="+", choices=CORPORA, default=list(CORPORA))
@@ -370,27 +401,20 @@ def main(arguments: list[str]) -> None:
 
     torch.set_num_threads(1)
     keep_freed_memory()
-    demo = settings.validate(settings.compose(["scale=demo", "corpus=stdlib"]))
-    here = list(corpora_here(given.corpora, given.megabytes, demo))
-    missing = [one for one in here if isinstance(one, str)]
-    corpora = [one for one in here if isinstance(one, Data)]
-    if not corpora:
-        sys.exit("\n".join(missing))
-    default = default_recipe(demo, corpora[0].train.vocab_size)
-    found = variants(default)
-    if unknown := [name for name in given.names if name not in found]:
-        sys.exit(f"benchmarks.recipe: no variant {unknown[0]!r}; there are {', '.join(found)}")
-    named = given.names or ["dense twin", *(name for name in found if name.startswith(ADAMW))]
-    found = {name: recipe for name, recipe in found.items() if name in ("default", *named)}
-    table = Table(Bench(corpora, default, KEPT, given.seeds, given.minutes), found, given.seconds)
-    table.fill()
-    if not table.complete:
-        missing.append("not all is measured yet: the same command continues")
-    notes = [*table.notes, *missing]
-    print(table.rendered(), *notes, sep="\n")
+    end = time.monotonic() + 60 * given.minutes
+    plans = [(given.names, given.seconds, given.megabytes, given.seeds, given.corpora)]
     if not given.names:
-        text = as_markdown(table.rendered(), notes, given.seconds, given.seeds)
-        write_atomically(ROOT / "benchmarks" / "recipe.md", text)
+        first = given.seeds[:1], given.corpora[:1]
+        plans += [(["dense twin"], seconds, LONGER_MEGABYTES, *first) for seconds in LONGER_SECONDS]
+    sections: list[str] = []
+    for names, seconds, megabytes, seeds, corpora in plans:
+        table = compared(names, seconds, megabytes, seeds, corpora, (end - time.monotonic()) / 60)
+        if isinstance(table, str) and not sections:
+            sys.exit(table)
+        sections.append(f"{table}\n" if isinstance(table, str) else table.section(megabytes))
+        print(sections[-1])
+    if not given.names:
+        write_atomically(ROOT / "benchmarks" / "recipe.md", page(sections))
 
 
 if __name__ == "__main__":

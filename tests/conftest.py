@@ -19,6 +19,9 @@ def tiny_settings() -> settings.Settings:
     return settings.validate(settings.compose(["scale=tiny", "corpus=stdlib"]))
 
 
+LONGEST = "test_pipeline.py", "test_tracking_server.py"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that takes longest first: beside it a second worker does all the others."""
-    items.sort(key=lambda item: item.path.name != "test_pipeline.py")
+    """The files that take longest first: one that comes last would keep one worker of two waiting."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)

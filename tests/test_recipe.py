@@ -154,8 +154,8 @@ def test_the_table_names_every_corpus_and_a_missing_one_is_a_line(tiny, corpora,
     assert "small" in head and "capitals" in head and len({line.count("|") for line in (head, *lines)}) == 1
     assert sorted(line.split(" | ")[0] for line in lines) == sorted(f"| {name}" for name in names)
     assert [note.split(":")[0] for note in table.notes] == ["small", "capitals"]
-    text = recipe.as_markdown(table.rendered(), table.notes, 0.01, (1, 2))
-    assert table.rendered() in text and "seeds 1, 2 (" in text
+    text = recipe.page([table.section(0.1)])
+    assert table.rendered() in text and "## 0.01 seconds, up to 0.1 MB of text, seeds 1, 2\n" in text
 
 
 def test_what_is_compared_is_the_mean_over_the_seeds_and_its_error_that_of_their_differences():
@@ -188,6 +188,23 @@ def test_a_table_without_time_left_has_only_what_was_kept(tiny, corpora, tiny_se
     late = recipe.Table(recipe.Bench(here, tiny, tmp_path, seeds=(1,), minutes=0, rounds=1), found, 0.01)
     late.fill()
     assert not late.complete and list(late.bits) == [("default", "small")] and "batch of 4" not in late.rendered()
+
+
+def test_only_the_whole_table_is_a_page_and_what_time_forbids_is_a_line_in_it(corpora, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(recipe, "ROOT", tmp_path)
+    words = ["--minutes", "0", "--megabytes", "0.1", "--corpora", "small"]
+    monkeypatch.setattr(recipe, "LONGER_MEGABYTES", 0.1)
+    recipe.main([*words, "--", "dense twin"])
+    told = capsys.readouterr().out
+    assert told.startswith("## 360 seconds") and "the same command continues" in told and not list(tmp_path.glob("b*"))
+    (tmp_path / "benchmarks").mkdir()
+    recipe.main(words)
+    titles = [line for line in (tmp_path / "benchmarks/recipe.md").read_text().splitlines() if line.startswith("## ")]
+    assert titles == [
+        "## 360 seconds, up to 0.1 MB of text, seeds 1, 2, 3",
+        "## 1800 seconds, up to 0.1 MB of text, seeds 1",
+        "## 3600 seconds, up to 0.1 MB of text, seeds 1",
+    ]
 
 
 def test_what_was_measured_is_not_measured_again(tiny, tmp_path):
