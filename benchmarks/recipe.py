@@ -320,8 +320,9 @@ class Table:
 
     def section(self, megabytes: float) -> str:
         seeds = ", ".join(map(str, self.bench.seeds))
-        title = f"## {self.seconds:g} seconds, up to {megabytes:g} MB of text, seeds {seeds}"
-        return "\n".join([f"{title}\n", f"{self.rendered()}\n", *(f"- {note}" for note in self.notes), ""])
+        title = f"## {self.seconds:g} seconds, up to {megabytes:g} MB of text; seeds: {seeds}"
+        notes = "".join(f"- {note}\n" for note in self.notes)
+        return "\n".join([f"{title}\n", f"{self.rendered()}\n", *([notes] if notes else [])])
 
     def rendered(self) -> str:
         corpora, lines = [data.name for data in self.bench.corpora], []

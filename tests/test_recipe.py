@@ -155,7 +155,7 @@ def test_the_table_names_every_corpus_and_a_missing_one_is_a_line(tiny, corpora,
     assert sorted(line.split(" | ")[0] for line in lines) == sorted(f"| {name}" for name in names)
     assert [note.split(":")[0] for note in table.notes] == ["small", "capitals"]
     text = recipe.page([table.section(0.1)])
-    assert table.rendered() in text and "## 0.01 seconds, up to 0.1 MB of text, seeds 1, 2\n" in text
+    assert table.rendered() in text and "## 0.01 seconds, up to 0.1 MB of text; seeds: 1, 2\n" in text
 
 
 def test_what_is_compared_is_the_mean_over_the_seeds_and_its_error_that_of_their_differences():
@@ -201,9 +201,9 @@ def test_only_the_whole_table_is_a_page_and_what_time_forbids_is_a_line_in_it(co
     recipe.main(words)
     titles = [line for line in (tmp_path / "benchmarks/recipe.md").read_text().splitlines() if line.startswith("## ")]
     assert titles == [
-        "## 360 seconds, up to 0.1 MB of text, seeds 1, 2, 3",
-        "## 1800 seconds, up to 0.1 MB of text, seeds 1",
-        "## 3600 seconds, up to 0.1 MB of text, seeds 1",
+        "## 360 seconds, up to 0.1 MB of text; seeds: 1, 2, 3",
+        "## 1800 seconds, up to 0.1 MB of text; seeds: 1",
+        "## 3600 seconds, up to 0.1 MB of text; seeds: 1",
     ]
 
 
