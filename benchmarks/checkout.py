@@ -17,6 +17,8 @@ from pathlib import Path
 
 from benchmarks.table import ROOT
 
+DVC = (sys.executable, "-m", "dvc")
+
 # No mirror: it imports MLflow beside whatever is measured next. What is {first} runs before the stage.
 CODE = """
 import runpy, sys

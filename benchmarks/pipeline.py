@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from benchmarks.checkout import checkout, default_scale, environment, events
+from benchmarks.checkout import DVC, checkout, default_scale, environment, events
 from benchmarks.table import Row
 from benchmarks.timing import Ratio, interleaved
 from stages.artifacts import read_json
 
-DVC = (sys.executable, "-m", "dvc")
 TRAINING = ("pretrain", "distill", "sparsify")
 MEASURED = ("prepare", "evaluate")  # stages that write down what their phases took
 

@@ -215,12 +215,12 @@ class Bench:
         default: Recipe,
         kept: Path,
         seeds: Sequence[int] = SEEDS,
-        minutes: float = math.inf,
+        end: float = math.inf,
         rounds: int = 7,
     ):
         self.corpora, self.kept, self.seeds, self.rounds, self.warm_up = corpora, kept, seeds, rounds, 3 * rounds
         self.reference = plain_adamw(default, 1e-3)
-        self.end = time.monotonic() + 60 * minutes
+        self.end = end  # by time.monotonic: after it nothing is begun
 
     def once(self, measure: Callable[[], list], *what) -> list:
         key = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
@@ -322,7 +322,7 @@ class Table:
         seeds = ", ".join(map(str, self.bench.seeds))
         title = f"## {self.seconds:g} seconds, up to {megabytes:g} MB of text; seeds: {seeds}"
         notes = "".join(f"- {note}\n" for note in self.notes)
-        return "\n".join([f"{title}\n", f"{self.rendered()}\n", *([notes] if notes else [])])
+        return "\n".join(filter(None, [f"{title}\n", f"{self.rendered()}\n", notes]))
 
     def rendered(self) -> str:
         corpora, lines = [data.name for data in self.bench.corpora], []
@@ -367,7 +367,7 @@ def corpora_here(names: Iterable[str], megabytes: float, plain: settings.Setting
 
 
 def compared(
-    names: Sequence[str], seconds: float, megabytes: float, seeds: Sequence[int], corpora: Sequence[str], minutes: float
+    names: Sequence[str], seconds: float, megabytes: float, seeds: Sequence[int], corpora: Sequence[str], end: float
 ) -> Table | str:
     """The table of the default and the variants named, of the rivals where none is; a line where there is no corpus."""
     demo = settings.validate(settings.compose(["scale=demo", "corpus=stdlib"]))
@@ -382,7 +382,7 @@ def compared(
         sys.exit(f"benchmarks.recipe: no variant {unknown[0]!r}; there are {', '.join(found)}")
     named = names or ["dense twin", *(name for name in found if name.startswith(ADAMW))]
     found = {name: recipe for name, recipe in found.items() if name in ("default", *named)}
-    table = Table(Bench(data, default, KEPT, seeds, minutes), found, seconds)
+    table = Table(Bench(data, default, KEPT, seeds, end), found, seconds)
     table.fill()
     table.notes += missing
     if not table.complete:
@@ -409,7 +409,7 @@ def main(arguments: list[str]) -> None:
         plans += [(["dense twin"], seconds, LONGER_MEGABYTES, *first) for seconds in LONGER_SECONDS]
     sections: list[str] = []
     for names, seconds, megabytes, seeds, corpora in plans:
-        table = compared(names, seconds, megabytes, seeds, corpora, (end - time.monotonic()) / 60)
+        table = compared(names, seconds, megabytes, seeds, corpora, end)
         if isinstance(table, str) and not sections:
             sys.exit(table)
         sections.append(f"{table}\n" if isinstance(table, str) else table.section(megabytes))

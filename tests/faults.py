@@ -32,12 +32,12 @@ from pathlib import Path
 import psutil
 import yaml
 
-from benchmarks.checkout import checkout
+from benchmarks.checkout import DVC, checkout, environment
 from benchmarks.table import ROOT
 from stages.artifacts import sha256_of
 from stages.tracking import machine, unsent
 
-REPRO = (sys.executable, "-m", "dvc", "repro")
+REPRO = (*DVC, "repro")
 RWLOCK = ".dvc/tmp/rwlock"
 CHECKPOINT_SECONDS = 1
 SIZES = {  # tiny's own steps end before a kill can land between two checkpoints
@@ -124,14 +124,13 @@ def outs_of(tree: Path) -> dict[str, str]:
 # ---- what a user types, and what is left running
 
 
-def start(tree: Path, *command: str, **environment: str) -> subprocess.Popen:
+def start(tree: Path, *command: str, **variables: str) -> subprocess.Popen:
     """The command in a session of its own; what it says goes to a file, which a mirror may hold open for longer."""
-    inherited = {k: v for k, v in os.environ.items() if k not in ("DVC_STAGE", "MLFLOW_TRACKING_URI")}
-    site = {"DVC_SITE_CACHE_DIR": str(tree / ".dvc/site"), "MLFLOW_DISABLE_TELEMETRY": "true"}
-    path = {"PYTHONPATH": str(tree), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    inherited = environment(PYTHONPATH=str(tree), DVC_SITE_CACHE_DIR=str(tree / ".dvc/site"))
+    inherited.pop("MLFLOW_TRACKING_URI", None)
     with log_of(tree).open("wb") as log:
         return subprocess.Popen(
-            command, cwd=tree, env=inherited | site | path | environment, start_new_session=True,
+            command, cwd=tree, env=inherited | variables, start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
@@ -144,15 +143,15 @@ def said(tree: Path) -> str:
     return log_of(tree).read_text(errors="replace")
 
 
-def succeeds(tree: Path, *command: str, **environment: str) -> str:
-    code = start(tree, *command, **environment).wait(PATIENCE)
+def succeeds(tree: Path, *command: str, **variables: str) -> str:
+    code = start(tree, *command, **variables).wait(PATIENCE)
     assert code == 0, f"{' '.join(command[1:])} ended with code {code}:\n{said(tree)[-3000:]}"
     return said(tree)
 
 
-def refuses(tree: Path, told: str, *command: str, **environment: str) -> str:
+def refuses(tree: Path, told: str, *command: str, **variables: str) -> str:
     """The command fails with a line that says `told`, and with no traceback; returns that line."""
-    code = start(tree, *command, **environment).wait(PATIENCE)
+    code = start(tree, *command, **variables).wait(PATIENCE)
     text = said(tree)
     assert code != 0, f"{' '.join(command[1:])} went on:\n{text[-3000:]}"
     assert "Traceback" not in text, text[-3000:]
@@ -650,9 +649,9 @@ CLOSED = "http://127.0.0.1:9"  # the discard port: nothing listens
 STAGES = ("prepare", "evaluate", "report")
 
 
-def seconds_of(tree: Path, **environment: str) -> float:
+def seconds_of(tree: Path, **variables: str) -> float:
     began = time.monotonic()
-    succeeds(tree, *REPRO, "-f", "-s", *STAGES, **environment)
+    succeeds(tree, *REPRO, "-f", "-s", *STAGES, **variables)
     return time.monotonic() - began
 
 
@@ -673,8 +672,8 @@ def recorded(bench: Bench, row: Row, name: str, uri: str, told: str | None) -> P
 
 def sent_once(tree: Path, uri: str | None, records: int) -> None:
     """`sync` sends what is left, and the store then has every record as one run."""
-    environment = {"MLFLOW_TRACKING_URI": uri} if uri else {}
-    succeeds(tree, *by_hand("tracking", "sync"), **environment)
+    variables = {"MLFLOW_TRACKING_URI": uri} if uri else {}
+    succeeds(tree, *by_hand("tracking", "sync"), **variables)
     assert not unsent(tree)
     import mlflow
 
@@ -718,11 +717,11 @@ def mlflow_slow(bench: Bench, row: Row) -> None:
 def mlflow_server(folder: Path, port: int) -> Iterator[subprocess.Popen]:
     words = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     words += ["--backend-store-uri", f"sqlite:///{folder / 'served.db'}", "--artifacts-destination", str(folder / "to")]
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    variables = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     folder.mkdir(exist_ok=True)
     with (folder / "server.log").open("ab") as log:
         server = subprocess.Popen(
-            words, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
+            words, cwd=folder, env=variables, stdout=log, stderr=log, start_new_session=True
         )
     try:
         deadline = time.monotonic() + 120

@@ -1,7 +1,6 @@
 """The pipeline at `scale: tiny` as a user runs it: real stages, real two-process DDP, in a clone of its own."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -12,22 +11,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.checkout import checkout
+from benchmarks.checkout import DVC, checkout, environment
 from stages import distill
 from stages.artifacts import Refusal, sha256_of
 from stages.runs import Place
 from tests import faults
 
-ROOT = Path(__file__).parent.parent
-DVC = [sys.executable, "-m", "dvc"]
-
 
 def user_types(tree: Path, *command: str, check: bool = True, umask: int = -1, **variables: str):
-    environment = os.environ | {"PYTHONPATH": str(tree), "MLFLOW_DISABLE_TELEMETRY": "true"} | variables
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    environment["DVC_SITE_CACHE_DIR"] = str(tree / ".dvc" / "site")
-    environment.pop("DVC_STAGE", None)
-    done = subprocess.run(command, cwd=tree, env=environment, umask=umask, capture_output=True, text=True)
+    theirs = environment(PYTHONPATH=str(tree), DVC_SITE_CACHE_DIR=str(tree / ".dvc" / "site")) | variables
+    done = subprocess.run(command, cwd=tree, env=theirs, umask=umask, capture_output=True, text=True)
     assert not check or done.returncode == 0, f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done
 
@@ -104,9 +97,9 @@ def test_a_typo_is_refused_in_one_line_before_any_work(tree):
 def test_training_interrupted_and_resumed_gives_the_bytes_of_an_uninterrupted_run(tree):
     """SIGTERM in the middle of pretrain, then the same command again."""
     whole = (tree / "artifacts/teacher/model.safetensors").read_bytes()
-    environment = os.environ | {"PYTHONPATH": str(tree), "DVC_STAGE": "pretrain"}
+    under_dvc = environment(PYTHONPATH=str(tree), DVC_STAGE="pretrain")
     command = [sys.executable, "-m", "stages.pretrain"]
-    process = subprocess.Popen(command, cwd=tree, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=tree, env=under_dvc, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list((tree / ".runs/resume").glob("pretrain-*/steps.jsonl")):  # the first steps are done
         assert process.poll() is None and time.monotonic() < deadline
@@ -116,7 +109,7 @@ def test_training_interrupted_and_resumed_gives_the_bytes_of_an_uninterrupted_ru
     assert process.returncode == 1 and "Traceback" not in said
     assert "interrupted after step" in said and "the same command continues from there" in said
     assert list((tree / ".runs/resume").glob("pretrain-*/teacher.json"))
-    subprocess.run(command, cwd=tree, env=environment, check=True, capture_output=True)
+    subprocess.run(command, cwd=tree, env=under_dvc, check=True, capture_output=True)
     assert (tree / "artifacts/teacher/model.safetensors").read_bytes() == whole
 
 

@@ -185,7 +185,7 @@ def test_a_table_without_time_left_has_only_what_was_kept(tiny, corpora, tiny_se
     here = list(recipe.corpora_here(["small"], 0.1, tiny_settings))
     found = {"default": tiny, "batch of 4": replace(tiny, batch_sequences=4)}
     recipe.Table(recipe.Bench(here, tiny, tmp_path, seeds=(1,), rounds=1), {"default": tiny}, 0.01).fill()
-    late = recipe.Table(recipe.Bench(here, tiny, tmp_path, seeds=(1,), minutes=0, rounds=1), found, 0.01)
+    late = recipe.Table(recipe.Bench(here, tiny, tmp_path, seeds=(1,), end=0, rounds=1), found, 0.01)
     late.fill()
     assert not late.complete and list(late.bits) == [("default", "small")] and "batch of 4" not in late.rendered()
 
