@@ -348,7 +348,8 @@ def page(sections: list[str]) -> str:
     what = (
         "Written by `make recipe`. Validation bits per byte after processor seconds of training on one core, the "
         "schedule laid over as many steps as these pay for: means over the seeds (difference from the default ± its "
-        "standard error over the seeds)."
+        "standard error over the seeds). Commit and load are those of the last call, which continues what earlier ones "
+        "have measured."
     )
     return "\n".join(["# The recipe\n", f"{what}\n", f"{listed(conditions())}\n", *sections])
 
