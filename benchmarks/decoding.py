@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks.ceiling import DTYPES
 from benchmarks.peers import EXPERTS_IMPLEMENTATIONS, INSTALL, batched_mm_bytes, too_large, twin
 from benchmarks.table import Row
-from benchmarks.timing import DEVICE, Action, interleaved
+from benchmarks.timing import DEVICE, Action, Timings, heats_and_final, interleaved
 from benchmarks.training_step import REFERENCE, new_teacher
 from stages.generation import Reader
 from stages.layers import one_thread
@@ -153,24 +153,26 @@ def rows(
                 if why := too_large(name, needed):
                     del actions[name]
                     yield f"{why} (prefill, {what})"
-            # a slow peer would leave few rounds, too few where each takes a tenth of a second
-            yield from against_best(f"prefill of {prompt_tokens}, {what}", actions, prompt_BT.numel(), 4 * seconds)
+            yield from against_best(f"prefill of {prompt_tokens}, {what}", actions, prompt_BT.numel(), seconds)
             actions = {name: decoding(start, prompt_BT, new_tokens) for name, start in starts.items()}
             if DEVICE.type == "cpu":
                 actions |= {f"{name} on one thread": on_one_thread(actions[name]) for name in theirs}
+            decoded, tokens = f"decode of {new_tokens}, {what}", batch * new_tokens
+            yield from against_best(decoded, actions, tokens, seconds)
             if batch == 1:
                 whole = partial(OurText, ours, dtype, batch, 0)
-                actions[WITHOUT_CACHE] = reading_again(whole, prompt_BT, new_tokens)
-            yield from against_best(f"decode of {new_tokens}, {what}", actions, batch * new_tokens, seconds)
+                both = {"ours": actions["ours"], WITHOUT_CACHE: reading_again(whole, prompt_BT, new_tokens)}
+                yield row(decoded, interleaved(both, seconds), WITHOUT_CACHE, tokens)
 
 
 def against_best(what: str, actions: dict[str, Action], tokens: int, seconds: float) -> Iterator[Row | str]:
     peers = [name for name in actions if name.startswith("transformers")]
-    times = interleaved(actions, seconds, may_fail=peers)
+    times, best = heats_and_final(actions, peers, seconds, may_fail=peers)
     yield from (f"peer left out: {name}: {what}: {why}" for name, why in times.failed.items())
-    best = min(filter(times.__contains__, peers), key=times.median, default=None)
-    for against in [best, *(name for name in (WITHOUT_CACHE,) if name in actions)]:
-        if against is not None:
-            ours, theirs = (tokens / times.median(name) for name in ("ours", against))
-            ratio = times.ratio(against, "ours")
-            yield Row.of("decoding", what, ours, against, theirs, "tokens/s", ratio, times.rounds)
+    if best is not None:
+        yield row(what, times, best, tokens)
+
+
+def row(what: str, times: Timings, against: str, tokens: int) -> Row:
+    ours, theirs = (tokens / times.median(name) for name in ("ours", against))
+    return Row.of("decoding", what, ours, against, theirs, "tokens/s", times.ratio(against, "ours"), times.rounds)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from benchmarks.ceiling import DTYPES
 from benchmarks.peers import peer_models
 from benchmarks.table import Row
-from benchmarks.timing import DEVICE, Action, interleaved
+from benchmarks.timing import DEVICE, Action, heats_and_final
 from benchmarks.training_step import REFERENCE
 from stages.experts import MoE
 from stages.layers import initialise
@@ -175,10 +175,9 @@ def rows_of(layer: MoE, tokens: int, seconds: float) -> Iterator[Row | str]:
                 of: partial(one_pass, it, x_ND, grad_ND, backward, dtype) for of, it in layers.items()
             }
             peers = [name for name in layers if name.startswith("transformers")]
-            times = interleaved(actions, seconds, least_rounds=3, may_fail=[*peers, SCATTERMOE])
+            times, best = heats_and_final(actions, peers, seconds, may_fail=[*peers, SCATTERMOE])
             what = f"{name}, {tokens} tokens, {len(layer.down)} experts"
             yield from (f"peer left out: {of}: {what}, {dtype_name}: {why}" for of, why in times.failed.items())
-            best = min(filter(times.__contains__, peers), key=times.median, default=None)
             strong = [peer for peer in (best, SCATTERMOE) if peer and peer in times]
             for mine, against in [(dtype_name, LOOP), *((of, peer) for peer in strong for of in ours)]:
                 yield Row.of(

@@ -7,7 +7,7 @@ import contextlib
 import ctypes
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median, quantiles
 
 import torch
@@ -101,6 +101,19 @@ def interleaved(
         for name in list(taken) if done % 2 == 0 else reversed(list(taken)):
             taken[name].append(_seconds(actions[name]))
     return Timings(taken, failed)
+
+
+def heats_and_final(
+    actions: Mapping[str, Action], peers: Collection[str], seconds: float, may_fail: Collection[str], rounds: int = 9
+) -> tuple[Timings, str | None]:
+    """Few rounds of all tell the quickest of the peers, rounds of its own with all that are no peers how quick it is.
+
+    The quickest of several in few rounds is the luckiest, too: those rounds would flatter it.
+    """
+    heats = interleaved(actions, seconds, may_fail=may_fail)
+    best = min(filter(heats.__contains__, peers), key=heats.median, default=None)
+    finalists = {name: actions[name] for name in heats.seconds if name == best or name not in peers}
+    return replace(interleaved(finalists, seconds, rounds), failed=heats.failed), best
 
 
 def one_by_one(

@@ -136,7 +136,7 @@ def rows(
     shape: TeacherShape = SHAPE,
     sequences: tuple[int, ...] = BATCHES,
     seconds: float = 30.0,
-    least_rounds: int = 4,
+    least_rounds: int = 9,
     warm_up: int = 5,
 ) -> Iterator[Row | str]:
     """Per data type and batch: tokens per second against each peer, for the first batch, and share of the ceiling."""

@@ -280,6 +280,26 @@ def test_rounds_are_interleaved_and_the_ratio_is_of_medians():
     assert ratio == timing.Ratio(2.0, 2.0, 11.0)
 
 
+def test_what_made_a_peer_the_best_of_several_is_not_what_it_is_judged_by(monkeypatch):
+    calls = []
+    monkeypatch.setattr(timing, "_seconds", lambda action: action())
+
+    def taking(name, *heats, final=4.0):  # the first call of each is a warm-up
+        left = [0.0, *heats]
+        return lambda: calls.append(name) or (left.pop(0) if left else final)
+
+    def broken():
+        raise MemoryError("no room")
+
+    actions = {"ours": taking("ours", 2, 2, 2, final=2.0), "other": taking("other", 9, 9, 9, final=9.0)}
+    actions |= {"lucky": taking("lucky", 1, 1, 1), "slow": taking("slow", 3, 3, 3), "broken": broken}
+    rivals = "lucky", "slow", "broken"
+    times, best = timing.heats_and_final(actions, rivals, 0, may_fail=["broken"], rounds=5)
+    assert best == "lucky" and times.ratio(best, "ours").ratio == 2.0
+    assert times.seconds.keys() == {"ours", "other", "lucky"} and times.rounds == 5
+    assert calls.count("slow") == 4 and times.failed == {"broken": "MemoryError: no room"}
+
+
 def sizes_of(model):
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
