@@ -102,7 +102,7 @@ def too_large(name: str, needed: int) -> str:
     free = free_bytes()
     if needed <= free:
         return ""
-    return f"peer left out: {name} would take {needed / 1e9:.0f} GB at this size, {free / 1e9:.0f} GB are free"
+    return f"peer left out: {name} would take {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
 
 
 def free_bytes() -> int:
@@ -124,7 +124,7 @@ def peer_models(shape: TeacherShape, tokens: int, kinds: tuple[str, ...]) -> Ite
         for implementation in EXPERTS_IMPLEMENTATIONS:
             name = f"transformers {kind} {implementation}"
             needed = batched_mm_bytes(shape, tokens) if implementation == "batched_mm" else 0
-            if why := too_large(name, needed):
+            if why := too_large(f"{name} of {tokens} tokens and {shape.experts} experts", needed):
                 yield why
                 continue
             yield name, partial(peer_model, kind, implementation, shape)
