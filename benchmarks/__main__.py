@@ -4,7 +4,8 @@
     python -m benchmarks                 # where there is a GPU, what needs torch and transformers alone: results_gpu.*
     python -m benchmarks router losses   # prints these, writes nothing
 
-Where the processor has no bfloat16 units the files are results_float32.*: no kind of machine overwrites another's.
+Where the processor has no bfloat16 units the files are results_float32.*: no kind of machine overwrites another's
+results. growth.md and growth.svg are of whichever measured last.
 """
 
 import contextlib

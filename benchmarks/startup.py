@@ -2,7 +2,6 @@
 from its start until it computes, as DVC runs it."""
 
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -40,8 +39,8 @@ runs.run_stage = lambda main, *rest: run_stage(lambda *_: os._exit(0), *rest)
 
 
 def import_in_fresh_process(modules: str) -> None:
-    variables = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", f"import {modules}"], check=True, env=variables)
+    theirs = environment(PYTHONPATH=str(ROOT))
+    subprocess.run([sys.executable, "-c", f"import {modules}"], check=True, env=theirs)
 
 
 def seconds_to_main(root: Path, name: str) -> float:

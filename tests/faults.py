@@ -717,7 +717,7 @@ def mlflow_slow(bench: Bench, row: Row) -> None:
 def mlflow_server(folder: Path, port: int) -> Iterator[subprocess.Popen]:
     words = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     words += ["--backend-store-uri", f"sqlite:///{folder / 'served.db'}", "--artifacts-destination", str(folder / "to")]
-    variables = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    variables = environment(MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
     folder.mkdir(exist_ok=True)
     with (folder / "server.log").open("ab") as log:
         server = subprocess.Popen(
