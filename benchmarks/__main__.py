@@ -4,8 +4,8 @@
     python -m benchmarks                 # where there is a GPU, what needs torch and transformers alone: results_gpu.*
     python -m benchmarks router losses   # prints these, writes nothing
 
-Where the processor has no bfloat16 units the files are results_float32.*: no kind of machine overwrites another's
-results. growth.md and growth.svg are of whichever measured last.
+Where the processor has no bfloat16 units the files are results_float32.* and growth_float32.*: no kind of machine
+overwrites another's.
 """
 
 import contextlib
@@ -36,10 +36,9 @@ from benchmarks import (
     tracking,
     training_step,
 )
-from benchmarks.table import ROOT, Row, as_json, as_markdown, conditions, rendered
+from benchmarks.table import ROOT, Row, as_json, as_markdown, conditions, of_this_machine, rendered
 from benchmarks.timing import DEVICE, kept_memory
 from stages.artifacts import write_atomically
-from stages.layers import has_bfloat16
 from stages.training import settle_cublas_workspaces
 
 GROUPS: dict[str, Callable[[], Iterable[Row | str]]] = {
@@ -71,13 +70,6 @@ def measured(names: list[str]) -> Iterator[Row | str]:
         print(f" {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
 
 
-def results() -> str:
-    """The name of the files for this kind of machine."""
-    if DEVICE.type == "cuda":
-        return "results_gpu"
-    return "results" if has_bfloat16("cpu") else "results_float32"
-
-
 def main(names: list[str]) -> None:
     if unknown := [name for name in names if name not in GROUPS]:
         sys.exit(f"benchmarks: no group {unknown[0]!r}; there are {', '.join(GROUPS)}")
@@ -93,7 +85,7 @@ def main(names: list[str]) -> None:
     print(rendered(rows), *notes, sep="\n")
     if names:
         return
-    written = f"benchmarks/{results()}"
+    written = f"benchmarks/{of_this_machine('results')}"
     write_atomically(ROOT / f"{written}.md", as_markdown(rows, notes, under))
     write_atomically(ROOT / f"{written}.json", as_json(rows, notes, under))
     print(f"written: {written}.md and {written}.json")

@@ -1,7 +1,8 @@
 """How the teacher's training step grows along one axis at a time, beside what its operations ask.
 
 The exponents of time and memory (slopes of log-log least squares) stand beside the operations' own: a term that
-grows worse than it must shows as a larger one. Writes benchmarks/growth.md and growth.svg.
+grows worse than it must shows as a larger one. Writes growth.md and growth.svg, in a file of its own for each kind of
+machine, as results.md has it.
 """
 
 import math
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ceiling import DTYPES
-from benchmarks.table import ROOT, Row, conditions, listed
+from benchmarks.table import ROOT, Row, conditions, listed, of_this_machine
 from benchmarks.timing import DEVICE, Ratio, Timings, interleaved
 from benchmarks.training_step import BALANCE_LOSS_WEIGHT, REFERENCE, new_teacher, teacher_step
 from stages.artifacts import write_atomically
@@ -180,7 +181,7 @@ def as_markdown(found: dict[str, list[Point]], balance: dict[int, tuple[float, f
 Written by `make bench` and `python -m benchmarks growth`: the teacher's training step (forward, backward, AdamW;
 {str(DTYPE).removeprefix("torch.")}, {tokens} tokens in a batch) along one axis at a time around the reference shape.
 
-![growth](growth.svg)
+![growth]({of_this_machine('growth')}.svg)
 
 {listed(conditions())}
 
@@ -249,5 +250,6 @@ def rows(
     balance = {
         size: violations(shape, balance_tokens, BALANCE_STEPS) for size, shape in EXPERTS.shapes(reference).items()
     }
-    write_atomically(folder / "growth.md", as_markdown(found, balance, tokens))
-    write_atomically(folder / "growth.svg", as_picture(found, balance))
+    written = of_this_machine("growth")
+    write_atomically(folder / f"{written}.md", as_markdown(found, balance, tokens))
+    write_atomically(folder / f"{written}.svg", as_picture(found, balance))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.timing import DEVICE, Ratio
+from stages.layers import has_bfloat16
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "lightning", "mlflow")
@@ -85,6 +86,13 @@ def _number(value: float) -> str:
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.3g}"
+
+
+def of_this_machine(name: str) -> str:
+    """The file's name for this kind of machine, without a suffix."""
+    if DEVICE.type == "cuda":
+        return f"{name}_gpu"
+    return name if has_bfloat16("cpu") else f"{name}_float32"
 
 
 def conditions() -> dict[str, Any]:

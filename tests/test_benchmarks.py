@@ -199,14 +199,14 @@ def test_running_some_groups_prints_the_table_and_leaves_the_results_alone(capsy
     [("cpu", True, "results"), ("cpu", False, "results_float32"), ("cuda", True, "results_gpu")],
 )
 def test_no_kind_of_machine_overwrites_the_results_of_another(monkeypatch, device, bfloat16, name):
-    monkeypatch.setattr(bench, "DEVICE", torch.device(device))
-    monkeypatch.setattr(bench, "has_bfloat16", lambda _: bfloat16)
-    assert bench.results() == name
+    monkeypatch.setattr(table, "DEVICE", torch.device(device))
+    monkeypatch.setattr(table, "has_bfloat16", lambda _: bfloat16)
+    assert table.of_this_machine("results") == name
 
 
 def test_a_whole_run_writes_the_table_for_people_and_for_programs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "ROOT", tmp_path)
-    monkeypatch.setattr(bench, "results", lambda: "results")
+    monkeypatch.setattr(bench, "of_this_machine", str)
     monkeypatch.setattr(bench, "GROUPS", {"router": lambda: router.rows(((4, 2),), 16, 16, 8, 0)})
     bench.main([])
     printed = capsys.readouterr().out

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import growth
+from benchmarks.table import of_this_machine
 from stages.memory import saved_bytes
 from stages.training import NextToken
 from tests.test_benchmarks import SHAPE
@@ -44,8 +45,10 @@ def test_every_axis_gives_a_row_and_every_point_stands_in_the_table_and_in_the_p
     assert [row.what.rsplit(" ", 4)[0] for row in rows] == [axis.name for axis in AXES]
     for row in rows:
         assert 0 < row.low <= row.high < float("inf") and row.ours > 0 and row.theirs >= 1
-    lines = (folder / "growth.md").read_text().splitlines()
-    panels = ElementTree.parse(folder / "growth.svg").getroot().findall(f"{SVG}svg/{SVG}svg")
+    page, picture = (folder / f"{of_this_machine('growth')}.{kind}" for kind in ("md", "svg"))
+    lines = page.read_text().splitlines()
+    assert f"![growth]({picture.name})" in lines
+    panels = ElementTree.parse(picture).getroot().findall(f"{SVG}svg/{SVG}svg")
     assert len(panels) == len(AXES) + 1
     for axis, panel in zip(AXES, panels, strict=False):
         sizes = list(axis.shapes(SHAPE))
