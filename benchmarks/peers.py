@@ -124,7 +124,8 @@ def peer_models(shape: TeacherShape, tokens: int, kinds: tuple[str, ...]) -> Ite
         for implementation in EXPERTS_IMPLEMENTATIONS:
             name = f"transformers {kind} {implementation}"
             needed = batched_mm_bytes(shape, tokens) if implementation == "batched_mm" else 0
-            if why := too_large(f"{name} of {tokens} tokens and {shape.experts} experts", needed):
+            size = f"{shape.layers} layers of {shape.experts} experts, {tokens} tokens"
+            if why := too_large(f"{name} ({size})", needed):
                 yield why
                 continue
             yield name, partial(peer_model, kind, implementation, shape)

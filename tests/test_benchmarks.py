@@ -238,7 +238,7 @@ def test_a_peer_too_large_for_the_memory_is_a_line_and_not_a_crash(monkeypatch):
     monkeypatch.setattr(peers, "peer_model", lambda kind, implementation, shape: implementation)
     found = list(peers.peer_models(SHAPE, 24, ("Mixtral", "DeepseekV3")))
     assert [one[1]() for one in found if isinstance(one, tuple)] == ["eager", "grouped_mm"] * 2
-    of = f"batched_mm of 24 tokens and {SHAPE.experts} experts would take"
+    of = f"batched_mm ({SHAPE.layers} layers of {SHAPE.experts} experts, 24 tokens) would take"
     assert sum(of in one for one in found if isinstance(one, str)) == 2
     (line,) = losses.rows({50: 16}, student_width=8, teacher_width=12, seconds=0)
     assert "the plain loss" in line and "would take" in line
