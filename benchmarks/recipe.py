@@ -167,18 +167,18 @@ class Run:
         return nats.item() / math.log(2) / self.data.validation_bytes
 
 
-def seconds_of_steps(recipes: list[Recipe], data: Data, rounds: int, warm_up: int) -> list[list[float]]:
-    """Processor seconds of each recipe's step, a step of each in turn, after rounds in which the heap takes its size.
+def seconds_of_steps(recipes: list[Recipe], data: Data, rounds: int) -> list[list[float]]:
+    """Processor seconds of each recipe's step, a step of each in turn, after as many rounds that let the heap grow.
 
     Until then a step pays for memory that it is the first to touch: up to half of its time on a virtual machine.
     """
     runs = [Run(recipe, data, seed=0, steps=1000) for recipe in recipes]
     seconds: list[list[float]] = [[] for _ in recipes]
-    for step in range(warm_up + rounds):
+    for step in range(2 * rounds):
         for run, taken in zip(runs, seconds, strict=True):
             started = time.process_time()
             run.step(step)
-            if step >= warm_up:
+            if step >= rounds:
                 taken.append(time.process_time() - started)
     return seconds
 
@@ -216,9 +216,9 @@ class Bench:
         kept: Path,
         seeds: Sequence[int] = SEEDS,
         end: float = math.inf,
-        rounds: int = 7,
+        rounds: int = 21,
     ):
-        self.corpora, self.kept, self.seeds, self.rounds, self.warm_up = corpora, kept, seeds, rounds, 3 * rounds
+        self.corpora, self.kept, self.seeds, self.rounds = corpora, kept, seeds, rounds
         self.reference = plain_adamw(default, 1e-3)
         self.end = end  # by time.monotonic: after it nothing is begun
 
@@ -235,7 +235,7 @@ class Bench:
         data, reference = self.corpora[0], self.reference
 
         def measured(*recipes: Recipe) -> list[list[float]]:
-            return seconds_of_steps(list(recipes), data, self.rounds, self.warm_up)
+            return seconds_of_steps(list(recipes), data, self.rounds)
 
         alone = self.once(lambda: measured(reference), *costs(reference))
         both = self.once(lambda: measured(reference, recipe), "in turn", *costs(recipe))

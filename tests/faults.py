@@ -58,6 +58,7 @@ class Row:
     tried: int = 0
     survived: int = 0
     compared: int = 0  # how often all outs were compared with the undisturbed run's; any difference ends the case
+    mended: int = 0  # how often a kill cut DVC's own writing short and the README's remedy was taken
     lost: list[float] = field(default_factory=list)  # seconds of work, by kill
     message: str = ""
     failure: str = ""
@@ -242,8 +243,8 @@ def interrupted(bench: Bench, row: Row, name: str, kills: int, strike: Callable,
     rng = bench.random(name)
     tree = bench.copy(name)
     forget(tree, *stages)
-    laps = 0
-    while row.tried < kills or laps == 0:
+    committed = (tree / "dvc.lock").read_bytes()
+    while row.survived < kills:
         process = start(tree, *REPRO)
         # half of the blows land in start-up, short stages and DVC's own work, half in training
         moment = rng.uniform(0.5, 9) if stages or rng.random() < 0.5 else rng.uniform(9, 30)
@@ -257,13 +258,13 @@ def interrupted(bench: Bench, row: Row, name: str, kills: int, strike: Callable,
             await_end(tree, 15, mirrors=False)
             remember(row, said(tree))
             continue
-        if process.returncode and "RWLock-file" in said(tree):  # the blow cut DVC's own writing short
-            (tree / RWLOCK).unlink()  # as the README says
+        if process.returncode and mended(tree, committed):
+            row.mended += 1
             continue
         assert process.returncode == 0, f"an undisturbed repro failed:\n{said(tree)[-3000:]}"
         remember(row, said(tree))
         bench.compare(tree, row)
-        laps, row.survived = laps + 1, row.tried
+        row.survived = row.tried
         if row.tried < kills:
             forget(tree, *stages)
     row.message = row.message or "the next dvc repro goes on"
@@ -273,6 +274,17 @@ def interrupted(bench: Bench, row: Row, name: str, kills: int, strike: Callable,
     succeeds(tree, *by_hand("tracking", "sync"))
     assert not unsent(tree)
     await_end(tree, MIRROR_SECONDS)
+
+
+def mended(tree: Path, committed: bytes) -> bool:
+    """Whether a blow cut DVC's own writing short, for DVC truncates, then writes; if so, mended as the README says."""
+    if "RWLock-file" in said(tree):
+        (tree / RWLOCK).unlink()
+    elif not (tree / "dvc.lock").read_bytes().endswith(b"\n"):
+        (tree / "dvc.lock").write_bytes(committed)
+    else:
+        return False
+    return True
 
 
 def forget(tree: Path, *stages: str) -> None:
@@ -537,7 +549,7 @@ def damaged_lock(bench: Bench, row: Row) -> None:
         row.tried += 1
         truncate(tree / "dvc.lock", rng)
         if start(tree, *REPRO).wait(PATIENCE):
-            row.message = line_with("dvc.lock|failed to reproduce", said(tree))
+            row.message = line_with("dvc.lock|failed to reproduce|unexpected error", said(tree))
             (tree / "dvc.lock").write_bytes(committed)
         bench.finish(tree, row)
         row.survived += 1
@@ -806,6 +818,7 @@ def page(bench: Bench, rows: list[Row], seconds: float) -> str:
     box = machine()
     tools = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "dvc", "mlflow"))
     kills = sum(row.tried for row in rows if row.lost)
+    remedies = sum(row.mended for row in rows)
     return f"""# Fault test
 
 Written by `make chaos` (`python -m tests.faults --seed {bench.seed}`); `make test` runs a short form.
@@ -818,6 +831,8 @@ byte differs, a process is left behind, a traceback is shown, or nothing says wh
 
 - **tried, survived**: faults made, and those after which everything was as it should be.
 - **bytes equal**: comparisons of all outs with the undisturbed run. A kill case compares when its pipeline ends.
+- Kills that cut DVC's own writing short, of `dvc.lock` or of `.dvc/tmp/rwlock`, so that it refused the file until the
+  README's remedy was taken: {remedies}.
 - **work lost**: from the latest save (checkpoint, scores, finished stage), or the start of the stage where it had
   saved nothing yet, to the kill; the worst of the case. Checkpoints were {CHECKPOINT_SECONDS} s apart here (60 s by
   default). The longest stretch without a save in the undisturbed run, a stage's start-up, was {bench.stretch:.1f} s.
