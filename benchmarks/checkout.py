@@ -15,7 +15,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 from benchmarks.table import ROOT
+from stages.artifacts import sha256_of
+from stages.provenance import is_reproducible
 
 DVC = (sys.executable, "-m", "dvc")
 
@@ -49,6 +53,16 @@ def checkout(folder: Path, scale: str = "", edits: dict[str, dict[str, str]] | N
     for words in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "copy"]):
         subprocess.run(["git", *words], cwd=folder, check=True)
     return folder
+
+
+def outs_of(root: Path) -> dict[str, str]:
+    """SHA-256 of each reproducible out, and what dvc.lock says of them (not its bytes: it keeps the order of runs)."""
+    stages = yaml.safe_load((root / "dvc.lock").read_text())["stages"]
+    for stage in stages.values():
+        for kind in ("deps", "outs"):
+            stage[kind] = [file for file in stage.get(kind, []) if is_reproducible(file["path"])]
+    paths = [out["path"] for stage in stages.values() for out in stage["outs"]]
+    return {"dvc.lock": json.dumps(stages, sort_keys=True)} | {path: sha256_of(root / path) for path in paths}
 
 
 def default_scale() -> str:

@@ -1,4 +1,4 @@
-"""Sets the record of what made these outs (provenance/) beside that of a commit, or of another checkout.
+"""Compares the records of what made these outs (provenance/) with those of a commit (provenance.json) or a checkout.
 
     python -m stages.compare                # with the last commit
     python -m stages.compare v0.1.0         # with a tag or any other revision of git
@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from stages.artifacts import ROOT, Refusal, read_json
-from stages.provenance import record_path
+from stages.provenance import RECORDS, record_path
 
 PARTS = {"conditions", "recipe", "inputs", "outs", "metrics"}
 
@@ -88,17 +88,20 @@ def _relative(old: float, new: float) -> float:
 
 def committed(root: Path, stage: str, revision: str = "HEAD") -> dict | None:
     """The record in a revision of git; None without git, without that revision or without the file."""
-    words = ["git", "-C", str(root), "show", f"{revision}:./{record_path(stage)}"]
+    words = ["git", "-C", str(root), "show", f"{revision}:./{RECORDS}"]
     try:
         done = subprocess.run(words, capture_output=True, timeout=10)
-        return _record(json.loads(done.stdout)) if done.returncode == 0 else None
-    except (OSError, subprocess.TimeoutExpired, ValueError):
+        return _record(json.loads(done.stdout).get(stage)) if done.returncode == 0 else None
+    except (OSError, subprocess.TimeoutExpired, ValueError, AttributeError):
         return None
 
 
 def in_folder(root: Path, stage: str) -> dict | None:
-    path = root / record_path(stage)
-    return _record(read_json(path)) if path.exists() else None
+    """The record beside the outs; in a checkout where nothing has run yet, the committed one."""
+    path, committed = root / record_path(stage), root / RECORDS
+    if path.exists():
+        return _record(read_json(path))
+    return _record(read_json(committed).get(stage)) if committed.exists() else None
 
 
 def _record(content) -> dict | None:

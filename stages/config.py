@@ -1,13 +1,20 @@
-"""Compose params.yaml and conf/ into resolved.yaml, the one file that the other stages read.
+"""Compose params.yaml and conf/ into resolved.yaml, the one file of settings that the other stages read.
 
-dvc repro config                      # writes resolved.yaml
-python -m stages.config scale=gpu     # prints what it would be, changes nothing
+dvc repro config                      # writes resolved.yaml, and inputs.json: fingerprints of what DVC cannot see
+python -m stages.config scale=gpu     # prints the settings, changes nothing
+
+DVC runs this stage at every `dvc repro`, because a corpus file or an environment value may have changed. The other
+stages run only when the settings or inputs that they read have.
 """
 
+import json
 import os
 import sys
 
-from stages.artifacts import ROOT, Refusal, write_atomically
+from stages.artifacts import ROOT, Refusal, write_atomically, write_json
+from stages.experiments import remember_accepted, undo_set_params
+from stages.inputs import corpus_fingerprint
+from stages.resuming import remove_recorded
 from stages.settings import as_yaml, compose, validate
 
 HEADER = "# Written by stages/config.py from params.yaml and conf/: edit those, then dvc repro.\n"
@@ -17,15 +24,27 @@ def main(overrides=()):
     if any(override.startswith("-") for override in overrides):
         raise Refusal(f"{' '.join(overrides)}: usage: python -m stages.config [key=value ...]")
     plain = compose(overrides)
-    validate(plain)
-    if "DVC_STAGE" in os.environ:
-        write_atomically(ROOT / "resolved.yaml", HEADER + as_yaml(plain))
-    else:
-        print(as_yaml(plain), end="")  # by hand nothing of DVC's is touched
+    settings = validate(plain)
+    if "DVC_STAGE" not in os.environ:
+        print(as_yaml(plain), end="")
+        return
+    inputs = {"corpus": corpus_fingerprint(settings.corpus, ROOT, _fingerprint_before())}
+    write_atomically(ROOT / "resolved.yaml", HEADER + as_yaml(plain))
+    write_json(ROOT / "inputs.json", inputs)
+    remember_accepted(ROOT)
+    remove_recorded(ROOT)
+
+
+def _fingerprint_before() -> dict:
+    try:
+        return json.loads((ROOT / "inputs.json").read_text(encoding="utf-8"))["corpus"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except Refusal as refusal:
-        sys.exit(f"offramp: {refusal}")
+        undone = undo_set_params(ROOT) if "DVC_EXP_NAME" in os.environ else ""
+        sys.exit(f"offramp: {'; '.join(filter(None, [str(refusal), undone]))}")

@@ -11,6 +11,7 @@ cut at blank lines, so that it can be split into training and test text and neve
 import codecs
 import glob
 import json
+import os
 import platform
 import sys
 import sysconfig
@@ -113,18 +114,13 @@ class Corpus:
         return Path(given).name if (self.root / given).is_dir() else given
 
     def _stdlib(self):
-        library = Path(sysconfig.get_paths()["stdlib"])
-        for path in sorted(library.rglob("*.py"), key=lambda path: path.relative_to(library).as_posix()):
-            folders = path.relative_to(library).parts[:-1]
-            generated = [part for part in (*folders, path.name) if part.startswith(GENERATED)]
-            if generated or NOT_LIBRARY.intersection(folders) or not path.is_file():
-                continue
+        for name, path in library_files():
             try:
                 text = path.read_bytes().decode("utf-8")
             except UnicodeDecodeError:  # a few sources carry another coding cookie
                 self.undecodable += 1
                 continue
-            self.files.append(path.relative_to(library).as_posix())
+            self.files.append(name)
             yield path, text
 
     def _files(self):
@@ -145,6 +141,16 @@ class Corpus:
         texts = kept_texts(rows, self.text_field, name, state)
         self._kept.callback(texts.close)  # an interruption, too, keeps what has arrived
         yield from texts
+
+
+def library_files():
+    """(name, path) of the library's sources, in the order of their names."""
+    library, found = Path(sysconfig.get_paths()["stdlib"]), []
+    for folder, folders, files in os.walk(library):
+        folders[:] = [name for name in folders if name not in NOT_LIBRARY and not name.startswith(GENERATED)]
+        found += [Path(folder, name) for name in files if name.endswith(".py") and not name.startswith(GENERATED)]
+    named = ((path.relative_to(library).as_posix(), path) for path in found)
+    return sorted((name, path) for name, path in named if path.is_file())
 
 
 def find_files(paths, root):

@@ -5,9 +5,8 @@
 
 Quality in bits per byte and top-1 accuracy with 95% intervals by a paired bootstrap over documents, the words
 of the claims (quality kept, gap closed, quality lost), parameters, operations per token, activation
-checkpointing, samples. What hangs on the clock goes to measurements/evaluate.json, which DVC does not keep.
-Scoring is in float32 in one process; its progress is saved, and an interrupted evaluation ends with the same
-bytes.
+checkpointing, samples. Nothing here depends on the clock; that is the stage `profile`. Scoring is in float32 in one
+process; its progress is saved, and an interrupted evaluation ends with the same bytes.
 """
 
 import io
@@ -15,9 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 # before torch: by default threads that wait for each other spin, and on a busy machine evaluate took five times as long
@@ -25,25 +22,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from stages import cost, memory, models, scoring
-from stages.artifacts import Refusal, write_atomically, write_json
-from stages.experts import loads, permutation, route
-from stages.generation import Reader, generate
-from stages.heap import keep_freed_memory
+from stages import cost, memory, scoring
+from stages.artifacts import write_atomically, write_json
+from stages.generation import generate
 from stages.layers import can_compile
-from stages.losses import next_token
+from stages.measured import MODELS, load_models, training_loss
 from stages.provenance import cores, device_conditions
 from stages.resuming import Interruption, ResumeState, resume_key
 from stages.runs import Place, run_stage
 from stages.shards import Tokens, load_tokenizer
 
 SECTIONS = ("evaluate", "sequence_tokens", "seed")
-MODELS = (
-    "teacher", "student", "control",
-    "sparse_teacher", "sparse_student", "continued_teacher", "continued_student",
-)  # fmt: skip
 SAMPLE_PROMPT_TOKENS, SAMPLE_NEW_TOKENS, SAMPLE_TEMPERATURE = 32, 96, 0.7  # greedy text of small models loops
 
 
@@ -58,7 +48,7 @@ def main(settings, place: Place, run) -> dict:
     torch.utils.deterministic.fill_uninitialized_memory = False
     started = time.perf_counter()
     tokens = Tokens(place.read("artifacts/data"), "test")
-    loaded = load_models(place, tokens.vocab_size)
+    loaded = load_models(place.read("artifacts"), tokens.vocab_size)
     stream = scoring.read_stream(tokens, tokens.end_of_text, e.test_tokens)
     n_tokens, n_documents = len(stream.document_of), len(stream.document_bytes)
     print(f"evaluate: {n_tokens:,} tokens of {n_documents} test documents", flush=True)
@@ -82,16 +72,8 @@ def main(settings, place: Place, run) -> dict:
         write_json(place.write("artifacts/samples.json"), texts)
         write_json(place.write("metrics/evaluate.json"), metrics)
         write_atomically(place.write("plots/quality.csv"), quality_csv(metrics["models"]))
-        counted = time.perf_counter()
-
-        interruption.at_once("timing")
-        torch.use_deterministic_algorithms(False)  # from here on only the clock's numbers
-        measurements = timings(settings, loaded, stream, [row["policy"] for row in metrics["checkpointing"]])
-        seconds = {"scoring": scored - started, "counting": counted - scored, "timing": time.perf_counter() - counted}
-        # Of inputs that kept their bytes DVC would not make the report again, and its page would have other timings or,
-        # in a new clone, not be there.
-        (place.out / "report/claims.json").unlink(missing_ok=True)
-        write_json(place.write("measurements/evaluate.json"), measurements | {"seconds": seconds})
+        seconds = {"scoring": scored - started, "counting": time.perf_counter() - scored}
+        write_json(place.write("measurements/evaluate.json"), {"seconds": seconds})
     run.metrics(headline(metrics))
     for name, text in texts.items():
         run.text(f"samples/{name}.txt", text)
@@ -101,24 +83,6 @@ def main(settings, place: Place, run) -> dict:
 def tell_progress(done: int, total: int) -> None:
     if sys.stderr.isatty():
         print(f"\revaluate: window {done:,} of {total:,}", end="" if done < total else "\n", file=sys.stderr)
-
-
-def load_models(place: Place, vocab_size: int) -> dict:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = {}
-    for name in MODELS:
-        model = models.load(place.read(f"artifacts/{name}"))
-        if model.shape.vocab_size != vocab_size:
-            raise Refusal(
-                f"artifacts/{name} speaks a vocabulary of {model.shape.vocab_size}, artifacts/data of"
-                f" {vocab_size}: they come of different runs; run dvc repro"
-            )
-        loaded[name] = model.to(device)
-    return loaded
-
-
-def device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def state_key(settings, conditions: dict, place: Place) -> str:
@@ -146,7 +110,7 @@ def count(settings, loaded: dict, stream: scoring.Stream, tables: dict) -> dict:
         for name, model in loaded.items()
     }
     policies = memory.policies(e.checkpoint_every_blocks, len(teacher.blocks))
-    loss_of = training_loss(teacher, stream, e.checkpoint_batch_sequences, T)
+    loss_of = training_loss(teacher, stream.tokens, e.checkpoint_batch_sequences, T)
     tokens, n_bytes = len(stream.document_of), int(stream.document_bytes.sum())
     return {
         "test": {"documents": n_documents, "tokens": tokens, "bytes": n_bytes},
@@ -237,133 +201,6 @@ def headline(metrics: dict) -> dict[str, float]:
         values[f"sparse_{name}_quality_lost"] = compared[f"sparse_{name}"]["quality_lost"]
         values[f"sparse_{name}_flops_cut"] = compared[f"sparse_{name}"]["flops_cut"]
     return {name: value for name, value in values.items() if value is not None}
-
-
-# ---- what hangs on the clock
-
-
-def timings(settings, loaded: dict, stream: scoring.Stream, policies: list[str]) -> dict:
-    keep_freed_memory()  # as a rank does
-    e, teacher, repetitions = settings.evaluate, loaded["teacher"], settings.evaluate.timing_repetitions
-    loss_of = training_loss(teacher, stream, e.checkpoint_batch_sequences, settings.sequence_tokens)
-    router = (e.router_tokens, teacher.shape, e.router_experts, e.router_experts_per_token)
-    return {
-        "latency": latency(loaded, stream, e.prefill_tokens, e.decode_tokens, repetitions),
-        "checkpointing": checkpointing_time(teacher, policies, loss_of, repetitions, settings.seed),
-        "router": router_time(*router, repetitions, settings.seed),
-        "machine": {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": device_name()},
-    }
-
-
-def training_loss(model, stream: scoring.Stream, batch_sequences: int, sequence_tokens: int):
-    """A training step's loss, as pretraining has it, on the opening of the test stream."""
-    needed = batch_sequences * (sequence_tokens + 1)
-    tokens_BT1 = torch.from_numpy(np.resize(stream.tokens, needed).reshape(batch_sequences, -1))
-    tokens_BT1 = tokens_BT1.to(next(model.parameters()).device)
-
-    def loss_of():
-        x_BTD, _ = model.features(tokens_BT1[:, :-1])
-        return next_token(x_BTD.flatten(0, 1), model.head.weight, tokens_BT1[:, 1:].reshape(-1))
-
-    return loss_of
-
-
-@torch.no_grad()
-def latency(
-    loaded: dict, stream: scoring.Stream, prefill_tokens: int, decode_tokens: int, repetitions: int
-) -> dict:
-    """One sequence: reading a prompt, then writing with the cache. The models take turns."""
-    prompt = np.resize(stream.tokens, prefill_tokens)
-    prefills: dict[str, Callable] = {}
-    decodes: dict[str, Callable] = {}
-    peaks = {}
-    for name, model in loaded.items():
-        prompt_1T = torch.from_numpy(prompt)[None].to(next(model.parameters()).device)
-        reader = Reader(model, 1, prefill_tokens + decode_tokens)
-        reader.read(prompt_1T)
-
-        def prefill(model=model, prompt_1T=prompt_1T):
-            model.head(model.features(prompt_1T)[0][:, -1])
-
-        def decode(token_11=prompt_1T[:, :1], reader=reader):
-            for _ in range(decode_tokens):
-                reader.read(token_11)
-            reader.forget(decode_tokens)
-
-        prefills[name], decodes[name] = prefill, decode
-        live = memory.LiveBytes(model)
-        with live, live.record():
-            prefill()
-        weights = sum(parameter.nbytes for parameter in model.parameters())
-        peaks[name] = {"weight_bytes": weights, "prefill_peak_bytes": weights + live.peak}
-    prefilled = cost.interleaved_seconds(prefills, repetitions)
-    decoded = cost.interleaved_seconds(decodes, repetitions)
-    return {
-        name: cost.median_and_quartiles("prefill_seconds", prefilled[name])
-        | cost.median_and_quartiles("decode_seconds_per_token", decoded[name] / decode_tokens)
-        | peaks[name]
-        for name in loaded
-    }
-
-
-def checkpointing_time(model, policies: list[str], loss_of, repetitions: int, seed: int) -> dict:
-    """Forward and backward under each policy against none; the optimiser, the same for all, is left out."""
-
-    def step(policy):
-        with memory.checkpointed(model, policy):
-            loss_of().backward()
-        model.zero_grad(set_to_none=True)
-
-    seconds = cost.interleaved_seconds({name: partial(step, name) for name in policies}, repetitions)
-    rows = {}
-    for name in policies:
-        ratio, low, high = cost.median_ratio(seconds[name], seconds["none"], seed)
-        rows[name] = scoring.Estimate(ratio, low, high).named("step_seconds_ratio")
-        rows[name] |= cost.median_and_quartiles("step_seconds", seconds[name])
-        if torch.cuda.is_available():
-            rows[name]["allocator_peak_bytes"] = memory.device_peak_bytes(model, name, loss_of)
-    return rows
-
-
-@torch.no_grad()
-def router_time(tokens: int, shape, experts: int, per_token: int, repetitions: int, seed: int) -> dict:
-    """Our router against the plain one: same tokens and weights, from hidden states to rows by expert."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    generator = torch.Generator().manual_seed(seed)
-    x_ND = torch.randn(tokens, shape.width, generator=generator).to(device)
-    router_ED = (torch.randn(experts, shape.width, generator=generator) * shape.width**-0.5).to(device)
-    bias_E = torch.zeros(experts, device=device)
-
-    def plain():
-        return plain_router(x_ND, router_ED, per_token)
-
-    def ours():
-        gates = route(x_ND, router_ED, bias_E, per_token, shape.gating, shape.route_scale)
-        return gates.weight_NK, *permutation(gates.expert_index_NK), loads(gates.expert_index_NK, experts)
-
-    if x_ND.is_cuda and can_compile():  # as training compiles it; in one graph, for alone it is nothing but launches
-        ours = torch.compile(ours, mode="reduce-overhead")
-    seconds = cost.interleaved_seconds({"plain": plain, "ours": ours}, max(repetitions, 5))
-    ratio, low, high = cost.median_ratio(seconds["plain"], seconds["ours"], seed)
-    return {
-        "plain_microseconds": float(np.median(seconds["plain"]) * 1e6),
-        "ours_microseconds": float(np.median(seconds["ours"]) * 1e6),
-        **scoring.Estimate(ratio, low, high).named("ratio"),
-        "tokens": tokens,
-        "experts": experts,
-        "experts_per_token": per_token,
-        "width": shape.width,
-    }
-
-
-def plain_router(x_ND, router_ED, per_token: int):
-    """softmax, top-k, and dispatch through a one-hot mask: the rows of one expert after another."""
-    score_NE = F.linear(x_ND, router_ED).softmax(dim=-1)
-    weight_NK, index_NK = score_NE.topk(per_token, dim=-1)
-    weight_NK = weight_NK / weight_NK.sum(dim=-1, keepdim=True)
-    mask_EKN = F.one_hot(index_NK, len(router_ED)).permute(2, 1, 0)
-    rows = [torch.where(mask_KN) for mask_KN in mask_EKN]
-    return weight_NK, rows
 
 
 if __name__ == "__main__":

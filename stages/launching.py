@@ -5,7 +5,6 @@ torch: what there is to compute on it asks of torchrun's process, which imports 
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from stages.artifacts import Refusal, read_json, write_atomically, write_json
-from stages.resuming import resume_key
+from stages.resuming import ResumeState, resume_key
 from stages.runs import die_with_parent
 
 
@@ -95,34 +94,37 @@ def launch(stage: str, settings, place, inputs: list[str], run) -> tuple[dict, d
         if not conditions.get("compiled", True):
             slow = "no gcc and no clang here: training runs uncompiled and takes half as long again"
             print(f"{stage}: {slow}", flush=True)
-        state = _state(stage, plain, conditions, place, inputs)
-        code = torchrun.run(state / "job.json")
-    speeds = _record_steps(state / "steps.jsonl", run)  # also of a run that failed
-    if code != 0:
-        error = state / "error.txt"
-        if error.exists():
-            raise Refusal(error.read_text().strip())
-        raise Refusal(f"a rank of {stage} ended with code {code}; its last words are in {state / 'ranks.log'}")
-    result = read_json(state / "result.json")
+        key = resume_key(stage, [plain, conditions], [place.read(path) for path in inputs])
+        with ResumeState(place.root, stage, key) as state:
+            code = torchrun.run(_write_job(stage, plain, conditions, place, state.folder))
+            speeds = _record_steps(state.folder / "steps.jsonl", run)  # also of a run that failed
+            if code != 0:
+                raise Refusal(_reason(stage, code, state.folder))
+            result = read_json(state.folder / "result.json")
     clock = {"seconds": time.monotonic() - started, "ranks": conditions["ranks"]}
     clock |= {"accelerator": accelerator(conditions)}
     write_json(place.write(f"measurements/{stage}.json"), clock | speeds)
-    shutil.rmtree(state)  # finished: the outs are the state now
     return result, conditions
 
 
-def _state(stage: str, plain: dict, conditions: dict, place, inputs: list[str]) -> Path:
-    """The folder of this work, in which the ranks find their job, and what an interrupted run of it has kept."""
-    key = resume_key(stage, [plain, conditions], [place.read(path) for path in inputs])
-    state = place.root / ".runs" / "resume" / f"{stage}-{key}"
-    state.mkdir(parents=True, exist_ok=True)
+def _write_job(stage: str, plain: dict, conditions: dict, place, state: Path) -> Path:
+    """The file in which the ranks find what to do; `state` may hold what an interrupted run of it has kept."""
     for name in ("error.txt", "result.json", "steps.jsonl"):
         (state / name).unlink(missing_ok=True)
     job = {"stage": stage, "settings": plain, "accelerator": accelerator(conditions)}
     job |= {"precision": conditions["precision"]}
     job |= {"root": str(place.root), "out": str(place.out), "state": str(state)}
-    write_atomically(state / "job.json", json.dumps(job))  # not write_json, which rounds: ranks get the exact settings
-    return state
+    path = state / "job.json"
+    write_atomically(path, json.dumps(job))  # not write_json, which rounds: ranks get the exact settings
+    return path
+
+
+def _reason(stage: str, code: int, state: Path) -> str:
+    """Why the ranks failed, in one line."""
+    error = state / "error.txt"
+    if error.exists():
+        return error.read_text().strip()
+    return f"a rank of {stage} ended with code {code}; its last words are in {state / 'ranks.log'}"
 
 
 def accelerator(conditions: dict) -> str:

@@ -1,4 +1,5 @@
-"""What the bytes of an out depend on: recorded in provenance/<stage>.json by every stage that DVC runs.
+"""What the bytes of an out depend on: recorded in provenance/<stage>.json by every stage that DVC runs, and of all
+stages together in provenance.json, which git keeps.
 
 The conditions (versions, processor, accelerator, ranks, threads, precision), the checksums of what was asked for,
 read and written, and the headline metrics. No clock, host, path or process id: equal runs leave equal records.
@@ -31,7 +32,15 @@ SWITCHES = (
     "DNNL_DEFAULT_FPMATH_MODE", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "OPENBLAS_CORETYPE",
     "NPY_DISABLE_CPU_FEATURES", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NCCL_PROTO",
 )  # fmt: skip
+RECORDS = "provenance.json"  # of all stages
+TIMED = ("measurements/", "report/")  # outs that hold timings
 HEADLINES = ("bits_per_byte", "bytes_per_token", "quality_kept")
+
+
+def is_recorded(stage: str, root: Path) -> bool:
+    """Does this stage leave a record? Of the report's outs, which hold timings, no two runs make the same bytes."""
+    stages = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    return record_path(stage) in _outs(stages[stage])
 
 
 def record(stage: str, own: dict[str, dict], root: Path) -> dict:
@@ -42,9 +51,14 @@ def record(stage: str, own: dict[str, dict], root: Path) -> dict:
         "conditions": machine_conditions() | own.get("conditions", {}),
         "recipe": recipe(stage, stages, root),
         "inputs": own.get("inputs", {}) | _checksums(_paths(entry, "deps"), root, code=False),
-        "outs": _checksums(set(_outs(entry)) - {record_path(stage)}, root, code=False),
+        "outs": _checksums(filter(is_reproducible, set(_outs(entry)) - {record_path(stage)}), root, code=False),
         "metrics": headlines(read_json(metrics)) if metrics.exists() else {},
     }
+
+
+def is_reproducible(out: str) -> bool:
+    """Are the bytes of this out the same in every run under the same conditions? All are, but for timings."""
+    return not out.startswith(TIMED)
 
 
 def record_path(stage: str) -> str:
@@ -111,7 +125,7 @@ def recipe(stage: str, stages: dict, root: Path) -> str:
 
 
 def _chain(stage: str, stages: dict) -> set[str]:
-    makers = {path: name for name, entry in stages.items() for path in _outs(entry)}
+    makers = {path: name for name, entry in stages.items() if "params" in entry for path in _outs(entry)}  # not config
     chain, waiting = set(), [stage]
     while waiting:
         name = waiting.pop()

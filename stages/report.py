@@ -3,8 +3,7 @@
     dvc repro report
     python -m stages.report            # by hand, into outputs/
 
-report/claims.json is computed from the metrics alone and is the same bytes for the same metrics.
-report/index.html and report/claims.md add what hangs on the clock (measurements/), where it was measured.
+The same metrics and the same timings (measurements/profile.json) give the same page, table and claims.
 """
 
 import csv
@@ -19,7 +18,7 @@ import yaml
 from stages import charts
 from stages.artifacts import Refusal, read_json, write_atomically, write_json
 from stages.charts import Line, Point, number
-from stages.provenance import record_path
+from stages.provenance import RECORDS, record_path
 from stages.runs import run_stage
 
 SECTIONS = ("seed",)
@@ -69,15 +68,16 @@ def main(settings, place, run) -> None:
     curves = {stage: read_curves(place.read(f"plots/{stage}.csv")) for stage in STAGES[:-1]}
     card = read_json(place.read("artifacts/data") / "card.json")
     texts = read_json(place.read("artifacts/samples.json"))
-    measurements = {path.stem: read_json(path) for path in sorted(place.read("measurements").glob("*.json"))}
-    made = {stage: read_json(place.read(record_path(stage)))["conditions"] for stage in ("prepare", *STAGES)}
+    clock = read_json(place.read("measurements/profile.json"))
+    records = {stage: read_json(place.read(record_path(stage))) for stage in ("prepare", *STAGES, "profile")}
+    made = {stage: record["conditions"] for stage, record in records.items()}
 
-    by_count = make_claims(metrics, {}, absent=ELSEWHERE)
-    write_json(place.write("report/claims.json"), {"claims": [claim._asdict() for claim in by_count]})
-    claims = make_claims(metrics, measurements.get("evaluate", {}))
+    claims = make_claims(metrics, clock)
+    write_json(place.write("report/claims.json"), {"claims": [claim._asdict() for claim in claims]})
     write_atomically(place.write("report/claims.md"), claims_as_markdown(claims))
     page = place.write("report/index.html")
-    write_atomically(page, make_page(claims, metrics, curves, texts, card, measurements, made, settings.seed))
+    write_atomically(page, make_page(claims, metrics, curves, texts, card, clock, made, settings.seed))
+    write_json(place.write(RECORDS), records)
     run.artifact(page)
     print(f"report: {page}")
 
@@ -374,9 +374,9 @@ MARKS = {"beaten": "▲", "holds": "✓", "fails": "✕", NOT_TESTABLE: "?"}
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
-def make_page(claims, metrics, curves, texts, card, measurements, made, seed) -> str:
+def make_page(claims, metrics, curves, texts, card, clock, made, seed) -> str:
     """The whole page; what is clock-dependent shows its absence in words."""
-    evaluated, clock = metrics["evaluate"], measurements.get("evaluate", {})
+    evaluated = metrics["evaluate"]
     body = [
         hero(claims, evaluated, seed),
         section(

@@ -6,24 +6,55 @@
         interruption.check("scoring")              # ends the stage here after SIGTERM or Ctrl-C
 
 The state lies in .runs/resume, because DVC deletes the outs of a stage before it runs it again, under the hash of
-all that the stage reads: changed settings, code or inputs find nothing to resume from. A stage that ends well
-removes it; what a given-up run leaves behind may be deleted at any time.
+all that the stage reads: changed settings, code or inputs find nothing to resume from. A run by hand that ends well
+removes its state. Under DVC it is removed only when dvc.lock records the outs: where DVC could not save them, the
+same command finds the finished work. What an abandoned run leaves behind may be deleted at any time.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import platform
 import shutil
 import signal
 import sys
+import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+
+import yaml
 
 from stages.artifacts import Refusal, sha256_of, write_atomically
 
 LIBRARIES = ("torch", "lightning", "numpy", "tokenizers")  # those whose version can move a byte
 SHA256_BYTES = 32
+LOCK_SECONDS = 30  # processes of a stage that was killed need a moment to end
+STATES = Path(".runs/resume")
+FINISHED = "finished"  # in the folder of work that ended well and whose outs DVC has yet to save
+
+
+@contextlib.contextmanager
+def only_holder(path: Path, name: str, refusal: str) -> Iterator[None]:
+    """Holds the lock of this file, after waiting LOCK_SECONDS at most; the kernel frees it however a process ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as lock:
+        deadline, said = time.monotonic() + LOCK_SECONDS, False
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise Refusal(refusal) from None
+                if not said:
+                    said = True
+                    text = f"offramp: {name}: another process is still running; waiting up to {LOCK_SECONDS} s for it"
+                    print(text, file=sys.stderr, flush=True)
+                time.sleep(0.2)
+        yield
 
 
 def resume_key(stage: str, read: list, inputs: tuple | list = ()) -> str:
@@ -42,25 +73,23 @@ class ResumeState:
     """The folder of one unfinished piece of work, which no other process enters while this one holds it."""
 
     def __init__(self, root: Path, stage: str, key: str):
-        self.stage, self.folder = stage, root / ".runs" / "resume" / f"{stage}-{key}"
+        self.stage, self.folder = stage, root / STATES / f"{stage}-{key}"
 
     def __enter__(self):
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / "lock", "a")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it however the stage ends
-        except BlockingIOError:
-            self._lock.close()
-            raise Refusal(
-                f"{self.stage}: the same work, on the same settings and inputs, is already being done by another"
-                " process: wait for its end, then repeat"
-            ) from None
+        refusal = (
+            f"{self.stage}: the same work, on the same settings and inputs, is already being done by another process:"
+            " wait for its end, then run it again"
+        )
+        self._holding = only_holder(self.folder / "lock", self.stage, refusal)
+        self._holding.__enter__()
         return self
 
     def __exit__(self, error, *_):
-        if error is None:
-            shutil.rmtree(self.folder, ignore_errors=True)  # finished: the outs are the state now
-        self._lock.close()
+        if error is None and "DVC_STAGE" in os.environ:
+            write_atomically(self.folder / FINISHED, "")
+        elif error is None:
+            shutil.rmtree(self.folder, ignore_errors=True)  # the outs are the state now
+        self._holding.__exit__(None, None, None)
 
     def save(self, name: str, content: bytes) -> None:
         write_atomically(self.folder / name, hashlib.sha256(content).digest() + content)
@@ -79,6 +108,27 @@ class ResumeState:
 
     def say_damaged(self, name: str) -> None:
         print(f"{self.stage}: {self.folder / name} is damaged: what it held is done again", file=sys.stderr, flush=True)
+
+
+def remove_recorded(root: Path) -> None:
+    """Removes the state of finished work whose outs, as they are here, stand in dvc.lock: DVC has saved them."""
+    for folder in sorted(path.parent for path in (root / STATES).glob(f"*/{FINISHED}")):
+        stage = folder.name.rpartition("-")[0]
+        with open(folder / "lock", "a") as lock, contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_recorded(root, stage):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_recorded(root: Path, stage: str) -> bool:
+    """Is the stage's provenance record, which names the checksum of every out, the one that dvc.lock holds?"""
+    record = f"provenance/{stage}.json"
+    try:
+        outs = yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8"))["stages"][stage]["outs"]
+        recorded = [out["md5"] for out in outs if out["path"] == record]
+        return recorded == [hashlib.md5((root / record).read_bytes(), usedforsecurity=False).hexdigest()]
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):
+        return False
 
 
 class Interruption:

@@ -7,12 +7,10 @@ python -m stages.distill -m distill.temperature=1,2,4   # a sweep in multirun/di
 
 import contextlib
 import errno
-import fcntl
 import itertools
 import os
 import signal
 import sys
-import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +19,9 @@ from typing import NoReturn
 import yaml
 
 from stages.artifacts import ROOT, Refusal, read_json, write_atomically, write_json
+from stages.resuming import only_holder, remove_recorded
 from stages.settings import as_yaml, offer_sheet, one_line_errors, validate
 
-LOCK_SECONDS = 30  # a stage whose dvc was killed needs a moment to die
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # for the user to mend
 
 
@@ -75,7 +73,9 @@ def _run_under_dvc(main, name, sections):
     if sys.argv[1:]:
         raise Refusal(f"{' '.join(sys.argv[1:])}: under DVC a stage takes its settings from params.yaml only")
     die_with_parent()
-    with _only_copy(name, ROOT):
+    refusal = f"{name} is already running here: wait for its end, then run it again"
+    with only_holder(ROOT / ".runs" / f"{name}.lock", name, refusal):  # two copies must not write the same outs
+        remove_recorded(ROOT)
         plain = _resolved(ROOT / "resolved.yaml", sections)
         _run_tracked(main, name, plain, sections, Place(ROOT, ROOT), sweep=None)
 
@@ -112,6 +112,8 @@ def _leave_record(name, own, place):
     """What made these outs, beside them; and a word on how they compare with the committed ones."""
     from stages import compare, provenance  # late: neither is needed to refuse a setting
 
+    if not provenance.is_recorded(name, place.root):
+        return
     record = provenance.record(name, own, place.root)
     write_json(place.write(provenance.record_path(name)), record)
     record = read_json(place.read(provenance.record_path(name)))  # as written: numbers are rounded
@@ -141,27 +143,6 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-@contextlib.contextmanager
-def _only_copy(name, root):
-    """Two copies of a stage must not write the same outs; the kernel frees the lock however a stage ends."""
-    path = root / ".runs" / f"{name}.lock"
-    path.parent.mkdir(exist_ok=True)
-    with open(path, "a") as lock:
-        deadline, told = time.monotonic() + LOCK_SECONDS, False
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise Refusal(f"{name} is already running here: wait for its end, then repeat") from None
-                if not told:
-                    told = True
-                    _say(f"{name}: another copy is still running; waiting up to {LOCK_SECONDS} s for its end")
-                time.sleep(0.2)
-        yield
 
 
 def _run_by_hand(main, name, sections):

@@ -182,11 +182,15 @@ class Evaluate:
     test_tokens: int = count()
     batch_sequences: int = count()
     bootstrap_resamples: int = bounded(2)
-    timing_repetitions: int = count()
-    prefill_tokens: int = count()
-    decode_tokens: int = count()
     checkpoint_batch_sequences: int = count()
     checkpoint_every_blocks: tuple[int, ...] = count()
+
+
+@dataclass(frozen=True)
+class Profile:
+    repetitions: int = count()  # of each timing
+    prefill_tokens: int = count()
+    decode_tokens: int = count()
     router_tokens: int = count()
     router_experts: int = count()
     router_experts_per_token: int = count()
@@ -206,6 +210,7 @@ class Settings:
     distill: Distill
     sparsify: Sparsify
     evaluate: Evaluate
+    profile: Profile
     seed: int = bounded(0, 2**32 - 1)
     sequence_tokens: int = bounded(2)
 
@@ -406,9 +411,12 @@ def _optimizer_rules(settings):
 
 
 def _evaluate_rules(settings):
-    _at_most(settings, "evaluate.router_experts_per_token", "evaluate.router_experts")
     if not settings.evaluate.checkpoint_every_blocks:
         _refuse("evaluate.checkpoint_every_blocks", [], "must name at least one period in blocks")
+
+
+def _profile_rules(settings):
+    _at_most(settings, "profile.router_experts_per_token", "profile.router_experts")
 
 
 def _ranks_share_batches_of(key):
@@ -427,6 +435,7 @@ RULES = (
     (("prepare",), _prepare_rules),
     (("optimizer",), _optimizer_rules),
     (("evaluate",), _evaluate_rules),
+    (("profile",), _profile_rules),
     (("trainer", "pretrain"), _ranks_share_batches_of("pretrain.batch_sequences")),
     (("trainer", "distill"), _ranks_share_batches_of("distill.batch_sequences")),
     (("trainer", "sparsify"), _ranks_share_batches_of("sparsify.recovery.batch_sequences")),

@@ -25,6 +25,7 @@ from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCP
 from stages.artifacts import Refusal, write_atomically
 from stages.layers import can_compile, has_bfloat16
 from stages.provenance import cores, device_conditions
+from stages.resuming import only_holder
 from stages.runs import leave
 
 BACKEND = "loopback"
@@ -114,10 +115,16 @@ def run_ranks(job: Path, ranks: int) -> int:
     os.environ["OFFRAMP_TORCHRUN"] = str(os.getpid())  # a rank that starts when this is dead must not go on
     rendezvous_handler_registry.register(BACKEND, LoopbackRendezvous)
     told = job.parent / "error.txt"
+    busy = "the ranks of the run before have not ended: end them, then run this again"
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, stopped)
-        run.main(["--nproc-per-node", str(ranks), "--rdzv-backend", BACKEND, "-m", "stages.ranks", str(job)])
+        with only_holder(job.parent / "ranks.lock", "ranks", busy):  # ranks outlive a stage that was killed
+            told.unlink(missing_ok=True)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, stopped)
+            run.main(["--nproc-per-node", str(ranks), "--rdzv-backend", BACKEND, "-m", "stages.ranks", str(job)])
+    except Refusal as refusal:
+        write_atomically(told, str(refusal))
+        return 1
     except ChildFailedError as error:
         reason = killed(error)
         if reason and not told.exists():

@@ -32,7 +32,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-from benchmarks.checkout import DVC, checkout, environment
+from benchmarks.checkout import DVC, checkout, environment, outs_of
 from benchmarks.table import ROOT
 from stages.artifacts import sha256_of
 from stages.tracking import machine, unsent
@@ -113,13 +113,6 @@ class Bench:
         text = succeeds(tree, *REPRO)
         self.compare(tree, row)
         return text
-
-
-def outs_of(tree: Path) -> dict[str, str]:
-    """Digests of all outs, and what dvc.lock says (not its bytes: it keeps the order in which stages first ran)."""
-    stages = yaml.safe_load((tree / "dvc.lock").read_text())["stages"]
-    paths = [out["path"] for stage in stages.values() for out in stage["outs"]]
-    return {"dvc.lock": json.dumps(stages, sort_keys=True)} | {path: sha256_of(tree / path) for path in paths}
 
 
 # ---- what a user types, and what is left running
@@ -217,7 +210,7 @@ def checkpoint_of(tree: Path, fit: str = "teacher") -> Path | None:
     return next(tree.glob(f".runs/resume/*/{fit}.json"), None)
 
 
-NOT_PROGRESS = ("job.json", "ranks.log", "steps.jsonl", "result.json", "error.txt", "lock", "data")
+NOT_PROGRESS = ("job.json", "ranks.log", "ranks.lock", "steps.jsonl", "result.json", "error.txt", "lock", "data")
 
 
 def last_saved(tree: Path) -> float:
@@ -613,7 +606,8 @@ def two_at_once(bench: Bench, row: Row) -> None:
     row.message = line_with("busy|lock", second.stderr)
     assert process.wait(PATIENCE) == 0, said(tree)
     bench.compare(tree, row)
-    line_with("up to date", bench.finish(tree, row))
+    ran = re.findall("Running stage '(.*)'", bench.finish(tree, row))
+    assert ran == ["config"], f"ran again: {ran}"
     row.survived += 1
 
 

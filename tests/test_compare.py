@@ -72,6 +72,7 @@ def repository(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "ROOT", tmp_path)
     (tmp_path / "dvc.yaml").write_text("stages: {config: {}, pretrain: {}, evaluate: {}}")
     write_json(tmp_path / "provenance/pretrain.json", RECORD)
+    write_json(tmp_path / "provenance.json", {"pretrain": RECORD})
     git = ["git", "-C", str(tmp_path), "-c", "user.name=test", "-c", "user.email=test@localhost"]
     for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "run"], ["tag", "first"]):
         subprocess.run([*git, *words], check=True)
@@ -85,7 +86,8 @@ def test_the_command_compares_with_the_commit_a_tag_or_a_folder(repository, tmp_
         assert header.split()[:2] == ["stage", "settings"]
         assert row.split() == ["pretrain", "same", "same", "same", "same", "same"]
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    write_json(elsewhere / "provenance/pretrain.json", changed(conditions={"torch": "2.12.0"}, outs={"plots/x": "o"}))
+    other = changed(conditions={"torch": "2.12.0"}, outs={"plots/x": "o"})
+    write_json(elsewhere / "provenance.json", {"pretrain": other})  # where nothing has run
     assert compare.main([str(elsewhere)]) == 0
     row, told = capsys.readouterr().out.splitlines()[1:]
     assert row.split()[2:] == ["1", "other", "same", "1", "other", "same"]

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from stages import evaluate, scoring, shards
+from stages import evaluate, profile, scoring, shards
 from stages.artifacts import Refusal, read_json
 from stages.models import build_student, build_teacher, save
 from stages.runs import Place
@@ -52,7 +52,7 @@ def write_data(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def settings(tiny_settings):
-    quick = replace(tiny_settings.evaluate, timing_repetitions=2, decode_tokens=4, bootstrap_resamples=50)
+    quick = replace(tiny_settings.evaluate, bootstrap_resamples=50)
     return replace(tiny_settings, evaluate=quick)
 
 
@@ -136,8 +136,15 @@ def test_the_plot_has_a_row_per_model(evaluated):
     assert list(rows[0]) == ["model", "flops_per_token", "bits_per_byte", "low", "high"]
 
 
-def test_what_hangs_on_the_clock_is_measured_apart(evaluated):
-    measured = read_json(evaluated.root / "measurements/evaluate.json")
+def test_nothing_that_dvc_keeps_depends_on_the_clock(evaluated):
+    assert "seconds" not in json.dumps(evaluated.metrics)
+
+
+def test_profile_times_every_model_every_policy_and_the_router(evaluated, settings, monkeypatch):
+    monkeypatch.setattr(profile, "cores", lambda: 1)
+    quick = replace(settings, profile=replace(settings.profile, repetitions=2, decode_tokens=4))
+    profile.main(quick, Place(evaluated.root, evaluated.root), SilentRun())
+    measured = read_json(evaluated.root / "measurements/profile.json")
     assert set(measured["latency"]) == set(evaluate.MODELS)
     for row in measured["latency"].values():
         assert row["prefill_seconds"] > 0 and row["decode_seconds_per_token"] > 0
@@ -145,7 +152,6 @@ def test_what_hangs_on_the_clock_is_measured_apart(evaluated):
     assert measured["checkpointing"].keys() == {row["policy"] for row in evaluated.metrics["checkpointing"]}
     assert measured["checkpointing"]["none"]["step_seconds_ratio"] == 1
     assert measured["router"]["ratio_low"] <= measured["router"]["ratio"] <= measured["router"]["ratio_high"]
-    assert "seconds" not in json.dumps(evaluated.metrics), "no clock in what DVC keeps"
 
 
 def test_the_samples_continue_one_prompt(evaluated):
@@ -174,7 +180,7 @@ from stages.runs import Place
 from stages.settings import compose, validate
 
 s = validate(compose(["scale=tiny", "corpus=stdlib"]))
-quick = replace(s.evaluate, timing_repetitions=2, decode_tokens=4, bootstrap_resamples=50, batch_sequences=2)
+quick = replace(s.evaluate, bootstrap_resamples=50, batch_sequences=2)
 plain, scoring.SAVE_SECONDS = scoring.window_scores, float(sys.argv[3])
 
 def slow(*arguments):
@@ -236,13 +242,12 @@ def whole(evaluated, by_two, tmp_path_factory):
 
 
 def test_an_evaluation_killed_twice_resumes_and_gives_the_same_bytes(copy, by_two, whole, tmp_path):
-    """kill -9 while windows are scored, and again when only the timing is left."""
+    """kill -9 while windows are scored, and again as soon as all is counted."""
     for name in ("sums", "counted"):
         child = start_victim(copy, tmp_path / "killed", save_seconds=0)
         wait_for(lambda name=name: list((copy / ".runs/resume").glob(f"evaluate-*/{name}")), child)
         child.send_signal(signal.SIGKILL)
         said, _ = child.communicate()
-        assert not (tmp_path / "killed/measurements/evaluate.json").exists()
     assert "evaluate: continuing after window" in said, "the second one scored only what the first had not"
     assert windows_scored(copy, tmp_path / "resumed", by_two) == 0
     assert outs_of(tmp_path / "resumed") == whole.outs
@@ -262,7 +267,7 @@ def test_an_evaluation_told_to_stop_saves_says_so_in_a_line_and_continues(copy, 
 
 def test_a_damaged_count_is_named_and_counted_again(copy, by_two, whole, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(evaluate, "latency", lambda *arguments: 1 / 0)
+        patch.setattr(evaluate, "quality_csv", lambda *arguments: 1 / 0)
         evaluate.main(by_two, Place(copy, tmp_path / "failed"), SilentRun())
     (kept,) = (copy / ".runs/resume").glob("evaluate-*/counted")
     content = bytearray(kept.read_bytes())
@@ -290,7 +295,7 @@ def test_models_of_another_vocabulary_are_refused(evaluated, settings, tmp_path)
     shutil.copytree(evaluated.root / "artifacts", tmp_path / "artifacts")
     shutil.rmtree(tmp_path / "artifacts/control")
     save(build_student(settings.student, 512, 64, seed=1), tmp_path / "artifacts/control")
-    with pytest.raises(Refusal, match="artifacts/control speaks a vocabulary of 512"):
+    with pytest.raises(Refusal, match="artifacts/control has a vocabulary of 512"):
         evaluate.main(settings, Place(tmp_path, tmp_path), SilentRun())
 
 

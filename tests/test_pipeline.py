@@ -1,19 +1,21 @@
 """The pipeline at `scale: tiny` as a user runs it: real stages, real two-process DDP, in a clone of its own."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 
-from benchmarks.checkout import DVC, checkout, environment
+from benchmarks.checkout import DVC, checkout, environment, outs_of
 from stages import distill
-from stages.artifacts import Refusal, sha256_of
+from stages.artifacts import Refusal
 from stages.runs import Place
 from tests import faults
 
@@ -33,11 +35,53 @@ def tree(tmp_path_factory) -> Path:
     return clone
 
 
-def test_a_second_repro_does_nothing(tree):
+def stages_run(output: str) -> list[str]:
+    return re.findall("^Running stage '(.*)'", output, re.MULTILINE)
+
+
+def test_a_second_repro_only_looks_whether_an_input_has_changed(tree):
     lock = (tree / "dvc.lock").read_bytes()
-    output = user_types(tree, *DVC, "repro").stdout
-    assert "Running stage" not in output and "up to date" in output
+    assert stages_run(user_types(tree, *DVC, "repro").stdout) == ["config"]
     assert (tree / "dvc.lock").read_bytes() == lock
+    assert user_types(tree, *DVC, "status").stdout.split() == ["config:", "always", "changed"]
+
+
+def test_finished_work_whose_outs_dvc_has_saved_leaves_no_state(tree):
+    assert not list((tree / ".runs/resume").iterdir())
+
+
+def test_going_back_to_settings_that_were_run_before_trains_nothing(tree):
+    sheet, before = tree / "params.yaml", outs_of(tree)
+    text, page = sheet.read_text(), (tree / "report/index.html").read_bytes()
+    try:
+        sheet.write_text(text.replace("temperature: 1.0     # T", "temperature: 2.0     # T"))
+        assert stages_run(user_types(tree, *DVC, "repro", "distill").stdout) == ["config", "distill"]
+    finally:
+        sheet.write_text(text)
+        again = user_types(tree, *DVC, "repro").stdout
+    assert stages_run(again) == ["config"] and "Stage 'distill' is cached" in again
+    assert outs_of(tree) == before and (tree / "report/index.html").read_bytes() == page
+
+
+def test_after_a_cut_lock_file_finished_stages_come_back_from_the_cache(tree):
+    lock = tree / "dvc.lock"
+    whole = lock.read_text()
+    stages = yaml.safe_load(whole)["stages"]
+    try:
+        lock.write_text(yaml.safe_dump({"schema": "2.0", "stages": {"prepare": stages["prepare"]}}))
+        again = user_types(tree, *DVC, "repro").stdout
+        assert stages_run(again) == ["config", "report"], "only what git keeps, and not DVC's cache, is made again"
+        assert yaml.safe_load(lock.read_text())["stages"] == stages
+    finally:
+        lock.write_text(whole)
+
+
+def test_what_a_person_reads_comes_with_the_checkout(tree):
+    page = tree / "report/index.html"
+    before = page.read_bytes()
+    page.unlink()
+    user_types(tree, *DVC, "checkout")
+    assert page.read_bytes() == before
 
 
 def test_the_report_is_there_and_states_the_metrics(tree):
@@ -59,7 +103,7 @@ def test_a_hydra_sweep_runs_every_job_and_leaves_dvc_clean(tree):
     jobs = sorted((tree / "multirun" / "distill").glob("*/*/metrics/distill.json"))
     assert len(jobs) == 2
     assert jobs[0].read_bytes() != jobs[1].read_bytes()
-    assert "up to date" in user_types(tree, *DVC, "status").stdout
+    assert user_types(tree, *DVC, "status").stdout.split() == ["config:", "always", "changed"]
 
 
 def test_an_edit_reruns_exactly_the_stages_that_read_it(tree):
@@ -77,15 +121,24 @@ def test_an_edit_reruns_exactly_the_stages_that_read_it(tree):
         user_types(tree, *DVC, "repro", "config")
 
 
-def test_timings_taken_again_reach_the_page_though_no_input_of_the_report_changed(tree):
-    claims, page = tree / "report/claims.json", tree / "report/index.html"
-    before, lock = claims.read_bytes(), (tree / "dvc.lock").read_bytes()
-    page.unlink()  # as in a new clone
-    user_types(tree, *DVC, "repro", "--force", "--single-item", "evaluate")
-    assert "report:" in user_types(tree, *DVC, "status").stdout
-    done = user_types(tree, *DVC, "repro").stdout
-    assert [line for line in done.splitlines() if line.startswith("Running stage")] == ["Running stage 'report':"]
-    assert page.exists() and claims.read_bytes() == before and (tree / "dvc.lock").read_bytes() == lock
+def test_timings_taken_again_reach_the_page(tree):
+    page, before = tree / "report/index.html", outs_of(tree)
+    shown = page.read_bytes()
+    user_types(tree, *DVC, "repro", "--force", "--single-item", "profile")
+    assert stages_run(user_types(tree, *DVC, "repro").stdout) == ["config", "report"]
+    assert page.read_bytes() != shown and outs_of(tree) == before
+
+
+def test_a_refused_repro_leaves_the_settings_as_they_were(tree):
+    sheet = tree / "params.yaml"
+    kept = {name: (tree / name).read_bytes() for name in ("params.yaml", "resolved.yaml", "inputs.json", "dvc.lock")}
+    try:
+        sheet.write_text(sheet.read_text().replace("temperature: 1.0     # T", "temperature: -1.0    # T"))
+        done = user_types(tree, *DVC, "repro", check=False)
+        assert done.returncode != 0 and "distill.temperature = -1.0: must be above 0" in done.stderr
+    finally:
+        sheet.write_bytes(kept["params.yaml"])
+    assert kept == {name: (tree / name).read_bytes() for name in kept}
 
 
 def test_a_typo_is_refused_in_one_line_before_any_work(tree):
@@ -94,16 +147,20 @@ def test_a_typo_is_refused_in_one_line_before_any_work(tree):
     assert "temprature" in done.stderr and "Traceback" not in done.stderr
 
 
+def await_file(tree: Path, pattern: str, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not list(tree.glob(pattern)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_training_interrupted_and_resumed_gives_the_bytes_of_an_uninterrupted_run(tree):
     """SIGTERM in the middle of pretrain, then the same command again."""
     whole = (tree / "artifacts/teacher/model.safetensors").read_bytes()
     under_dvc = environment(PYTHONPATH=str(tree), DVC_STAGE="pretrain")
     command = [sys.executable, "-m", "stages.pretrain"]
     process = subprocess.Popen(command, cwd=tree, env=under_dvc, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not list((tree / ".runs/resume").glob("pretrain-*/steps.jsonl")):  # the first steps are done
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
+    await_file(tree, ".runs/resume/pretrain-*/steps.jsonl", process)  # the first steps are done
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate()
     assert process.returncode == 1 and "Traceback" not in said
@@ -111,6 +168,30 @@ def test_training_interrupted_and_resumed_gives_the_bytes_of_an_uninterrupted_ru
     assert list((tree / ".runs/resume").glob("pretrain-*/teacher.json"))
     subprocess.run(command, cwd=tree, env=under_dvc, check=True, capture_output=True)
     assert (tree / "artifacts/teacher/model.safetensors").read_bytes() == whole
+
+    # DVC could not save the outs, and removes them before the stage runs again
+    shutil.rmtree(tree / "artifacts/teacher")
+    again = subprocess.run(command, cwd=tree, env=under_dvc, check=True, capture_output=True, text=True)
+    assert "teacher: continues after step 20 of 20" in again.stdout
+    assert (tree / "artifacts/teacher/model.safetensors").read_bytes() == whole
+
+
+def test_two_runs_of_the_same_work_never_share_their_state(tree):
+    """The second waits; when the first is stopped it continues from its checkpoint."""
+    words = ["pretrain.steps=3000", "trainer.log_every_steps=1"]
+    theirs = environment(PYTHONPATH=str(tree))
+    start = partial(subprocess.Popen, cwd=tree, env=theirs, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "stages.pretrain", *words]
+    with start([*command, f"hydra.run.dir={tree}/outputs/first"]) as first:
+        await_file(tree, ".runs/resume/pretrain-*/steps.jsonl", first)
+        with start([*command, f"hydra.run.dir={tree}/outputs/second"], stdout=subprocess.PIPE) as second:
+            assert "pretrain: another process is still running; waiting" in second.stderr.readline()
+            first.send_signal(signal.SIGTERM)
+            assert "interrupted after step" in first.communicate()[1]
+            assert any("continues after step" in line for line in second.stdout)
+            second.send_signal(signal.SIGTERM)
+            assert second.wait(60) == 1
+    shutil.rmtree(tree / ".runs/resume")
 
 
 def test_two_ddp_ranks_equal_one_process_on_the_same_global_batch(tree):
@@ -163,11 +244,10 @@ def test_another_folder_and_another_persons_environment_give_identical_bytes(tre
     """
     other = checkout(tmp_path / "a folder" / "größer" / "deep", "tiny")
     user_types(other, *DVC, "repro", **OTHER_HABITS, **OTHER_THREADS)
-    assert (other / "dvc.lock").read_bytes() == (tree / "dvc.lock").read_bytes()
-    stages = yaml.safe_load((tree / "dvc.lock").read_text())["stages"]
-    outs = [out["path"] for stage in stages.values() for out in stage["outs"]]
-    assert {"artifacts/data", "artifacts/sparse_student", "artifacts/scores", "report/claims.json"} <= set(outs)
-    assert [path for path in outs if sha256_of(other / path) != sha256_of(tree / path)] == []
+    outs = outs_of(tree)
+    assert {"artifacts/data", "artifacts/sparse_student", "artifacts/scores", "provenance.json"} <= set(outs)
+    theirs = outs_of(other)
+    assert [path for path in outs if theirs[path] != outs[path]] == []
 
 
 # The short form of the fault test: the cheap cases of tests/faults.py, once each. Left to `make chaos`, because each

@@ -58,7 +58,7 @@ def repository(tmp_path):
         "config": {"deps": ["params.yaml"], "outs": [{"resolved.yaml": {"cache": False}}]},
         "make": {
             "deps": ["make.py"], "params": [{"resolved.yaml": ["size"]}],
-            "outs": ["artifacts/made", {"provenance/make.json": {"cache": False}}],
+            "outs": ["artifacts/made", "measurements/make.json", "provenance/make.json"],
         },
         "use": {
             "deps": ["artifacts/made/one.txt", "use.py"], "params": [{"resolved.yaml": ["seed"]}],
@@ -67,7 +67,8 @@ def repository(tmp_path):
     }}))  # fmt: skip
     (tmp_path / "resolved.yaml").write_text("{seed: 1, size: 2, other: 3}")
     (tmp_path / "artifacts/made").mkdir(parents=True)
-    for name in ("make.py", "use.py", "artifacts/made/one.txt", "artifacts/used.txt"):
+    (tmp_path / "measurements").mkdir()
+    for name in ("make.py", "use.py", "artifacts/made/one.txt", "artifacts/used.txt", "measurements/make.json"):
         (tmp_path / name).write_text(name)
     write_json(tmp_path / "metrics/use.json", {"models": {"student": {"bits_per_byte": 1.5, "parameters": 7}}})
     return tmp_path
@@ -80,7 +81,8 @@ def test_a_record_names_what_was_read_and_written_and_the_figures_that_people_co
     assert record["inputs"].keys() == {"corpus", "artifacts/made/one.txt"}
     assert record["outs"].keys() == {"artifacts/used.txt", "metrics/use.json"}
     assert record["metrics"] == {"models.student.bits_per_byte": 1.5}
-    assert provenance.record("make", {}, repository)["outs"].keys() == {"artifacts/made"}  # not itself
+    made = provenance.record("make", {}, repository)["outs"].keys()
+    assert made == {"artifacts/made"}, "neither itself nor timings"
     assert provenance.record("use", own, repository) == record
 
 
@@ -101,10 +103,11 @@ def test_a_recipe_is_the_settings_and_code_of_a_stage_and_of_those_before_it(rep
     assert {stage for stage in before if provenance.recipe(stage, stages, repository) != before[stage]} == changed
 
 
-def test_every_stage_but_config_declares_its_record_as_an_out_that_git_keeps():
-    for stage, entry in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].items():
-        declared = [item for item in entry["outs"] if isinstance(item, dict) and provenance.record_path(stage) in item]
-        assert stage == "config" or declared == [{provenance.record_path(stage): {"cache": False}}], stage
+def test_every_stage_but_config_and_report_declares_its_record_and_git_keeps_them_all_in_one_file():
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    for stage, entry in stages.items():
+        assert (provenance.record_path(stage) in entry["outs"]) == (stage not in ("config", "report")), stage
+    assert {provenance.RECORDS: {"cache": False}} in stages["report"]["outs"]
 
 
 def test_conditions_hold_no_host_path_clock_or_frequency():

@@ -116,7 +116,7 @@ def curve_rows(name, steps, start, end, seed):
         yield f"{name},{step},{bits * 1.6 + noise.gauss(0, 0.05):.4f},{shown}"
 
 
-def write_fixture(root: Path, measured: bool = True):
+def write_fixture(root: Path):
     """A checkout after a run of about the default scale's shape."""
     write_json(root / "metrics/evaluate.json", evaluation())
     write_json(root / "artifacts/samples.json", SAMPLES)
@@ -169,11 +169,10 @@ def write_fixture(root: Path, measured: bool = True):
             "corpus": {"source": "stdlib", "name": "the standard library of Python 3.11.2"},
         },
     )
-    for stage in ("prepare", "pretrain", "distill", "sparsify", "evaluate"):
-        own = {"threads": 2} if stage == "evaluate" else {"ranks": 2} if stage != "prepare" else {}
+    for stage in ("prepare", "pretrain", "distill", "sparsify", "evaluate", "profile"):
+        own = {"threads": 2} if stage in ("evaluate", "profile") else {"ranks": 2} if stage != "prepare" else {}
         write_json(root / f"provenance/{stage}.json", {"conditions": {"torch": "2.13.0+cpu", **own}})
-    if measured:
-        write_json(root / "measurements/evaluate.json", clock())
+    write_json(root / "measurements/profile.json", clock())
 
 
 def clock():
@@ -220,9 +219,9 @@ def router(ratio, low, high):
     }
 
 
-@pytest.fixture(params=[True, False], ids=["measured", "clockless"])
-def checkout(tmp_path, request):
-    write_fixture(tmp_path, request.param)
+@pytest.fixture
+def checkout(tmp_path):
+    write_fixture(tmp_path)
     report.main(SimpleNamespace(seed=1), place_in(tmp_path), SilentRun())
     return tmp_path
 
@@ -279,22 +278,6 @@ def test_the_page_loads_nothing_from_anywhere(checkout):
     page = (checkout / "report/index.html").read_text(encoding="utf-8")
     assert "default-src 'none'" in page
     assert not re.search(r"https?:|\bsrc=|\bhref=|url\(|@import|<link|<iframe|<img", page)
-
-
-def test_claims_json_is_the_same_bytes_whatever_the_clock_said(tmp_path):
-    contents = set()
-    for name, measured in (("one", True), ("two", True), ("three", False)):
-        write_fixture(tmp_path / name, measured)
-        page_of(tmp_path / name)
-        contents.add((tmp_path / name / "report/claims.json").read_bytes())
-    assert len(contents) == 1
-
-
-def test_missing_measurements_are_named_and_stop_nothing(tmp_path):
-    write_fixture(tmp_path, measured=False)
-    assert page_of(tmp_path).count(report.NOT_MEASURED) >= 3  # latency, step times, router
-    router = report.router_claim(None)
-    assert (router.measured, router.verdict) == (report.NOT_MEASURED, "not testable here")
 
 
 def test_a_missing_metrics_file_is_refused_by_name(measured):

@@ -1,5 +1,6 @@
 """Kept work comes back whole or not at all, under the hash of what it was made from, to one process at a time."""
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -8,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from test_evaluate import VOCAB, write_data
 
 from stages import distill, resuming, sparsify
 from stages.artifacts import Refusal
 from stages.checkpoints import made_once
 from stages.models import build_student, build_teacher, save
-from stages.resuming import Interruption, ResumeState, resume_key
+from stages.resuming import Interruption, ResumeState, remove_recorded, resume_key
 from stages.runs import Place
 from stages.shards import read_card
 
@@ -25,6 +27,32 @@ def test_what_was_saved_comes_back_until_the_work_ends_well(tmp_path):
         raise ZeroDivisionError
     with ResumeState(tmp_path, "evaluate", "key") as state:
         assert state.load("sums") == b"kept" and state.load("other") is None
+    assert not state.folder.exists()
+
+
+def write_lock(root: Path, record: str) -> None:
+    md5 = hashlib.md5(record.encode()).hexdigest()
+    outs = [{"path": "provenance/evaluate.json", "md5": md5}]
+    (root / "dvc.lock").write_text(yaml.safe_dump({"stages": {"evaluate": {"outs": outs}}}))
+
+
+def test_under_dvc_finished_work_is_kept_until_dvc_has_saved_the_outs(tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_STAGE", "evaluate")
+    write_lock(tmp_path, "of an earlier run")
+    with ResumeState(tmp_path, "evaluate", "key") as state:
+        state.save("sums", b"kept")
+    (tmp_path / "provenance").mkdir()
+    (tmp_path / "provenance/evaluate.json").write_text("of this run")
+    for damage in (lambda: None, lambda: (tmp_path / "dvc.lock").write_text("stages: [")):
+        damage()
+        remove_recorded(tmp_path)
+        with ResumeState(tmp_path, "evaluate", "key") as state:
+            assert state.load("sums") == b"kept"
+    write_lock(tmp_path, "of this run")
+    with ResumeState(tmp_path, "evaluate", "key"):
+        remove_recorded(tmp_path)
+        assert state.folder.exists(), "another process works there"
+    remove_recorded(tmp_path)
     assert not state.folder.exists()
 
 
@@ -39,7 +67,8 @@ def test_one_altered_bit_anywhere_is_noticed_and_named(tmp_path, place, capsys):
         assert f"evaluate: {state.folder / 'sums'} is damaged" in capsys.readouterr().err
 
 
-def test_the_same_work_is_done_by_one_process_at_a_time(tmp_path):
+def test_the_same_work_is_done_by_one_process_at_a_time(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(resuming, "LOCK_SECONDS", 0.5)
     script = (
         "import sys; from pathlib import Path; from stages.resuming import ResumeState\n"
         "with ResumeState(Path(sys.argv[1]), 'prepare', 'key'): print('at work', flush=True); sys.stdin.read()"
@@ -49,6 +78,7 @@ def test_the_same_work_is_done_by_one_process_at_a_time(tmp_path):
     other.stdout.readline()
     with pytest.raises(Refusal, match="by another process"), ResumeState(tmp_path, "prepare", "key"):
         pass
+    assert "prepare: another process is still running; waiting" in capsys.readouterr().err
     with ResumeState(tmp_path, "prepare", "another key"):
         pass
     other.kill()

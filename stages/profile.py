@@ -1,0 +1,159 @@
+"""Measures what depends on the clock: latency, a training step under activation checkpointing, the router.
+
+    dvc repro profile
+    python -m stages.profile profile.repetitions=5       # a quick look, into outputs/profile/
+
+The models take turns, and ratios are taken repetition by repetition, so that other load on the machine affects both.
+No two runs give the same bytes of measurements/profile.json, nor of the report that shows it; every other out of the
+pipeline is reproducible.
+"""
+
+import os
+from collections.abc import Callable
+from functools import partial
+
+# before torch: by default threads that wait for each other spin, which on a busy machine takes most of the time
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from stages import cost, memory
+from stages.artifacts import write_json
+from stages.experts import loads, permutation, route
+from stages.generation import Reader
+from stages.heap import keep_freed_memory
+from stages.layers import can_compile
+from stages.measured import device_name, load_models, training_loss
+from stages.provenance import cores, device_conditions
+from stages.runs import Place, run_stage
+from stages.scoring import Estimate
+from stages.shards import Tokens
+
+SECTIONS = ("profile", "evaluate", "sequence_tokens", "seed")
+
+
+def main(settings, place: Place, run) -> dict:
+    p, e, T = settings.profile, settings.evaluate, settings.sequence_tokens
+    torch.set_num_threads(cores())
+    conditions = device_conditions(int(torch.cuda.is_available())) | {"threads": cores(), "precision": "float32"}
+    keep_freed_memory()  # as a rank does
+    split = Tokens(place.read("artifacts/data"), "test")
+    loaded = load_models(place.read("artifacts"), split.vocab_size)
+    tokens = split.window(0, min(len(split), e.checkpoint_batch_sequences * (T + 1) + p.prefill_tokens))
+    teacher = loaded["teacher"]
+    policies = memory.policies(e.checkpoint_every_blocks, len(teacher.blocks))
+    loss_of = training_loss(teacher, tokens, e.checkpoint_batch_sequences, T)
+
+    print(f"profile: {len(loaded)} models, {p.repetitions} repetitions of each timing", flush=True)
+    measurements = {
+        "latency": latency(loaded, tokens, p.prefill_tokens, p.decode_tokens, p.repetitions),
+        "checkpointing": checkpointing_time(teacher, policies, loss_of, p.repetitions, settings.seed),
+        "router": router_time(
+            p.router_tokens, teacher.shape, p.router_experts, p.router_experts_per_token, p.repetitions, settings.seed
+        ),
+        "machine": {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": device_name()},
+    }
+    write_json(place.write("measurements/profile.json"), measurements)
+    return {"conditions": conditions}
+
+
+@torch.no_grad()
+def latency(loaded: dict, tokens: np.ndarray, prefill_tokens: int, decode_tokens: int, repetitions: int) -> dict:
+    """One sequence: reading a prompt, then writing with the cache. The models take turns."""
+    prompt = np.resize(tokens, prefill_tokens)
+    prefills: dict[str, Callable] = {}
+    decodes: dict[str, Callable] = {}
+    peaks = {}
+    for name, model in loaded.items():
+        prompt_1T = torch.from_numpy(prompt)[None].to(next(model.parameters()).device)
+        reader = Reader(model, 1, prefill_tokens + decode_tokens)
+        reader.read(prompt_1T)
+
+        def prefill(model=model, prompt_1T=prompt_1T):
+            model.head(model.features(prompt_1T)[0][:, -1])
+
+        def decode(token_11=prompt_1T[:, :1], reader=reader):
+            for _ in range(decode_tokens):
+                reader.read(token_11)
+            reader.forget(decode_tokens)
+
+        prefills[name], decodes[name] = prefill, decode
+        live = memory.LiveBytes(model)
+        with live, live.record():
+            prefill()
+        weights = sum(parameter.nbytes for parameter in model.parameters())
+        peaks[name] = {"weight_bytes": weights, "prefill_peak_bytes": weights + live.peak}
+    prefilled = cost.interleaved_seconds(prefills, repetitions)
+    decoded = cost.interleaved_seconds(decodes, repetitions)
+    return {
+        name: cost.median_and_quartiles("prefill_seconds", prefilled[name])
+        | cost.median_and_quartiles("decode_seconds_per_token", decoded[name] / decode_tokens)
+        | peaks[name]
+        for name in loaded
+    }
+
+
+def checkpointing_time(model, policies: list[str], loss_of, repetitions: int, seed: int) -> dict:
+    """Forward and backward under each policy against none; the optimiser, the same for all, is left out."""
+
+    def step(policy):
+        with memory.checkpointed(model, policy):
+            loss_of().backward()
+        model.zero_grad(set_to_none=True)
+
+    seconds = cost.interleaved_seconds({name: partial(step, name) for name in policies}, repetitions)
+    rows = {}
+    for name in policies:
+        ratio, low, high = cost.median_ratio(seconds[name], seconds["none"], seed)
+        rows[name] = Estimate(ratio, low, high).named("step_seconds_ratio")
+        rows[name] |= cost.median_and_quartiles("step_seconds", seconds[name])
+        if torch.cuda.is_available():
+            rows[name]["allocator_peak_bytes"] = memory.device_peak_bytes(model, name, loss_of)
+    return rows
+
+
+@torch.no_grad()
+def router_time(tokens: int, shape, experts: int, per_token: int, repetitions: int, seed: int) -> dict:
+    """Our router against the plain one: same tokens and weights, from hidden states to rows by expert."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = torch.Generator().manual_seed(seed)
+    x_ND = torch.randn(tokens, shape.width, generator=generator).to(device)
+    router_ED = (torch.randn(experts, shape.width, generator=generator) * shape.width**-0.5).to(device)
+    bias_E = torch.zeros(experts, device=device)
+
+    def plain():
+        return plain_router(x_ND, router_ED, per_token)
+
+    def ours():
+        gates = route(x_ND, router_ED, bias_E, per_token, shape.gating, shape.route_scale)
+        return gates.weight_NK, *permutation(gates.expert_index_NK), loads(gates.expert_index_NK, experts)
+
+    if x_ND.is_cuda and can_compile():  # as training compiles it; in one graph, for alone it is nothing but launches
+        ours = torch.compile(ours, mode="reduce-overhead")
+    seconds = cost.interleaved_seconds({"plain": plain, "ours": ours}, max(repetitions, 5))
+    ratio, low, high = cost.median_ratio(seconds["plain"], seconds["ours"], seed)
+    return {
+        "plain_microseconds": float(np.median(seconds["plain"]) * 1e6),
+        "ours_microseconds": float(np.median(seconds["ours"]) * 1e6),
+        **Estimate(ratio, low, high).named("ratio"),
+        "tokens": tokens,
+        "experts": experts,
+        "experts_per_token": per_token,
+        "width": shape.width,
+    }
+
+
+def plain_router(x_ND, router_ED, per_token: int):
+    """softmax, top-k, and dispatch through a one-hot mask: the rows of one expert after another."""
+    score_NE = F.linear(x_ND, router_ED).softmax(dim=-1)
+    weight_NK, index_NK = score_NE.topk(per_token, dim=-1)
+    weight_NK = weight_NK / weight_NK.sum(dim=-1, keepdim=True)
+    mask_EKN = F.one_hot(index_NK, len(router_ED)).permute(2, 1, 0)
+    rows = [torch.where(mask_KN) for mask_KN in mask_EKN]
+    return weight_NK, rows
+
+
+if __name__ == "__main__":
+    run_stage(main, "profile", SECTIONS)
