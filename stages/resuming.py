@@ -111,22 +111,28 @@ class ResumeState:
 
 
 def remove_recorded(root: Path) -> None:
-    """Removes the state of finished work whose outs, as they are here, stand in dvc.lock: DVC has saved them."""
-    for folder in sorted(path.parent for path in (root / STATES).glob(f"*/{FINISHED}")):
-        stage = folder.name.rpartition("-")[0]
-        with open(folder / "lock", "a") as lock, contextlib.suppress(BlockingIOError):
+    """Removes the state of finished work whose outs DVC has saved."""
+    for finished in sorted((root / STATES).glob(f"*/{FINISHED}")):
+        with open(finished.with_name("lock"), "a") as lock, contextlib.suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_recorded(root, stage):
-                shutil.rmtree(folder, ignore_errors=True)
+            if _is_saved(root, finished):
+                shutil.rmtree(finished.parent, ignore_errors=True)
 
 
-def _is_recorded(root: Path, stage: str) -> bool:
-    """Is the stage's provenance record, which names the checksum of every out, the one that dvc.lock holds?"""
+def _is_saved(root: Path, finished: Path) -> bool:
+    """Was dvc.lock, which DVC writes when a stage's outs are in its cache, written since, and does it name these outs?
+
+    The record in provenance/ stands for them all, for it holds their checksums. The time matters in a new clone, whose
+    dvc.lock may name the same outs while DVC's cache is empty.
+    """
+    stage, lock = finished.parent.name.rpartition("-")[0], root / "dvc.lock"
     record = f"provenance/{stage}.json"
     try:
-        outs = yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8"))["stages"][stage]["outs"]
-        recorded = [out["md5"] for out in outs if out["path"] == record]
-        return recorded == [hashlib.md5((root / record).read_bytes(), usedforsecurity=False).hexdigest()]
+        if lock.stat().st_mtime_ns < finished.stat().st_mtime_ns:
+            return False
+        outs = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"][stage]["outs"]
+        saved = [out["md5"] for out in outs if out["path"] == record]
+        return saved == [hashlib.md5((root / record).read_bytes(), usedforsecurity=False).hexdigest()]
     except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):
         return False
 

@@ -432,6 +432,23 @@ def read_only(bench: Bench, row: Row) -> None:
         row.survived += 1
 
 
+def cache_full(bench: Bench, row: Row) -> None:
+    """DVC's cache is full when it saves a trained model (a tmpfs of 1 MB)"""
+    tree = bench.copy("cache-full")
+    forget(tree, "pretrain")
+    cache = tree / "small-cache"
+    cache.mkdir()
+    with mounted(cache, "-t", "tmpfs", "-o", "size=1m", "tmpfs"):
+        succeeds(tree, *DVC, "config", "--local", "cache.dir", str(cache))
+        row.tried += 1
+        row.message = refuses(tree, "No space left", *REPRO, "-s", "pretrain")
+        subprocess.run(["mount", "-o", "remount,size=100m", str(cache)], check=True)
+        line_with(r"teacher: continues after step (\d+) of \1", succeeds(tree, *REPRO, "-s", "pretrain"))
+    (tree / ".dvc/config.local").unlink()
+    bench.finish(tree, row)
+    row.survived += 1
+
+
 # ---- damage
 
 
@@ -611,6 +628,23 @@ def two_at_once(bench: Bench, row: Row) -> None:
     row.survived += 1
 
 
+def same_work_at_once(bench: Bench, row: Row) -> None:
+    """a run by hand of the settings that dvc repro trains in this moment"""
+    tree = bench.copy("same-work-at-once")
+    process = training(tree)
+    row.tried += 1
+    out = tree / "outputs/second"
+    words = by_hand("pretrain", f"hydra.run.dir={out}")
+    second = subprocess.run(words, cwd=tree, env=psutil.Process(process.pid).environ(), capture_output=True, text=True)
+    assert "Traceback" not in second.stderr
+    row.message = line_with("another process is still running", second.stderr)
+    assert process.wait(PATIENCE) == 0, said(tree)
+    if second.returncode == 0:  # it waited, and then did the work itself
+        assert sha256_of(out / "artifacts/teacher") == bench.outs["artifacts/teacher"]
+    bench.finish(tree, row)
+    row.survived += 1
+
+
 # ---- numbers that are not finite
 
 
@@ -770,10 +804,10 @@ def mlflow_dies(bench: Bench, row: Row) -> None:
 
 KILLS = {kill9_group: 0.40, kill9_everything: 0.28, terminated: 0.16, ctrl_c: 0.16}  # shares of --kills
 CASES: list[Callable] = [
-    *KILLS, rank_killed, disk_full_checkpoint, disk_full_out, read_only,
+    *KILLS, rank_killed, disk_full_checkpoint, disk_full_out, read_only, cache_full,
     damaged_shard, damaged_test_shard, damaged_tokenizer, damaged_card, damaged_weights, damaged_config,
     damaged_metrics, damaged_curve, damaged_scores, damaged_checkpoint, damaged_progress, damaged_lock,
-    damaged_settings, out_removed, stale_lock, two_at_once, nan_weights, nonfinite_gradients,
+    damaged_settings, out_removed, stale_lock, two_at_once, same_work_at_once, nan_weights, nonfinite_gradients,
     mlflow_unreachable, mlflow_slow, mlflow_dies,
 ]  # fmt: skip
 

@@ -43,8 +43,10 @@ def test_under_dvc_finished_work_is_kept_until_dvc_has_saved_the_outs(tmp_path, 
         state.save("sums", b"kept")
     (tmp_path / "provenance").mkdir()
     (tmp_path / "provenance/evaluate.json").write_text("of this run")
-    for damage in (lambda: None, lambda: (tmp_path / "dvc.lock").write_text("stages: [")):
-        damage()
+    write_lock(tmp_path, "of this run")
+    os.utime(tmp_path / "dvc.lock", (1, 1))  # that of a new clone, whose cache is empty
+    for step in (lambda: None, lambda: write_lock(tmp_path, "of another"), (tmp_path / "dvc.lock").unlink):
+        step()
         remove_recorded(tmp_path)
         with ResumeState(tmp_path, "evaluate", "key") as state:
             assert state.load("sums") == b"kept"
