@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from stages import identity, mirror, records, redaction, servers, tracking
+from stages import identity, launching, mirror, records, redaction, servers, tracking
 from stages.artifacts import ROOT, sha256_of
 
 mlflow = pytest.importorskip("mlflow")
@@ -134,6 +134,40 @@ def test_a_run_by_hand_is_named_by_its_overrides(made, no_mirror):
     (out / ".hydra/overrides.yaml").write_text("- distill.steps=4\n- seed=2\n")
     start = records.read_lines(record(made, out=out) / "events.jsonl")[0]
     assert start["name"] == "distill steps=4 seed=2" and start["pipeline"] is None
+
+
+def test_figures_of_steps_reach_the_record_while_they_are_written_and_once_each(tmp_path, no_mirror, monkeypatch):
+    monkeypatch.setattr(launching, "TAIL_S", 0.01)
+    figures = {"teacher/loss": 5.0, "teacher/tokens_per_second": 9}
+    rows = [{"step": step, "time": 100.0 + step, "figures": figures}
+            for step in range(6)]
+    path = tmp_path / "steps.jsonl"
+
+    def recorded():
+        events = records.read_lines(run.folder / "events.jsonl")
+        return [(event["step"], event["time"]) for event in events if event["kind"] == "metrics"]
+
+    def soon(steps):
+        deadline = time.monotonic() + 20
+        while recorded() != [(step, 100.0 + step) for step in steps] and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return recorded() == [(step, 100.0 + step) for step in steps]
+
+    with tracking.start_run("pretrain", {}, tmp_path, tmp_path) as run, path.open("a") as file:
+        with launching._record_steps(path, run) as speeds:
+            for row in rows[:2]:
+                file.write(json.dumps(row) + "\n")
+            half = json.dumps(rows[2])
+            file.write(half[:9])
+            file.flush()
+            assert soon([0, 1])
+            file.write(half[9:] + "\n")
+            file.write('{"step": 3, "ti' + json.dumps(rows[3]) + "\n")  # a full disk cut the line before short
+            file.flush()
+            assert soon([0, 1, 2])
+            file.write("".join(json.dumps(row) + "\n" for row in rows[4:]))
+            file.flush()
+        assert soon([0, 1, 2, 4, 5]) and speeds == {"teacher/tokens_per_second": 9}
 
 
 @pytest.mark.parametrize("corpus, name", [
