@@ -37,10 +37,11 @@ def _names_own_file(event):
 
 def is_alive(folder):
     """Is the stage that writes this record still running?"""
-    return _is_locked(folder / "alive")
+    return is_locked(folder / "alive")
 
 
-def _is_locked(path):
+def is_locked(path):
+    """Does a process hold the lock of this file? The kernel frees it however the process ends."""
     with open(path, "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two that ask at once do not see each other
@@ -63,7 +64,7 @@ def await_mirrors(store):
     deadline = time.monotonic() + SETTLE_S
     folders = [path.parent for path in (store / RECORDS).glob("*/mirror")]
     while folders and time.monotonic() < deadline:
-        folders = [folder for folder in folders if _is_locked(folder / "mirror") and not is_alive(folder)]
+        folders = [folder for folder in folders if is_locked(folder / "mirror") and not is_alive(folder)]
         time.sleep(0.1 if folders else 0)
 
 
