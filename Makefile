@@ -52,6 +52,8 @@ recipe: .venv/.develop
 	python -m benchmarks.recipe
 
 ui: .venv/.run
+	@python -c 'import socket; socket.create_server(("127.0.0.1", $(PORT)))' 2>/dev/null || \
+		{ echo "port $(PORT) is in use: make ui PORT=$$(($(PORT) + 1))" >&2; exit 1; }
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1 --host 127.0.0.1 --port $(PORT) \
 		--backend-store-uri sqlite:///mlflow.db
 

@@ -5,6 +5,8 @@ ids = generate(model, tokenizer.encode("def main("), new_tokens=64, temperature=
 Shapes: B sequences, T tokens, V vocabulary.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -83,10 +85,12 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     end_of_text: int | None = None,
+    before_each: Callable[[], None] = lambda: None,
 ) -> list[int]:
     """The continuation of `tokens`: up to `new_tokens` ids, the likeliest or, with a temperature, drawn.
 
-    It stops before `end_of_text`. Without the cache every step reads the whole text again: the slow twin.
+    It stops before `end_of_text`. `before_each` is called before every token and may raise, to stop it there. Without
+    the cache every step reads the whole text again: the slow twin.
     """
     if not tokens:
         raise ValueError("generation continues a text: give at least one token")
@@ -95,6 +99,7 @@ def generate(
     reader = Reader(model, 1, len(tokens) + new_tokens) if cache else None
     text, fresh = list(tokens), list(tokens)
     for _ in range(new_tokens):
+        before_each()
         if reader:
             logits_V = reader.read(torch.tensor([fresh], device=device))[0]
         else:

@@ -3,19 +3,24 @@ the settings once, and a Hydra sweep or a retry can never give two ranks differe
 torch: what there is to compute on it asks of torchrun's process, which imports torch anyway.
 """
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 from stages.artifacts import Refusal, read_json, write_atomically, write_json
 from stages.resuming import ResumeState, resume_key
 from stages.runs import die_with_parent
+
+TAIL_S = 1.0  # between two looks at what rank zero has written
 
 
 class Torchrun:
@@ -90,14 +95,17 @@ def launch(stage: str, settings, place, inputs: list[str], run) -> tuple[dict, d
             raise Refusal(f"{path} is missing: run the stage that writes it (dvc repro)")
     started = time.monotonic()
     with Torchrun() as torchrun:
+        run.follow()
         conditions = torchrun.conditions(settings.trainer)
         if not conditions.get("compiled", True):
             slow = "no gcc and no clang here: training runs uncompiled and takes half as long again"
             print(f"{stage}: {slow}", flush=True)
+        print(f"{stage}: {_extent(stage, plain, conditions['ranks'])}, starting", flush=True)
         key = resume_key(stage, [plain, conditions], [place.read(path) for path in inputs])
         with ResumeState(place.root, stage, key) as state:
-            code = torchrun.run(_write_job(stage, plain, conditions, place, state.folder))
-            speeds = _record_steps(state.folder / "steps.jsonl", run)  # also of a run that failed
+            job = _write_job(stage, plain, conditions, place, state.folder)
+            with _record_steps(state.folder / "steps.jsonl", run) as speeds:
+                code = torchrun.run(job)
             if code != 0:
                 raise Refusal(_reason(stage, code, state.folder))
             result = read_json(state.folder / "result.json")
@@ -105,6 +113,11 @@ def launch(stage: str, settings, place, inputs: list[str], run) -> tuple[dict, d
     clock |= {"accelerator": accelerator(conditions)}
     write_json(place.write(f"measurements/{stage}.json"), clock | speeds)
     return result, conditions
+
+
+def _extent(stage: str, plain: dict, ranks: int) -> str:
+    steps = plain[stage].get("recovery", plain[stage])["steps"]
+    return f"{ranks} rank{'s' if ranks > 1 else ''}, {steps} steps per model"
 
 
 def _write_job(stage: str, plain: dict, conditions: dict, place, state: Path) -> Path:
@@ -132,14 +145,41 @@ def accelerator(conditions: dict) -> str:
     return "cpu" if conditions["accelerator"] == "none" else "gpu"
 
 
-def _record_steps(path: Path, run) -> dict[str, float]:
-    """Hands rank zero's figures to the record of the run; returns the last speed of each fit."""
+@contextlib.contextmanager
+def _record_steps(path: Path, run) -> Iterator[dict[str, float]]:
+    """Hands rank zero's figures to the record of the run while they are written; yields the last speed of each fit."""
     speeds: dict[str, float] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        row = json.loads(line)
-        run.metrics(row["figures"], step=row["step"], at=row["time"])
-        speeds |= {k: v for k, v in row["figures"].items() if k.endswith("tokens_per_second")}
-    return speeds
+    ended = threading.Event()
+
+    def tail():
+        position, last = 0, False
+        while not last:
+            last = ended.wait(TAIL_S)  # what was written before the end is still read
+            position = _hand_over(path, position, run, speeds)
+
+    thread = threading.Thread(target=tail)
+    thread.start()
+    try:
+        yield speeds
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _hand_over(path: Path, position: int, run, speeds: dict[str, float]) -> int:
+    """Records the whole lines from this position on; returns where the next begins."""
+    try:
+        with path.open("rb") as file:
+            file.seek(position)
+            lines = file.read().split(b"\n")[:-1]  # the last piece is being written, or empty
+    except OSError:  # no step was logged yet
+        return position
+    for line in lines:
+        with contextlib.suppress(ValueError):  # cut short by a full disk
+            row = json.loads(line)
+            run.metrics(row["figures"], step=row["step"], at=row["time"])
+            speeds |= {k: v for k, v in row["figures"].items() if k.endswith("tokens_per_second")}
+    return position + sum(len(line) + 1 for line in lines)
 
 
 def write_curves(path: Path, result: dict) -> None:

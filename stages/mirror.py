@@ -1,125 +1,115 @@
-"""Sends the records of `stages/tracking.py` to MLflow; runs as a process of its own and is safe to run again.
-
-What was sent is remembered per store in `sent.json` beside the record. A kill between sending and
-remembering does no harm, nor does a server that dies before it answers: runs and models are looked for before
-they are made, metrics carry the time of their event (an equal row is one row), everything else replaces what
-has its name.
-"""
+"""The process that sends records to MLflow, beside the stages; killed and started again it loses nothing."""
 
 import contextlib
 import os
-import shutil
-import signal
-import socket
-import tempfile
 import time
-import urllib.parse
-import urllib.request
-import uuid
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from stages import tracking
-from stages.artifacts import ROOT, sha256_of, write_atomically, write_json
+from stages.artifacts import write_atomically
+from stages.records import ALL_SENT, FAILURE, RECORDS, is_alive, is_sent, unsent
+from stages.redaction import redacted, say
+from stages.servers import complaint, require_connection, tracking_uri
+from stages.store import Store, stall_guard
 
-# Before MLflow is imported: no telemetry, no minutes of retries, no chatter from its Git library. MLflow would
-# retry any request, also "make a run" when only the answer was lost, and so make two: we look again instead.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
-
-EXPERIMENT = "offramp"
-CONNECT_S = 2.0  # a server that does not take a connection in this time is down
 QUEUE_S = 120.0  # how long to wait for another mirror that is sending
-STALL_S = 600  # no event sent in this time, such as a model: a server that trickles would hold the mirror for ever
-TRIES = 3  # of one record, while the server answers
-BATCH = 500  # metrics in one request; MLflow takes 1000 entities
+FOLLOW_S = 5.0  # between two looks at what a running stage has said since
+RETRY_S = 30.0  # between two tries while a stage runs and the server does not answer
 KEPT = "the run is kept; send it later with: python -m stages.tracking sync"
-CHECKOUT = tracking.RECORDS / "checkout"  # a random name for this checkout
 
 
-def tracking_uri(root):
-    """MLFLOW_TRACKING_URI, or SQLite in the checkout; a relative SQLite path starts at the root."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    if uri.startswith("sqlite:///"):
-        uri = f"sqlite:///{(root / uri.removeprefix('sqlite:///')).resolve()}"
-    return uri
+class Sender:
+    """Sends to the store of MLFLOW_TRACKING_URI, one process at a time; imports MLflow once it answers."""
+
+    def __init__(self, root):
+        self.root, self.uri, self.store = root, tracking_uri(root), None
+
+    @contextlib.contextmanager
+    def turn(self, seconds):
+        """Holds the locks of the checkout and of a SQLite file: two mirrors that create one new store break it."""
+        require_connection(self.uri)
+        paths = [self.root / RECORDS / "sync.lock"]
+        if self.uri.startswith("sqlite:///"):
+            paths.append(Path(self.uri.removeprefix("sqlite:///") + ".lock"))
+        with contextlib.ExitStack() as stack:
+            for path in paths:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FileLock(path, timeout=seconds))
+            yield
+
+    def send(self, folder):
+        """Sends one record; returns whether its stage is running, and why the store refused it, if it did."""
+        with _hushed(), stall_guard():
+            self.store = self.store or Store(self.uri, self.root)
+            return self.store.send_or_say_why(folder)
 
 
-def send(root, folder=None, backlog=True, quiet=False):
+def send(root, folder=None, backlog=True, quiet=False, sender=None):
     """Send this record, then the backlog; 0 when all are sent, 1 when some are not, and a line says why."""
-    uri = tracking_uri(root)
-    failure = root / tracking.FAILURE
+    sender = sender or Sender(root)
     sent, refusals = {}, []  # record -> was its stage running when it was sent?
     try:
-        _require_connection(uri)
-        with contextlib.ExitStack() as stack:
-            for lock in _locks(uri, root):
-                stack.enter_context(lock)
-            client = None
-            while waiting := _waiting(root, folder, backlog, uri, sent):
-                with _hushed(), _stall_guard():
-                    client = client or _Client(uri, root)
-                    sent[waiting[0]], reason = client.send_or_say_why(waiting[0])
+        with sender.turn(QUEUE_S):
+            while waiting := _waiting(root, folder, backlog, sender.uri, sent):
+                sent[waiting[0]], reason = sender.send(waiting[0])
                 if reason:
-                    refusals.append(f"MLflow at {uri} refused {waiting[0].name} ({reason}); {KEPT}")
+                    refusals.append(f"MLflow at {sender.uri} refused {waiting[0].name} ({reason}); {KEPT}")
                 elif not quiet:
                     print(f"sent {waiting[0].name}" + (" so far: its stage is running" if sent[waiting[0]] else ""))
-            _tell(failure, refusals)
+            _tell(root / FAILURE, refusals)
     except Timeout:  # whoever holds the lock is sending, and takes this record too
         if not quiet:
-            tracking._say(f"another process has been sending for {QUEUE_S:.0f} s: repeat this when it has ended")
+            say(f"another process has been sending for {QUEUE_S:.0f} s: repeat this when it has ended")
         return 1
     except Exception as error:  # any failure of a tracker has one meaning here: later
-        _tell(failure, [*refusals, f"MLflow at {uri} was not reached ({_reason(error)}); {KEPT}"])
+        _tell(root / FAILURE, [*refusals, f"{complaint(error, sender.uri)}; {KEPT}"])
         return 1
     if not quiet and not sent:
-        print(tracking.ALL_SENT)
+        print(ALL_SENT)
     return 1 if refusals else 0
+
+
+def follow(root, folder):
+    """Send what a running stage says every few seconds, and at its end all that is left, and the backlog."""
+    sender, seen = Sender(root), 0
+    while is_alive(folder):
+        size, pause = (folder / "events.jsonl").stat().st_size, FOLLOW_S
+        if size != seen:
+            try:
+                with sender.turn(seconds=0):
+                    sender.send(folder)
+                seen = size
+            except Timeout:  # another process is sending: it takes this record, too, or this one does later
+                pass
+            except Exception:  # said at the end, when it is still so
+                pause = RETRY_S
+        _await_end(folder, pause)
+    return send(root, folder, quiet=True, sender=sender)
+
+
+def _await_end(folder, seconds):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and is_alive(folder):
+        time.sleep(0.5)
 
 
 def _waiting(root, folder, backlog, uri, sent):
     """What is still to send: others end while this process sends. A stage that ran by then may have ended."""
     folders = [folder] if folder else []
-    folders += tracking.unsent(root) if backlog else []
-    return [each for each in dict.fromkeys(folders) if not tracking.is_sent(each, uri)
-            and (each not in sent or sent[each] and not tracking.is_alive(each))]
+    folders += unsent(root) if backlog else []
+    return [each for each in dict.fromkeys(folders) if not is_sent(each, uri)
+            and (each not in sent or sent[each] and not is_alive(each))]
 
 
 def _tell(path, messages):
     """On stderr, and in a file for who cannot see it: the status, and a stage whose stderr is a pipe."""
     for message in messages:
-        tracking._say(message)
+        say(message)
     if messages:
-        write_atomically(path, tracking.redacted(messages[-1]))
+        write_atomically(path, redacted(messages[-1]))
     else:
         path.unlink(missing_ok=True)
-
-
-def _reason(error):
-    lines = tracking.redacted(error).splitlines() or ["no message"]  # before it is cut: half a secret is not found
-    return f"{type(error).__name__}: {lines[0][:160]}"
-
-
-@contextlib.contextmanager
-def _stall_guard():
-    def stop(*_):
-        raise TimeoutError(f"nothing was sent for {STALL_S} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    _restart_stall_clock()
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def _restart_stall_clock():
-    signal.setitimer(signal.ITIMER_REAL, STALL_S, STALL_S)  # again and again: MLflow may catch what is raised
 
 
 @contextlib.contextmanager
@@ -127,278 +117,3 @@ def _hushed():
     """MLflow's links, progress bars and advice would fall into the output of whatever stage runs by then."""
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
         yield
-
-
-def _require_connection(uri):
-    """Fail within seconds where nothing listens, before MLflow is imported."""
-    parts = urllib.parse.urlsplit(uri)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        return
-    if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(parts.hostname):
-        return  # a proxy makes the connection
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    socket.create_connection((parts.hostname, port), timeout=CONNECT_S).close()
-
-
-def _locks(uri, root):
-    """One mirror at a time per checkout and per SQLite file: two that create the same new store break it."""
-    paths = [root / tracking.RECORDS / "sync.lock"]
-    if uri.startswith("sqlite:///"):
-        paths.append(Path(uri.removeprefix("sqlite:///") + ".lock"))
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    return [FileLock(path, timeout=QUEUE_S) for path in paths]
-
-
-class _Client:
-    """MLflow as this project uses it: one experiment, a parent per pipeline execution, a child per stage."""
-
-    def __init__(self, uri, root):
-        import mlflow
-
-        self.uri, self.root, self.mlflow = uri, root, mlflow
-        mlflow.set_tracking_uri(uri)
-        self.client = mlflow.MlflowClient(uri)
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
-        found = self.client.get_experiment_by_name(name)
-        if found is None:
-            # Named outright: MLflow's own default is the working folder of whoever came first.
-            place = None
-            if uri.startswith("sqlite:///"):
-                place = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
-            try:
-                self.experiment = self.client.create_experiment(name, artifact_location=place)
-            except mlflow.exceptions.MlflowException:  # another machine was first
-                self.experiment = self.client.get_experiment_by_name(name).experiment_id
-        else:
-            self.experiment = found.experiment_id
-        if not self.experiment:  # an answer without content reads as an empty experiment
-            raise ConnectionError("what answers there is not an MLflow server")
-
-    def send_or_say_why(self, folder):
-        """Send one record; returns whether its stage is running, and why the store refused it, if it did.
-
-        A server that is gone raises. One that answers but does not take this record must not block the others.
-        """
-        for attempt in range(TRIES):
-            try:
-                return self.send(folder), None
-            except Exception as error:
-                reason = _reason(error)
-                time.sleep(attempt)  # a database that is locked by others is free again soon
-                self.client.get_experiment(self.experiment)
-        return False, reason
-
-    def send(self, folder):
-        """Send what the store has not seen of one record, and remember each step; is its stage running?"""
-        alive = tracking.is_alive(folder)  # asked before reading: whoever is dead then writes nothing more
-        events = tracking.read_lines(folder / "events.jsonl")
-        state = tracking.read_sent(folder).get(tracking.store_name(self.uri), {"events": 0, "done": False})
-        if not events or events[0]["kind"] != "start":
-            self._remember(folder, {**state, "done": not alive})  # killed before it began
-            return alive
-        start = events[0]
-        run_id, parent_id = self._find_or_create(folder, start, state.get("run_id"))
-        position = state["events"] if run_id == state.get("run_id") else 0  # else that run was deleted
-        while position < len(events):
-            position += self._send_from(events, position, folder, run_id, parent_id, start)
-            self._remember(folder, {"run_id": run_id, "events": position, "done": False})
-            _restart_stall_clock()
-        if not alive:
-            end = events[-1]
-            status = end["status"] if end["kind"] == "end" else "KILLED"
-            self.client.set_terminated(run_id, status, end_time=_milliseconds(end))
-            if parent_id:
-                self.client.set_terminated(parent_id, "FINISHED", end_time=_milliseconds(end))
-            for run in self._runs_of(folder):  # made by a request that we had given up
-                if run.info.run_id != run_id:
-                    self.client.delete_run(run.info.run_id)
-            for event in events:
-                if event["kind"] == "model":  # the store has it; links would keep old weights on the disk
-                    shutil.rmtree(folder / event["file"], ignore_errors=True)
-            self._remember(folder, {"run_id": run_id, "events": position, "done": True})
-        return alive
-
-    def _remember(self, folder, state):
-        write_json(folder / "sent.json", {**tracking.read_sent(folder), tracking.store_name(self.uri): state})
-
-    def _runs_of(self, folder):
-        return self._find(f"tags.`offramp.record` = '{folder.name}'")
-
-    def _find_or_create(self, folder, start, remembered):
-        found = sorted(self._runs_of(folder), key=lambda run: run.info.run_id != remembered)
-        if found:
-            return found[0].info.run_id, found[0].data.tags.get("mlflow.parentRunId")
-        tags = {"offramp.record": folder.name, "offramp.kind": start["stage"]}
-        tags |= {"mlflow.runName": start["name"]}
-        parent_id = None
-        if start["pipeline"]:
-            # One parent per checkout: two machines that look for it at once would both make it.
-            key = f"{start['pipeline']}-{self._checkout()}".replace("'", "")
-            parent_id = self._parent(start, key)
-            tags |= {"pipeline.key": key, "mlflow.parentRunId": parent_id}
-        run = self.client.create_run(self.experiment, start_time=_milliseconds(start), tags=tags)
-        return run.info.run_id, parent_id
-
-    def _checkout(self):
-        path = self.root / CHECKOUT
-        if not path.exists():
-            write_atomically(path, uuid.uuid4().hex[:8])
-        return path.read_text()
-
-    def _parent(self, start, key):
-        found = self._find(f"tags.`pipeline.key` = '{key}' and tags.`offramp.kind` = 'pipeline'")
-        if found:
-            return found[0].info.run_id
-        tags = {"mlflow.runName": start["parent"], "pipeline.key": key, "offramp.kind": "pipeline"}
-        shared = ("git.", "mlflow.source.git", "machine.", "engine", "resolved.", "dvc.exp", "dvc.baseline")
-        tags |= {name: value for name, value in start["tags"].items() if name.startswith(shared)}
-        return self.client.create_run(self.experiment, start_time=_milliseconds(start), tags=tags).info.run_id
-
-    def _find(self, condition):
-        oldest_first = ["attributes.start_time ASC", "attributes.run_id ASC"]
-        return self.client.search_runs([self.experiment], condition, max_results=10, order_by=oldest_first)
-
-    def _send_from(self, events, position, folder, run_id, parent_id, start):
-        """Send the event at this position, or all metric events in a row from there; returns how many."""
-        event = events[position]
-        kind = event["kind"]
-        if kind == "metrics":
-            summary_id = parent_id if start["stage"] == "evaluate" else None
-            return self._send_metrics(events, position, run_id, summary_id)
-        if kind == "start":
-            self._send_start(event, run_id)
-        elif kind == "tag":
-            self.client.set_tag(run_id, _key(event["key"]), event["value"])
-        elif kind == "text":
-            self.client.log_text(run_id, event["text"], event["name"])
-        elif kind == "artifact" and (folder / event["file"]).exists():
-            self._send_artifact(folder / event["file"], event["name"], run_id)
-        elif kind == "dataset":
-            self._send_dataset(event, run_id)
-        elif kind == "model":
-            self._send_model(event, events, folder, run_id)
-        return 1
-
-    def _send_start(self, event, run_id):
-        from mlflow.entities import Param, RunTag
-
-        params = [Param(_key(name), str(value)[:6000]) for name, value in event["params"].items()]
-        tags = [RunTag(_key(name), str(value)) for name, value in event["tags"].items()]
-        for first in range(0, max(len(params), len(tags)), 100):
-            self.client.log_batch(run_id, params=params[first:first + 100], tags=tags[first:first + 100])
-
-    def _send_metrics(self, events, position, run_id, summary_id):
-        from mlflow.entities import Metric
-
-        metrics, results, count = [], [], 0
-        for event in events[position:]:
-            if event["kind"] != "metrics" or (metrics and len(metrics) + len(event["values"]) > BATCH):
-                break
-            count += 1
-            for name, value in event["values"].items():
-                metrics.append(Metric(_key(name), value, _milliseconds(event), event["step"] or 0))
-                if event["step"] is None:
-                    results.append(metrics[-1])
-        for first in range(0, len(metrics), BATCH):
-            self.client.log_batch(run_id, metrics=metrics[first:first + BATCH])
-        if summary_id:  # what evaluation found stands on the parent too: pipelines compare in one table
-            for first in range(0, len(results), BATCH):
-                self.client.log_batch(summary_id, metrics=results[first:first + BATCH])
-        return count
-
-    def _send_artifact(self, path, name, run_id):
-        if path.is_dir():
-            return self.client.log_artifacts(run_id, str(path), name)
-        with tempfile.TemporaryDirectory() as folder:  # MLflow names an artifact as its file is named
-            named = Path(folder) / name
-            shutil.copy2(path, named)
-            self.client.log_artifact(run_id, str(named))
-
-    def _send_dataset(self, event, run_id):
-        from mlflow.data.code_dataset_source import CodeDatasetSource
-        from mlflow.data.meta_dataset import MetaDataset
-        from mlflow.entities import DatasetInput, InputTag
-
-        source = CodeDatasetSource({"mlflow.source.name": "stages/prepare.py", "mlflow.source.type": "LOCAL"})
-        dataset = MetaDataset(source, name=event["name"], digest=event["digest"])._to_mlflow_entity()
-        dataset._profile = str(event["profile"])
-        context = [InputTag("mlflow.data.context", "training")]
-        self.client.log_inputs(run_id, [DatasetInput(dataset=dataset, tags=context)])
-
-    def _send_model(self, event, events, folder, run_id):
-        """Log the model as code plus files: nothing is pickled, and it loads where its requirements are.
-
-        In the steps of mlflow.pyfunc.log_model, of which each may be repeated: the whole may not.
-        """
-        from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
-        from mlflow.models import Model
-
-        weights, tokenizer = folder / event["file"], folder / f"{event['file']}.tokenizer"
-        if not weights.exists():  # sent to another store before; the original will do if it is still the same
-            weights, tokenizer = Path(event["folder"]), Path(event["tokenizer"])
-            if not weights.exists() or sha256_of(weights) != event["sha256"]:
-                note = "the model was replaced before it could be sent"
-                return self.client.set_tag(run_id, _key(f"missing.{event['name']}"), note)
-        logged = self._logged_model(event["name"], run_id, events[0]["params"])
-        packages = ("torch", "tokenizers", "safetensors", "numpy")
-        with tempfile.TemporaryDirectory() as staging:
-            small = Path(staging) / "tokenizer"
-            small.mkdir()
-            for name in ("tokenizer.json", "card.json"):
-                if (tokenizer / name).exists():
-                    shutil.copy2(tokenizer / name, small / name)
-            code = Path(staging) / "stages"
-            shutil.copytree(ROOT / "stages", code, ignore=shutil.ignore_patterns("__pycache__"))
-            model = Path(staging) / "model"
-            self.mlflow.pyfunc.save_model(
-                path=str(model),
-                mlflow_model=Model(artifact_path=logged.artifact_location, model_uuid=logged.model_id,
-                                   run_id=run_id, model_id=logged.model_id),
-                python_model=str(code / "served_model.py"),
-                artifacts={"model": str(weights), "tokenizer": str(small)},
-                code_paths=[str(code)],
-                pip_requirements=[f"{name}=={tracking._version(name).split('+')[0]}" for name in packages],
-                signature=_signature(),
-            )
-            self.client.log_model_artifacts(logged.model_id, str(model))
-        self.client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
-        outputs = self.client.get_run(run_id).outputs
-        if logged.model_id not in [output.model_id for output in outputs.model_outputs]:
-            self.client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
-        results = [Metric(_key(name), value, _milliseconds(each), 0, model_id=logged.model_id, run_id=run_id)
-                   for each in events if each["kind"] == "metrics" and each["step"] is None
-                   for name, value in each["values"].items()]
-        for first in range(0, len(results), BATCH):  # models compare by them in MLflow's table of models
-            self.client.log_batch(run_id, metrics=results[first:first + BATCH])
-
-    def _logged_model(self, name, run_id, params):
-        """The model of this run with this name, made where it is not there yet."""
-        condition = f"name = '{name}' and source_run_id = '{run_id}'"
-        found = self.client.search_logged_models([self.experiment], condition)
-        if not found:
-            return self.client.create_logged_model(self.experiment, name, run_id, params=params)
-        kept, *others = sorted(found, key=lambda model: model.model_id)
-        for model in others:  # made by a request that we had given up
-            self.client.delete_logged_model(model.model_id)
-        return kept
-
-
-def _signature():
-    """Text in, text out, and the options of generation with their defaults."""
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
-
-    text = Schema([ColSpec(DataType.string)])
-    options = [ParamSpec("new_tokens", DataType.long, 64), ParamSpec("temperature", DataType.double, 0.0),
-               ParamSpec("seed", DataType.long, 0)]
-    return ModelSignature(text, Schema([ColSpec(DataType.string)]), ParamSchema(options))
-
-
-def _milliseconds(event):
-    return int(event["time"] * 1000)
-
-
-def _key(name):
-    """MLflow takes letters, digits and _-./: and spaces in a name, up to 250 of them."""
-    return "".join(letter if letter.isalnum() or letter in "_-./: " else "_" for letter in str(name))[:250]

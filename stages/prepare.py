@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from stages.artifacts import Refusal, link_or_copy, sha256_of, write_atomically, write_json
 from stages.corpus import Corpus
+from stages.identity import machine
 from stages.resuming import Interruption, ResumeState, resume_key
 from stages.runs import run_stage
 from stages.shards import (
@@ -34,7 +35,6 @@ from stages.shards import (
     write_card,
     write_split,
 )
-from stages.tracking import machine
 
 SECTIONS = ("corpus", "prepare", "sequence_tokens")
 DATA = "data"  # of the resume state: the folder that becomes artifacts/data

@@ -42,6 +42,7 @@ from stages import models, settings
 from stages.checkpoints import Checkpoint, made_once
 from stages.heap import keep_freed_memory
 from stages.optimizers import learning_rate_factor, make_optimizers
+from stages.progress import ProgressLine
 from stages.shards import Tokens, Windows, read_card
 from stages.training import Fit, compile_blocks, max_violation, settle_cublas_workspaces, validation_nats
 
@@ -110,6 +111,9 @@ class Training(lightning.LightningModule):
         self.started = self.saved = time.monotonic()
         self.start = progress.step
         self.rehearsed = not needs_rehearsal(job.world_size)
+        tokens = fit.batch_sequences * job.sequence_tokens
+        out = sys.stdout if job.rank == 0 else None
+        self.line = ProgressLine(fit.name, self.start, fit.steps, job.log_every_steps, tokens, out)
 
     def configure_optimizers(self):
         return self.both
@@ -192,7 +196,8 @@ class Training(lightning.LightningModule):
             figures["tokens_per_second"] = done / max(now - self.started, 1e-9)
             if progress.recent_loads:
                 figures["max_violation"] = max(max_violation(load) for load in torch.tensor(progress.recent_loads[-1]))
-            job.log(fit.name, progress.step, figures, validate, fit.steps)
+            job.log(fit.name, progress.step, figures)
+        self.line.step(progress.step, figures["loss"], figures.get("validation_bits_per_byte"))
 
 
 class Job:
@@ -231,19 +236,12 @@ class Job:
         targets = tokens_BT1[:, 1:].numel()
         return nats.item() / math.log(2) / (targets * self.validation_windows.tokens.bytes_per_token)
 
-    def log(self, name: str, step: int, figures: dict, validated: bool, steps: int) -> None:
+    def log(self, name: str, step: int, figures: dict) -> None:
         if self.rank != 0:
             return
         row = {"step": step, "time": time.time(), "figures": {f"{name}/{k}": v for k, v in figures.items()}}
         with contextlib.suppress(OSError), (self.state / "steps.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")  # a full disk costs the curve of this run's record, not the run
-        if validated:
-            print(
-                f"{name}: step {step}/{steps}  loss {figures['loss']:.4f}"
-                f"  validation {figures['validation_bits_per_byte']:.4f} bits/byte"
-                f"  {figures['tokens_per_second']:,.0f} tokens/s",
-                flush=True,
-            )
 
 
 def run_fit(fit: Fit, job: Job) -> dict:
@@ -274,7 +272,10 @@ def run_fit(fit: Fit, job: Job) -> dict:
             num_sanity_val_steps=0,
         )
         batches = Batches(job.windows, progress.step, fit.steps, job.rank, job.world_size, fit.batch_sequences)
-        trainer.fit(training, DataLoader(batches, batch_size=None))
+        try:
+            trainer.fit(training, DataLoader(batches, batch_size=None))
+        finally:
+            training.line.close()
         if job.rank == 0:
             progress.save(fit.model, optimizers)
     fit.model.cpu()

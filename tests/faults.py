@@ -35,7 +35,8 @@ import yaml
 from benchmarks.checkout import DVC, checkout, environment, outs_of
 from benchmarks.table import ROOT
 from stages.artifacts import sha256_of
-from stages.tracking import machine, unsent
+from stages.identity import machine
+from stages.records import unsent
 
 REPRO = (*DVC, "repro")
 RWLOCK = ".dvc/tmp/rwlock"

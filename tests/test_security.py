@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from test_shards import BPE, folder_of
 from test_student import SHAPE
 
-from stages import models, scoring, tracking
+from stages import models, records, scoring
 from stages.artifacts import ROOT, Refusal, read_json, sha256_of, write_json
 from stages.checkpoints import Checkpoint
 from stages.resuming import ResumeState
@@ -175,7 +175,7 @@ def test_the_sheet_and_the_presets(tmp_path, trap, marker, name):
 def test_the_record_of_a_run_and_what_was_sent_of_it(tmp_path, trap, marker):
     (tmp_path / "events.jsonl").write_bytes(trap)
     (tmp_path / "sent.json").write_bytes(trap)
-    assert tracking.read_lines(tmp_path / "events.jsonl") == [] and tracking.read_sent(tmp_path) == {}
+    assert records.read_lines(tmp_path / "events.jsonl") == [] and records.read_sent(tmp_path) == {}
     assert not marker.exists()
 
 
@@ -184,7 +184,7 @@ def test_a_record_names_only_files_of_its_own(tmp_path, name):
     whole = {"kind": "artifact", "file": "files/0-a.csv"}
     lines = [json.dumps(whole), json.dumps({"kind": "model", "file": name})]
     (tmp_path / "events.jsonl").write_text("\n".join(lines) + "\n")
-    assert tracking.read_lines(tmp_path / "events.jsonl") == [whole]
+    assert records.read_lines(tmp_path / "events.jsonl") == [whole]
 
 
 @settings(max_examples=200, deadline=None)
@@ -197,7 +197,7 @@ def test_any_damage_of_a_record_costs_only_the_lines_it_meets(data):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "events.jsonl"
         path.write_bytes(content[:start] + data.draw(st.binary(max_size=20)) + content[end:])
-        read = tracking.read_lines(path)
+        read = records.read_lines(path)
     edges = [sum(map(len, lines[:number])) for number in range(10)]
     met = [number for number in range(9) if edges[number + 1] >= start and edges[number] <= end]
     assert [line for line in written if line in read] == [line for line in read if line in written]
@@ -209,7 +209,7 @@ def test_any_damage_of_a_record_costs_only_the_lines_it_meets(data):
 def test_whatever_stands_in_sent_json_is_states_by_store_or_nothing(anything):
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "sent.json").write_text(json.dumps(anything))
-        assert isinstance(tracking.is_sent(Path(folder)), bool)
+        assert isinstance(records.is_sent(Path(folder)), bool)
 
 
 def test_a_served_model(model, data, trap, marker):

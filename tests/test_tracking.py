@@ -1,17 +1,19 @@
 """The record of a run survives what befalls the tracker, and reaches MLflow complete and once."""
 
+import http.server
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from stages import mirror, tracking
+from stages import identity, launching, mirror, records, redaction, servers, tracking
 from stages.artifacts import ROOT, sha256_of
 
 mlflow = pytest.importorskip("mlflow")
@@ -126,6 +128,75 @@ def test_jobs_of_a_sweep_stand_under_one_parent_named_by_their_overrides(made, n
         "sweep distill 20260101", "distill temperature=1", "distill temperature=2"}
 
 
+def test_a_run_by_hand_is_named_by_its_overrides(made, no_mirror):
+    out = made / "outputs/distill/20260101"
+    (out / ".hydra").mkdir(parents=True)
+    (out / ".hydra/overrides.yaml").write_text("- distill.steps=4\n- seed=2\n")
+    start = records.read_lines(record(made, out=out) / "events.jsonl")[0]
+    assert start["name"] == "distill steps=4 seed=2" and start["pipeline"] is None
+
+
+def test_figures_of_steps_reach_the_record_while_they_are_written_and_once_each(tmp_path, no_mirror, monkeypatch):
+    monkeypatch.setattr(launching, "TAIL_S", 0.01)
+    figures = {"teacher/loss": 5.0, "teacher/tokens_per_second": 9}
+    rows = [{"step": step, "time": 100.0 + step, "figures": figures}
+            for step in range(6)]
+    path = tmp_path / "steps.jsonl"
+
+    def recorded():
+        events = records.read_lines(run.folder / "events.jsonl")
+        return [(event["step"], event["time"]) for event in events if event["kind"] == "metrics"]
+
+    def soon(steps):
+        deadline = time.monotonic() + 20
+        while recorded() != [(step, 100.0 + step) for step in steps] and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return recorded() == [(step, 100.0 + step) for step in steps]
+
+    with tracking.start_run("pretrain", {}, tmp_path, tmp_path) as run, path.open("a") as file:
+        with launching._record_steps(path, run) as speeds:
+            for row in rows[:2]:
+                file.write(json.dumps(row) + "\n")
+            half = json.dumps(rows[2])
+            file.write(half[:9])
+            file.flush()
+            assert soon([0, 1])
+            file.write(half[9:] + "\n")
+            file.write('{"step": 3, "ti' + json.dumps(rows[3]) + "\n")  # a full disk cut the line before short
+            file.flush()
+            assert soon([0, 1, 2])
+            file.write("".join(json.dumps(row) + "\n" for row in rows[4:]))
+            file.flush()
+        assert soon([0, 1, 2, 4, 5]) and speeds == {"teacher/tokens_per_second": 9}
+
+
+@pytest.mark.parametrize("corpus, name", [
+    ({"source": "stdlib", "name": "the standard library of Python 3.11.7", "python": "3.11.7"}, "stdlib 3.11.7"),
+    ({"source": "files", "name": "80 files", "files": ["a.txt"] * 80}, "80 files"),
+    ({"source": "huggingface", "name": "wikitext", "subset": "raw"}, "wikitext raw"),
+    ("stdlib", "stdlib"), (None, "corpus")])
+def test_the_dataset_column_shows_a_short_name_and_the_digest_of_the_card(tmp_path, corpus, name):
+    card = tmp_path / "artifacts/data/card.json"
+    card.parent.mkdir(parents=True)
+    card.write_text(json.dumps({"corpus": corpus, "splits": {}}))
+    assert identity.dataset(tmp_path) == {"name": name, "digest": sha256_of(card)[:32], "profile": {}}
+
+
+def test_a_model_of_a_running_stage_waits_for_all_of_its_results(made, no_mirror):
+    (made / "student").mkdir()
+    (made / "student/model.safetensors").write_bytes(b"weights")
+    with tracking.start_run("distill", {}, made, made) as run:
+        run.metrics({"loss": 3.0}, step=1)
+        run.model(made / "student")
+        run.metrics({"seconds": 2.0})
+        assert mirror.send(made) == 0
+        assert runs_in(made)[1]["distill"].data.metrics == {"loss": 3.0}
+    assert mirror.send(made) == 0
+    client, by_kind, _ = runs_in(made)
+    model, = client.search_logged_models([by_kind["distill"].info.experiment_id])
+    assert {metric.key: metric.value for metric in model.metrics} == {"seconds": 2.0}
+
+
 def test_an_unreachable_server_does_not_raise_and_nothing_is_lost(made, monkeypatch, capfd):
     with socket.socket() as closed:  # a port that nothing listens on
         closed.bind(("127.0.0.1", 0))
@@ -138,10 +209,101 @@ def test_an_unreachable_server_does_not_raise_and_nothing_is_lost(made, monkeypa
         waited += capfd.readouterr().err
     assert "the run is kept" in waited and "python -m stages.tracking sync" in waited
     assert SECRET not in waited
-    assert len(tracking.read_lines(folder / "events.jsonl")) > 700
+    assert len(records.read_lines(folder / "events.jsonl")) > 700
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert mirror.send(made) == 0  # later, to a store that is there
     assert len(runs_in(made)[2]) == 2
+
+
+@pytest.mark.parametrize("uri, told", [
+    ("127.0.0.1:5000", "has no scheme: write http://127.0.0.1:5000"),
+    ("localhost:5000/mlflow", "has no scheme: write http://localhost:5000/mlflow"),
+    (f"me:{SECRET}@host:5000", "has no scheme: write http://***@host:5000"),
+    ("file:///tmp/mlruns", "set MLFLOW_TRACKING_URI=sqlite:///mlflow.db, or a server's address such as http://"),
+    ("file:mlruns", "set MLFLOW_TRACKING_URI=sqlite:///mlflow.db"),
+    ("./mlruns", "set MLFLOW_TRACKING_URI=sqlite:///mlflow.db"),
+    ("mlflow.example.com", "a server's address such as http://127.0.0.1:5000"),
+])
+def test_a_uri_that_mlflow_takes_for_a_folder_is_told_with_what_to_write_instead(
+        uri, told, made, no_mirror, monkeypatch, capsys):
+    record(made)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert mirror.send(made) == 1
+    line, = capsys.readouterr().err.splitlines()
+    assert told in line and SECRET not in line and "python -m stages.tracking sync" in line
+    assert len(records.unsent(made)) == 1
+
+
+@pytest.mark.parametrize("status, body, told", [
+    (401, b"You are not authenticated.", "refused the user name or password: set MLFLOW_TRACKING_USERNAME and"),
+    (401, b'{"error_code": "UNAUTHENTICATED"}', "refused the user name or password: set MLFLOW_TRACKING_USERNAME and"),
+    (403, b"Permission denied", "does not let this user write there (403): ask"),
+    (403, b'{"error_code": "PERMISSION_DENIED"}', "does not let this user write there (403): ask"),
+])
+def test_a_server_that_refuses_the_user_is_not_called_unreachable(
+        status, body, told, made, no_mirror, monkeypatch, capsys):
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    record(made)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as refusing:
+        threading.Thread(target=refusing.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{refusing.server_port}")
+        assert mirror.send(made) == 1
+        refusing.shutdown()
+    line, = capsys.readouterr().err.splitlines()
+    assert told in line and "not reached" not in line
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY", "all_proxy"])
+def test_a_proxy_in_the_way_is_named_with_how_to_go_around_it(variable, made, no_mirror, monkeypatch, capsys):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    record(made)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:5999")
+    monkeypatch.setenv(variable, f"http://me:{SECRET}@127.0.0.1:9")
+    assert mirror.send(made) == 1
+    line, = capsys.readouterr().err.splitlines()
+    assert f"the proxy that {variable} names" in line and "set NO_PROXY=localhost" in line and SECRET not in line
+    monkeypatch.setenv("NO_PROXY", "localhost")
+    assert mirror.send(made) == 1
+    assert "proxy" not in capsys.readouterr().err
+
+
+def test_a_deleted_experiment_is_restored_by_the_command_that_is_told(made, no_mirror, monkeypatch, capsys):
+    record(made)
+    assert mirror.send(made) == 0
+    client = mlflow.MlflowClient(f"sqlite:///{made}/mlflow.db")
+    identity = client.get_experiment_by_name("offramp").experiment_id
+    client.delete_experiment(identity)
+    record(made)
+    capsys.readouterr()
+    assert mirror.send(made) == 1
+    line, = capsys.readouterr().err.splitlines()
+    command = f"mlflow experiments restore --experiment-id {identity}"
+    assert f"{command}, or set MLFLOW_EXPERIMENT_NAME=other" in line
+    mlflow_itself, *words = command.split()
+    subprocess.run([Path(sys.executable).with_name(mlflow_itself), *words], cwd=made, check=True, capture_output=True)
+    assert mirror.send(made) == 0 and records.unsent(made) == []
+
+    client.delete_experiment(identity)
+    record(made)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "other")
+    assert mirror.send(made) == 0 and records.unsent(made) == []
+
+
+def test_a_message_is_cut_between_words_and_a_secret_in_it_never(monkeypatch):
+    monkeypatch.setenv("A_TOKEN", "abcdefgh-ijkl")
+    line = redaction.redacted_line("word " * 10 + "abcdefgh-ijkl word", 56)
+    assert line == "word " * 10 + "*** …"
+    assert servers.reason(ValueError("some words " * 100)).endswith("words …")
 
 
 def test_the_mirror_that_a_stage_starts_fills_the_store(made):
@@ -159,20 +321,20 @@ def test_a_killed_stage_is_sent_as_killed_with_what_it_had_said(made):
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     subprocess.run([sys.executable, "-c", script, str(made)], cwd=ROOT, timeout=60)
-    folder = tracking.unsent(made)[0]
+    folder = records.unsent(made)[0]
     with open(folder / "events.jsonl", "a") as file:
         file.write('{"kind": "metrics", "values": {"lo')  # and a line cut short
     assert mirror.send(made) == 0
     child = runs_in(made)[1]["distill"]
     assert child.info.status == "KILLED" and child.data.metrics == {"loss": 3.0}
-    assert tracking.unsent(made) == []
+    assert records.unsent(made) == []
 
 
 def test_a_failing_stage_is_recorded_as_failed_and_its_error_goes_through(tmp_path, no_mirror):
     with pytest.raises(ValueError, match="the stage's own"):
         with tracking.start_run("distill", {}, tmp_path, tmp_path) as run:
             raise ValueError("the stage's own")
-    events = tracking.read_lines(run.folder / "events.jsonl")
+    events = records.read_lines(run.folder / "events.jsonl")
     assert events[-1]["status"] == "FAILED" and any("the stage's own" in str(event) for event in events)
 
 
@@ -190,9 +352,9 @@ def test_secrets_never_reach_the_record(tmp_path, no_mirror):
     folder = record(tmp_path)
     said = (folder / "events.jsonl").read_text()
     assert SECRET not in said and "https://***@host/data" in said
-    database = tracking.redacted("postgresql://u:p@ss@host/db?password=x&a=1")
+    database = redaction.redacted("postgresql://u:p@ss@host/db?password=x&a=1")
     assert database == "postgresql://***@host/db?password=***&a=1"
-    flat = tracking.flat({"store": {"api_key": "x", "end_of_text": 3}})
+    flat = redaction.flat({"store": {"api_key": "x", "end_of_text": 3}})
     assert flat == {"store.api_key": "***", "store.end_of_text": 3}
 
 

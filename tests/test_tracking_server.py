@@ -25,7 +25,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from stages import mirror, models, shards, tracking
+from stages import mirror, models, records, shards, store, tracking
 from stages.artifacts import ROOT, sha256_of
 from stages.student import StudentShape
 
@@ -189,7 +189,7 @@ def say_all(run, folder):
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory):
+def recorded(tmp_path_factory):
     """Two roots, each with the record of one stage: `plain` without and `model` with a model."""
     made = {}
     with pytest.MonkeyPatch.context() as patch:
@@ -221,7 +221,7 @@ def records(tmp_path_factory):
 def copy_of(root, to):
     """The record with nothing sent of it, in a checkout that is always the same one."""
     shutil.copytree(root / ".runs", to / ".runs")
-    (to / mirror.CHECKOUT).write_text("tested")
+    (to / store.CHECKOUT).write_text("tested")
     return to
 
 
@@ -260,12 +260,12 @@ def hashes(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(server, relay, records, tmp_path_factory):
+def whole(server, relay, recorded, tmp_path_factory):
     """What an uninterrupted send leaves on the server, and the requests it took."""
     wanted = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", relay.uri)
-        for name, root in records.items():
+        for name, root in recorded.items():
             patch.setenv("MLFLOW_EXPERIMENT_NAME", f"whole {name}")
             relay.reset()
             assert mirror.send(copy_of(root, tmp_path_factory.mktemp("whole")), quiet=True) == 0
@@ -293,13 +293,13 @@ def test_a_run_goes_over_http_whole(whole):
 
 @pytest.mark.parametrize("verdict", ["lose", "mute"])
 def test_a_server_that_dies_at_any_request_costs_nothing_and_doubles_nothing(
-        verdict, server, relay, records, whole, tmp_path, monkeypatch, capsys):
+        verdict, server, relay, recorded, whole, tmp_path, monkeypatch, capsys):
     wanted, requests = whole["plain"]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", relay.uri)
     for number in range(1, len(requests) + 1):
         experiment = f"{verdict} {number}"
         monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", experiment)
-        root = copy_of(records["plain"], tmp_path / str(number))
+        root = copy_of(recorded["plain"], tmp_path / str(number))
         relay.reset(from_request(number, verdict))
         assert mirror.send(root, quiet=True) == 1
         assert "was not reached" in capsys.readouterr().err
@@ -312,11 +312,11 @@ def test_a_server_that_dies_at_any_request_costs_nothing_and_doubles_nothing(
 @pytest.mark.parametrize("request_", ["POST .*logged-models$", "PUT .*model.safetensors", "PATCH .*logged-models/",
                                       "POST .*outputs"])
 def test_a_model_half_sent_becomes_one_model(
-        request_, verdict, server, relay, records, whole, tmp_path, monkeypatch, request):
+        request_, verdict, server, relay, recorded, whole, tmp_path, monkeypatch, request):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", relay.uri)
     wanted, requests = whole["model"]
     number = next(i for i, seen in enumerate(requests, 1) if re.match(request_, seen))
-    root = copy_of(records["model"], tmp_path)
+    root = copy_of(recorded["model"], tmp_path)
     relay.reset(from_request(number, verdict))
     assert mirror.send(root, quiet=True) == 1
     relay.reset()
@@ -325,9 +325,9 @@ def test_a_model_half_sent_becomes_one_model(
     assert not list(root.rglob("model.safetensors"))  # the record lets go of what the store has
 
 
-def test_one_lost_answer_in_passing_is_mended_at_once(server, relay, records, whole, tmp_path, monkeypatch, request):
+def test_one_lost_answer_in_passing_is_mended_at_once(server, relay, recorded, whole, tmp_path, monkeypatch, request):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", relay.uri)
-    root = copy_of(records["plain"], tmp_path)
+    root = copy_of(recorded["plain"], tmp_path)
     created = next(i for i, seen in enumerate(whole["plain"][1], 1) if "runs/create" in seen)
     relay.reset(lambda number, what: "mute" if number == created else None)
     assert mirror.send(root, quiet=True) == 0
@@ -335,10 +335,10 @@ def test_one_lost_answer_in_passing_is_mended_at_once(server, relay, records, wh
 
 
 def test_a_server_too_slow_to_be_heard_is_given_up_and_gets_the_rest_later(
-        server, relay, records, whole, tmp_path, monkeypatch, request):
+        server, relay, recorded, whole, tmp_path, monkeypatch, request):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", relay.uri)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    root = copy_of(records["plain"], tmp_path)
+    root = copy_of(recorded["plain"], tmp_path)
     for first in (4, 7):  # it does what it is asked, and answers when nobody listens any more
         relay.reset(lambda number, what, first=first: setattr(relay, "delay", 2.0 if number >= first else 0.0))
         assert mirror.send(root, quiet=True) == 1
@@ -349,7 +349,7 @@ def test_a_server_too_slow_to_be_heard_is_given_up_and_gets_the_rest_later(
     assert contents(server, request.node.name) == whole["plain"][0]
 
 
-def test_a_server_that_answers_with_nothing_is_told_at_the_first_answer(records, tmp_path, monkeypatch, capfd):
+def test_a_server_that_answers_with_nothing_is_told_at_the_first_answer(recorded, tmp_path, monkeypatch, capfd):
     answered = []
 
     class Hollow(http.server.BaseHTTPRequestHandler):
@@ -366,15 +366,15 @@ def test_a_server_that_answers_with_nothing_is_told_at_the_first_answer(records,
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hollow) as hollow:
         threading.Thread(target=hollow.serve_forever, daemon=True).start()
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{hollow.server_port}")
-        assert mirror.send(copy_of(records["plain"], tmp_path)) == 1
+        assert mirror.send(copy_of(recorded["plain"], tmp_path)) == 1
         hollow.shutdown()
     assert "what answers there is not an MLflow server" in capfd.readouterr().err and len(answered) == 1
 
 
 def test_the_server_killed_in_the_middle_is_started_again_and_has_all(
-        server, relay, records, whole, tmp_path, monkeypatch, request):
+        server, relay, recorded, whole, tmp_path, monkeypatch, request):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", relay.uri)
-    root = copy_of(records["plain"], tmp_path)
+    root = copy_of(recorded["plain"], tmp_path)
     relay.reset(lambda number, what: server.kill() if number == 8 else None)
     try:
         assert mirror.send(root, quiet=True) == 1
@@ -392,9 +392,9 @@ def mirror_process(root, **environment):
 
 
 def test_a_mirror_killed_again_and_again_leaves_it_to_the_next(
-        server, relay, records, whole, tmp_path, monkeypatch, request):
+        server, relay, recorded, whole, tmp_path, monkeypatch, request):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", relay.uri)
-    root = copy_of(records["plain"], tmp_path)
+    root = copy_of(recorded["plain"], tmp_path)
     for number, verdict in ((4, "mute"), (5, "mute"), (6, "lose")):
         running = []
 
@@ -414,25 +414,25 @@ def test_a_mirror_killed_again_and_again_leaves_it_to_the_next(
 
 
 def test_a_record_that_the_store_refuses_does_not_block_the_others(
-        server, relay, records, whole, tmp_path, monkeypatch, capsys, request):
+        server, relay, recorded, whole, tmp_path, monkeypatch, capsys, request):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", relay.uri)
-    monkeypatch.setattr(mirror, "TRIES", 1)
-    root = copy_of(records["plain"], tmp_path)
-    good = tracking.unsent(root)[0]
+    monkeypatch.setattr(store, "TRIES", 1)
+    root = copy_of(recorded["plain"], tmp_path)
+    good = records.unsent(root)[0]
     bad = good.with_name("00000000-bad")
     shutil.copytree(good, bad)
-    lines = tracking.read_lines(bad / "events.jsonl")
+    lines = records.read_lines(bad / "events.jsonl")
     lines[0]["pipeline"] = None
     lines.insert(1, {"kind": "tag", "time": 0, "key": "", "value": "a tag without a name"})
     (bad / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert mirror.send(root, quiet=True) == 1
     assert "refused 00000000-bad" in capsys.readouterr().err
-    assert tracking.unsent(root) == [bad]
+    assert records.unsent(root) == [bad]
 
 
-def test_a_run_deleted_in_the_middle_is_sent_anew(server, relay, records, whole, tmp_path, monkeypatch, request):
+def test_a_run_deleted_in_the_middle_is_sent_anew(server, relay, recorded, whole, tmp_path, monkeypatch, request):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", relay.uri)
-    root = copy_of(records["plain"], tmp_path)
+    root = copy_of(recorded["plain"], tmp_path)
     last = len(whole["plain"][1]) - 2
     relay.reset(from_request(last, "lose"))
     assert mirror.send(root, quiet=True) == 1
@@ -506,6 +506,115 @@ def test_a_server_that_never_answers_holds_the_mirror_for_a_while_and_the_stage_
     relay.release.set()
 
 
+TRAINING = """
+import sys, time
+from pathlib import Path
+from stages import tracking
+root = Path(sys.argv[1])
+with tracking.start_run("distill", {"seed": 1}, root, root) as run:
+    run.follow()
+    for step in range(100):
+        if step == 50:
+            while not (root / "go on").exists():
+                time.sleep(0.05)
+        run.metrics({"loss": 5.0 - step}, step=step)
+print(*({"mlflow", "requests", "urllib3"} & set(sys.modules)), end="")
+"""
+
+
+def training(root, **environment):
+    """A stage that trains 50 steps, waits for the file `go on`, and trains 50 more."""
+    return subprocess.Popen([sys.executable, "-c", TRAINING, str(root)], cwd=ROOT, text=True,
+                            env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def seen_of(server):
+    """Status and loss curve of the stage's run, as far as the server has it."""
+    client = mlflow.MlflowClient(server.uri)
+    experiment = client.get_experiment_by_name(os.environ["MLFLOW_EXPERIMENT_NAME"])
+    runs = client.search_runs([experiment.experiment_id], "tags.`offramp.kind` = 'distill'") if experiment else []
+    return [(run.info.status, [point.step for point in client.get_metric_history(run.info.run_id, "loss")])
+            for run in runs]
+
+
+def test_curves_show_while_the_stage_trains_and_are_whole_and_there_once_at_its_end(server, tmp_path):
+    process = training(tmp_path, MLFLOW_TRACKING_URI=server.uri)
+    wait_until(lambda: seen_of(server) == [("RUNNING", list(range(50)))])
+    began = time.monotonic()
+    by_hand = mirror_process(tmp_path, MLFLOW_TRACKING_URI=server.uri)  # the mirror keeps no other one waiting
+    assert "so far: its stage is running" in by_hand.communicate()[0] and time.monotonic() - began < mirror.QUEUE_S / 2
+    (tmp_path / "go on").touch()
+    assert process.communicate() == ("", "") and process.returncode == 0
+    wait_until(lambda: not mirrors_of(tmp_path))
+    assert seen_of(server) == [("FINISHED", list(range(100)))] and records.unsent(tmp_path) == []
+
+
+def test_a_mirror_killed_while_its_stage_trains_is_replaced_at_the_end(server, tmp_path):
+    process = training(tmp_path, MLFLOW_TRACKING_URI=server.uri)
+    wait_until(lambda: seen_of(server) == [("RUNNING", list(range(50)))])
+    follower, = (each for each in mirrors_of(tmp_path) if each.pid != process.pid)
+    follower.kill()
+    (tmp_path / "go on").touch()
+    assert process.communicate() == ("", "") and process.returncode == 0
+    wait_until(lambda: not mirrors_of(tmp_path))
+    assert seen_of(server) == [("FINISHED", list(range(100)))] and records.unsent(tmp_path) == []
+
+
+def test_a_stage_killed_while_it_trains_is_sent_as_killed_by_its_own_mirror(server, tmp_path):
+    process = training(tmp_path, MLFLOW_TRACKING_URI=server.uri)
+    wait_until(lambda: seen_of(server) == [("RUNNING", list(range(50)))])
+    process.kill()
+    process.communicate()
+    wait_until(lambda: not mirrors_of(tmp_path))
+    assert seen_of(server) == [("KILLED", list(range(50)))] and records.unsent(tmp_path) == []
+
+
+def test_while_no_server_answers_the_mirror_of_a_training_stage_does_not_even_import_mlflow(tmp_path):
+    process = training(tmp_path, MLFLOW_TRACKING_URI=f"http://127.0.0.1:{free_port()}")
+    follower = wait_until(lambda: [each for each in mirrors_of(tmp_path) if each.pid != process.pid])[0]
+    wait_until(lambda: (next(tmp_path.glob(".runs/tracking/*/mirror"), None)))
+    time.sleep(3)
+    assert follower.nice() == 10 and sum(follower.cpu_times()[:2]) < 2.0
+    assert not [each.path for each in follower.memory_maps() if "numpy" in each.path]
+    (tmp_path / "go on").touch()
+    assert process.communicate() == ("", "") and process.returncode == 0
+    wait_until(lambda: not mirrors_of(tmp_path))
+    assert "was not reached" in (tmp_path / records.FAILURE).read_text()
+
+
+def test_a_sync_returns_when_the_mirrors_of_ended_stages_have_ended(server, tmp_path):
+    process = training(tmp_path, MLFLOW_TRACKING_URI=server.uri)
+    wait_until(lambda: seen_of(server))
+    (tmp_path / "go on").touch()
+    process.communicate()
+    assert mirror_process(tmp_path, MLFLOW_TRACKING_URI=server.uri).wait(60) == 0
+    held, = tmp_path.glob(".runs/tracking/*/mirror")
+    assert not records.is_locked(held) and records.unsent(tmp_path) == []
+
+
+def test_with_closed_standard_streams_a_stage_is_recorded_and_sent_whole(server, tmp_path):
+    (tmp_path / "go on").touch()
+    command = [sys.executable, "-c", TRAINING, str(tmp_path)]
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": server.uri}
+    closed = ["sh", "-c", '"$@" 0<&- 1>&- 2>&-', "sh"]
+    assert subprocess.run([*closed, *command], cwd=ROOT, env=environment).returncode == 0
+    wait_until(lambda: not mirrors_of(tmp_path))
+    assert seen_of(server) == [("FINISHED", list(range(100)))]
+    sync = [sys.executable, "-m", "stages.tracking", "sync", "--root", str(tmp_path)]
+    for sent in tmp_path.glob(".runs/tracking/*/sent.json"):
+        sent.unlink()
+    assert subprocess.run([*closed, *sync], cwd=ROOT, env=environment).returncode == 0
+    assert seen_of(server) == [("FINISHED", list(range(100)))] and records.unsent(tmp_path) == []
+
+
+def test_with_docstrings_stripped_a_stage_is_sent_all_the_same(server, tmp_path):
+    (tmp_path / "go on").touch()
+    process = training(tmp_path, MLFLOW_TRACKING_URI=server.uri, PYTHONOPTIMIZE="2")
+    assert process.communicate() == ("", "") and process.returncode == 0
+    wait_until(lambda: not mirrors_of(tmp_path))
+    assert seen_of(server) == [("FINISHED", list(range(100)))] and records.unsent(tmp_path) == []
+
+
 def rows(database, table):
     with contextlib.closing(sqlite3.connect(database)) as connection:
         return connection.execute(f"select count(*) from {table}").fetchone()[0]
@@ -515,7 +624,7 @@ def test_four_sweep_jobs_at_once_fill_one_new_sqlite_store_and_lose_nothing(tmp_
     jobs = [stage(tmp_path, str(job)) for job in range(4)]
     assert [job.communicate() and job.returncode for job in jobs] == [0] * 4
     wait_until(lambda: not mirrors_of(tmp_path))
-    assert tracking.unsent(tmp_path) == []
+    assert records.unsent(tmp_path) == []
     database = tmp_path / "mlflow.db"
     assert rows(database, "runs") == 5  # and their parent
     assert rows(database, "metrics") == 4 * 500 and rows(database, "params") == 4 * 2
@@ -535,7 +644,7 @@ def test_four_checkouts_at_once_through_the_server_lose_nothing(server, tmp_path
     jobs = [stage(tmp_path / str(job), "0", MLFLOW_TRACKING_URI=server.uri) for job in range(4)]
     assert [job.communicate() and job.returncode for job in jobs] == [0] * 4
     wait_until(lambda: not mirrors_of(tmp_path))
-    assert [tracking.unsent(tmp_path / str(job)) for job in range(4)] == [[]] * 4
+    assert [records.unsent(tmp_path / str(job)) for job in range(4)] == [[]] * 4
     found = contents(server, os.environ["MLFLOW_EXPERIMENT_NAME"])
     assert len(found) == 8
     for entry in found:
@@ -585,6 +694,16 @@ def test_no_secret_reaches_the_record_the_server_or_what_is_printed(server, rela
         assert not [value for value in values if value in what]
     page, = server.folder.rglob("index.html")
     assert "https://***@host/x" in page.read_text()
+
+
+def test_make_ui_names_another_port_where_the_one_it_is_to_use_is_taken():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = ["make", "-o", ".venv/.run", "ui", f"PORT={port}"]
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    assert done.returncode != 0 and done.stdout == ""
+    assert done.stderr.splitlines()[0] == f"port {port} is in use: make ui PORT={port + 1}"
 
 
 def test_the_server_of_make_ui_listens_on_loopback_only(server):
