@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from stages import charts, report
+from stages import charts, claims, drawing, report, wording
 from stages.artifacts import Refusal, read_json, write_json
 
 
@@ -240,7 +240,7 @@ def page_of(root):
 
 def test_the_reports_numbers_are_those_of_the_metrics_files(checkout):
     evaluated = read_json(checkout / "metrics/evaluate.json")
-    claims = {claim["name"]: claim for claim in read_json(checkout / "report/claims.json")["claims"]}
+    stated = {claim["name"]: claim for claim in read_json(checkout / "report/claims.json")["claims"]}
     page = (checkout / "report/index.html").read_text(encoding="utf-8")
     student = evaluated["comparisons"]["student"]
     for key in (
@@ -250,17 +250,17 @@ def test_the_reports_numbers_are_those_of_the_metrics_files(checkout):
         "control_quality_kept",
         "gap_closed",
     ):
-        assert claims["distillation"]["values"][key] == student[key]
-        assert report.percent(student[key]) in page
+        assert stated["distillation"]["values"][key] == student[key]
+        assert wording.percent(student[key]) in page
     for name in ("teacher", "student"):
-        sparse, values = evaluated["comparisons"][f"sparse_{name}"], claims[f"sparsity_{name}"]["values"]
+        sparse, values = evaluated["comparisons"][f"sparse_{name}"], stated[f"sparsity_{name}"]["values"]
         assert all(values[key] == sparse[key] for key in values)
-        assert report.signed(sparse["quality_lost"]) in page and report.percent(sparse["flops_cut"]) in page
+        assert wording.signed(sparse["quality_lost"]) in page and wording.percent(sparse["flops_cut"]) in page
     for model in evaluated["models"].values():
-        assert f"{model['bits_per_byte']:.4f}" in page and charts.number(model["parameters"]) in page
+        assert f"{model['bits_per_byte']:.4f}" in page and wording.number(model["parameters"]) in page
         assert f"{model['bits_per_byte_low']:.4f} to {model['bits_per_byte_high']:.4f}" in page
     for row in evaluated["checkpointing"]:
-        assert report.policy_words(row["policy"]) in page and report.signed(-row["memory_saved"]) in page
+        assert wording.policy_words(row["policy"]) in page and wording.signed(-row["memory_saved"]) in page
 
 
 def test_the_page_says_where_its_numbers_were_made(checkout):
@@ -292,9 +292,9 @@ def test_claims_json_is_the_same_bytes_whatever_the_clock_said(tmp_path):
 
 def test_missing_measurements_are_named_and_stop_nothing(tmp_path):
     write_fixture(tmp_path, measured=False)
-    assert page_of(tmp_path).count(report.NOT_MEASURED) >= 3  # latency, step times, router
-    router = report.router_claim(None)
-    assert (router.measured, router.verdict) == (report.NOT_MEASURED, "not testable here")
+    assert page_of(tmp_path).count(claims.NOT_MEASURED) >= 3  # latency, step times, router
+    router = claims.router_claim(None)
+    assert (router.measured, router.verdict) == (claims.NOT_MEASURED, "not testable here")
 
 
 def test_a_missing_metrics_file_is_refused_by_name(measured):
@@ -312,7 +312,7 @@ def test_a_gap_that_is_not_real_is_told_with_its_reason(measured):
     write_json(measured / "metrics/evaluate.json", evaluated)
     assert reason in page_of(measured)
     assert (
-        report.distillation_claim(evaluated, {}).verdict == "holds"
+        claims.distillation_claim(evaluated, {}).verdict == "holds"
     )  # kept, but no proof that the teacher helped
 
 
@@ -335,7 +335,7 @@ def test_the_sparsity_verdict_follows_the_interval_not_the_point(cut, low, high,
         "quality_lost_low": low,
         "quality_lost_high": high,
     }
-    assert report.sparsity_claim(evaluated, "teacher").verdict == verdict
+    assert claims.sparsity_claim(evaluated, "teacher").verdict == verdict
 
 
 def test_the_best_checkpointing_policy_is_the_one_that_saves_most_within_the_time():
@@ -345,7 +345,7 @@ def test_the_best_checkpointing_policy_is_the_one_that_saves_most_within_the_tim
         ratios = {
             row["policy"]: ratio_of_all if row["policy"] == "every_1" else ratio_of_others for row in policies
         }
-        return report.checkpointing_claim(policies, {name: slowed(ratio) for name, ratio in ratios.items()})
+        return claims.checkpointing_claim(policies, {name: slowed(ratio) for name, ratio in ratios.items()})
 
     assert claimed(1.2, 1.1).values["policy"] == "every_1" and claimed(1.2, 1.1).verdict == "beaten"
     assert claimed(1.4, 1.1).values["policy"] == "selective"
@@ -357,35 +357,35 @@ def test_the_best_checkpointing_policy_is_the_one_that_saves_most_within_the_tim
 
 def test_a_policy_surely_in_time_that_saves_too_little_does_not_hide_one_perhaps_in_time_that_saves_enough():
     policies = [row for row in evaluation()["checkpointing"] if row["policy"] in ("none", "every_4", "every_2")]
-    claim = report.checkpointing_claim(policies, {"every_4": slowed(1.1), "every_2": slowed(1.24)})
+    claim = claims.checkpointing_claim(policies, {"every_4": slowed(1.1), "every_2": slowed(1.24)})
     assert (claim.values["policy"], claim.verdict) == ("every_2", "not testable here")
-    claim = report.checkpointing_claim(policies, {"every_4": slowed(1.1), "every_2": slowed(1.4)})
+    claim = claims.checkpointing_claim(policies, {"every_4": slowed(1.1), "every_2": slowed(1.4)})
     assert (claim.values["policy"], claim.verdict) == ("every_4", "fails")
 
 
 def test_a_policy_with_other_gradients_is_never_recommended():
     policies = [row | {"gradients_equal": row["policy"] == "none"} for row in evaluation()["checkpointing"]]
-    assert report.checkpointing_claim(policies, {}).verdict == "fails"
+    assert claims.checkpointing_claim(policies, {}).verdict == "fails"
 
 
 def test_without_a_clock_a_steps_time_is_judged_by_its_counted_flops():
-    claim = report.checkpointing_claim(evaluation()["checkpointing"], {})
+    claim = claims.checkpointing_claim(evaluation()["checkpointing"], {})
     assert (
         claim.values["policy"] == "every_1"
     )  # a whole forward again: a third of a step more, less where kept
-    assert "FLOPs of a step" in claim.measured and report.NOT_MEASURED in claim.why
+    assert "FLOPs of a step" in claim.measured and claims.NOT_MEASURED in claim.why
 
 
 @pytest.mark.parametrize(
     ("low", "high", "verdict"), [(3.0, 3.3, "beaten"), (2.8, 3.1, "not testable here"), (1.4, 1.6, "fails")]
 )
 def test_routers_are_compared_by_ratio(low, high, verdict):
-    assert report.router_claim(router((low + high) / 2, low, high)).verdict == verdict
+    assert claims.router_claim(router((low + high) / 2, low, high)).verdict == verdict
 
 
 def test_the_temperature_used_is_told_where_it_is_not_the_claims():
-    assert "T = 1, not T = 2" in report.distillation_claim(evaluation(), {"temperature": 1.0}).why
-    assert "T = 2" not in report.distillation_claim(evaluation(), {"temperature": 2.0}).why
+    assert "T = 1, not T = 2" in claims.distillation_claim(evaluation(), {"temperature": 1.0}).why
+    assert "T = 2" not in claims.distillation_claim(evaluation(), {"temperature": 2.0}).why
 
 
 def test_claims_markdown_is_one_row_per_claim(checkout):
@@ -405,12 +405,12 @@ def test_every_chart_has_a_title_of_its_own_and_stays_inside_its_frame(checkout)
 
 
 def test_ticks_are_round_and_cover_the_range():
-    assert charts.ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    assert charts.log_ticks(3, 300) == [5, 10, 20, 50, 100, 200]
+    assert drawing.ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert drawing.log_ticks(3, 300) == [5, 10, 20, 50, 100, 200]
 
 
 def test_numbers_read_as_people_write_them():
-    assert [charts.number(value) for value in (12_345_678, 999_999, 1.5, 0.031, 0, None, float("nan"))] == [
+    assert [wording.number(value) for value in (12_345_678, 999_999, 1.5, 0.031, 0, None, float("nan"))] == [
         "12.3M",
         "1M",
         "1.5",
@@ -429,11 +429,11 @@ def test_charts_survive_empty_single_and_unbounded_data():
         charts.bars("c", [], "y"),
     ):
         assert "no data" in drawn
-    alone = charts.Point("alone", 3.0, 0.0)
-    assert "nan" not in charts.scatter("a", [alone, charts.Point("bad", 1.0, nothing)], "x", "y", log_x=True)
-    assert "nan" not in charts.curves("b", [charts.Line("flat", [(1, 2.0), (1, nothing)])], "x", "y")
+    alone = drawing.Point("alone", 3.0, 0.0)
+    assert "nan" not in charts.scatter("a", [alone, drawing.Point("bad", 1.0, nothing)], "x", "y", log_x=True)
+    assert "nan" not in charts.curves("b", [drawing.Line("flat", [(1, 2.0), (1, nothing)])], "x", "y")
     assert "nan" not in charts.bars("c", [("zero", 0.0)], "y")
-    assert "nan" not in charts.curves("d", [charts.Line("one", [(3, 2.0), (0, 1.0), (1, -1.0)])], "x", "y", log=True)
+    assert "nan" not in charts.curves("d", [drawing.Line("one", [(3, 2.0), (0, 1.0), (1, -1.0)])], "x", "y", log=True)
 
 
 def test_figures_that_dvc_did_not_record_are_refused_by_name(tmp_path):
