@@ -135,9 +135,9 @@ def mark(frame, point, x_format, y_format):
         )
     fill = "var(--card)" if point.hollow else colour
     between = f" [{y_format(point.low)}, {y_format(point.high)}]" if bar else ""
-    told = f"{point.label}: {y_format(point.y)}{between} at {x_format(point.x)}. {point.note}".rstrip(". ")
+    tip = f"{point.label}: {y_format(point.y)}{between} at {x_format(point.x)}. {point.note}".rstrip(". ")
     return (
-        f'<g><title>{escape(told)}</title>{bar}<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="{fill}" '
+        f'<g><title>{escape(tip)}</title>{bar}<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="{fill}" '
         f'stroke="{colour}" stroke-width="2"/></g>'
     )
 

@@ -80,8 +80,9 @@ def main(settings, place: Place, run) -> dict:
             state.save("counted", kept)
         metrics, texts = json.loads(kept)
         write_json(place.write("artifacts/samples.json"), texts)
-        write_json(place.write("metrics/evaluate.json"), metrics)
-        write_atomically(place.write("plots/quality.csv"), quality_csv(metrics["models"]))
+        write_json(place.write("metrics/evaluate.json"), headline(metrics))
+        write_json(place.write("artifacts/evaluation.json"), metrics)
+        write_atomically(place.write("plots/quality.csv"), quality_csv(metrics))
         counted = time.perf_counter()
 
         interruption.at_once("timing")
@@ -137,7 +138,7 @@ def save_table(path: Path, table: np.ndarray) -> None:
 
 
 def count(settings, loaded: dict, stream: scoring.Stream, tables: dict) -> dict:
-    """All that goes to the metrics."""
+    """All figures but timings."""
     e, T = settings.evaluate, settings.sequence_tokens
     teacher, n_documents = loaded["teacher"], len(stream.document_bytes)
     bootstrap = scoring.Bootstrap(n_documents, e.bootstrap_resamples, settings.seed)
@@ -205,12 +206,13 @@ def comparisons(bootstrap: scoring.Bootstrap, tables: dict, figures: dict) -> di
     return found
 
 
-def quality_csv(figures: dict) -> str:
-    lines = ["model,flops_per_token,bits_per_byte,low,high"]
-    for name, model in figures.items():
+def quality_csv(metrics: dict) -> str:
+    lines = ["model,flops_per_token,bits_per_byte,low,high,documents"]
+    documents = str(metrics["test"]["documents"])  # behind each interval
+    for name, model in metrics["models"].items():
         numbers = [model[key] for key in ("bits_per_byte", "bits_per_byte_low", "bits_per_byte_high")]
         shown = ["" if number is None or np.isnan(number) else f"{number:.6g}" for number in numbers]
-        lines.append(",".join([name, f"{model['flops_per_token']:.0f}", *shown]))
+        lines.append(",".join([name, f"{model['flops_per_token']:.0f}", *shown, documents]))
     return "\n".join(lines) + "\n"
 
 
@@ -228,8 +230,9 @@ def samples(loaded: dict, stream: scoring.Stream, tokenizer, seed: int) -> dict[
 
 
 def headline(metrics: dict) -> dict[str, float]:
-    """What a person compares runs by."""
+    """What a person compares runs by; all figures are in artifacts/evaluation.json."""
     values = {f"{name}_bits_per_byte": model["bits_per_byte"] for name, model in metrics["models"].items()}
+    values["test_documents"] = metrics["test"]["documents"]
     compared = metrics["comparisons"]
     values["quality_kept"] = compared["student"]["quality_kept"]
     values["gap_closed"] = compared["student"]["gap_closed"]
@@ -319,7 +322,7 @@ def checkpointing_time(model, policies: list[str], loss_of, repetitions: int, se
     for name in policies:
         ratio, low, high = cost.median_ratio(seconds[name], seconds["none"], seed)
         rows[name] = scoring.Estimate(ratio, low, high).named("step_seconds_ratio")
-        rows[name] |= cost.median_and_quartiles("step_seconds", seconds[name])
+        rows[name] |= cost.median_and_quartiles("step_seconds", seconds[name]) | {"repetitions": len(seconds[name])}
         if torch.cuda.is_available():
             rows[name]["allocator_peak_bytes"] = memory.device_peak_bytes(model, name, loss_of)
     return rows
@@ -349,6 +352,7 @@ def router_time(tokens: int, shape, experts: int, per_token: int, repetitions: i
         "plain_microseconds": float(np.median(seconds["plain"]) * 1e6),
         "ours_microseconds": float(np.median(seconds["ours"]) * 1e6),
         **scoring.Estimate(ratio, low, high).named("ratio"),
+        "repetitions": len(seconds["ours"]),
         "tokens": tokens,
         "experts": experts,
         "experts_per_token": per_token,

@@ -6,7 +6,7 @@ from html import escape
 from stages import charts
 from stages.claims import NOT_MEASURED, between, interval_of, more_time
 from stages.drawing import Line, Point
-from stages.wording import number, percent, policy_words, signed, words
+from stages.wording import count, number, percent, policy_words, signed, words
 
 MODELS = {  # the reading order, and the colour, of the models
     "teacher": 0,
@@ -37,7 +37,7 @@ def quality_figure(evaluated: dict) -> str:
         "Quality against compute",
         points,
         "forward FLOPs per token",
-        "bits per byte on test (95% interval)",
+        f"bits per byte on test (95% interval, {count(evaluated['test']['documents'], 'document')})",
         y_format=lambda value: number(value, 4),
         links=[("teacher", "sparse teacher"), ("student", "sparse student")],
     )
@@ -77,6 +77,7 @@ def models_table(evaluated: dict) -> str:
     return "<br>" + table(
         head,
         rows,
+        f"95%: interval over {count(evaluated['test']['documents'], 'test document')}; "
         "FLOPs per token forward, by the formula and as counted; "
         "agrees: share of tokens on which its first choice is the teacher's.",
     )
@@ -129,17 +130,17 @@ def expert_figures(pretrained: dict) -> str:
     return f'<div class="grid">{"".join(drawn)}</div>'
 
 
-def checkpointing_figure(evaluated: dict, clock: dict) -> str:
-    """Time by the clock where every policy was measured, else the FLOPs of a step."""
-    policies, measured = evaluated["checkpointing"], clock.get("checkpointing", {})
-    clocked = all(row["policy"] in measured for row in policies)
+def checkpointing_figure(evaluated: dict, timings: dict) -> str:
+    """Time where every policy was timed, else the FLOPs of a step."""
+    policies, measured = evaluated["checkpointing"], timings.get("checkpointing", {})
+    timed = all(row["policy"] in measured for row in policies)
     points, rows = [Point("the claim", 0.7, 1.25, series=2, hollow=True)], []
     for row in policies:
-        name, slower = policy_words(row["policy"]), more_time(row, measured if clocked else {})
+        name, slower = policy_words(row["policy"]), more_time(row, measured if timed else {})
         low, high = (None if end is None or row["policy"] == "none" else 1 + end for end in slower[1:])
         kept = f"{number(row['activation_bytes'])}B"
         points.append(Point(name, 1 - row["memory_saved"], 1 + slower.value, low, high, series=3, note=kept))
-        time = signed(slower.value) if clocked else NOT_MEASURED
+        time = signed(slower.value) if timed else NOT_MEASURED
         equal = "yes" if row["gradients_equal"] else "no"
         recomputed = percent(row["recomputed_flops_share"])
         rows.append(
@@ -157,19 +158,21 @@ def checkpointing_figure(evaluated: dict, clock: dict) -> str:
         "Activation memory against time",
         points,
         "activation memory kept for backward, share of storing all",
-        "step time, × storing all" if clocked else "FLOPs of a step, × storing all",
+        "step time, × storing all" if timed else "FLOPs of a step, × storing all",
         x_format=lambda value: f"{100 * value:.0f}%",
     )
-    note = "" if clocked else f"Step time: {NOT_MEASURED}; counted FLOPs stand in its place."
+    note = f"Step time: {NOT_MEASURED}; counted FLOPs stand in its place."
+    if timed:
+        note = f"95% intervals over {count(min(row['repetitions'] for row in measured.values()), 'repetition')}."
     head = ["policy", "kept", "memory", "peak", "forward FLOPs again", "step time", "gradients equal"]
     return figure(chart, note, wide=True) + "<br>" + table(head, rows)
 
 
-def latency_table(clock: dict) -> str:
-    if "latency" not in clock:
+def latency_table(timings: dict) -> str:
+    if "latency" not in timings:
         return f'<div class="card muted">Latency: {NOT_MEASURED}.</div>'
     rows = []
-    for name, figures in in_order(clock["latency"]):
+    for name, figures in in_order(timings["latency"]):
         cells = [words(name)]
         for key in ("prefill_seconds", "decode_seconds_per_token"):
             ends = (figures[f"{key}_quartile_{end}"] for end in ("low", "high"))
@@ -186,7 +189,7 @@ def latency_table(clock: dict) -> str:
         "weights",
         "prefill peak",
     ]
-    machine = clock["machine"]
+    machine = timings["machine"]
     note = f"One sequence on {machine['device']}, {machine['threads']} threads, torch {machine['torch']}."
     return table(head, rows, note)
 
@@ -225,8 +228,8 @@ def conditions_table(made: dict[str, dict]) -> str:
             if name in conditions:
                 stages_of.setdefault(str(conditions[name]), []).append(stage)
         everywhere = [*made] in stages_of.values()
-        told = [value if everywhere else f"{value} ({', '.join(stages)})" for value, stages in stages_of.items()]
-        rows.append([words(name), "; ".join(told)])
+        values = [value if everywhere else f"{value} ({', '.join(stages)})" for value, stages in stages_of.items()]
+        rows.append([words(name), "; ".join(values)])
     return table(["condition", "value"], rows)
 
 
@@ -258,8 +261,8 @@ def table(head: list[str], rows: list[list[str]], note: str = "") -> str:
         )
 
     drawn = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    told = f"<figcaption>{escape(note)}</figcaption>" if note else ""
-    return f'<div class="card scroll"><table><tr>{cells("th", head)}</tr>{drawn}</table>{told}</div>'
+    below = f"<figcaption>{escape(note)}</figcaption>" if note else ""
+    return f'<div class="card scroll"><table><tr>{cells("th", head)}</tr>{drawn}</table>{below}</div>'
 
 
 def figure(chart: str, caption: str = "", heading: str = "", wide: bool = False) -> str:

@@ -3,7 +3,15 @@
 from html import escape
 
 from stages import charts, figures
-from stages.claims import CHECKPOINTING_SAVES, NOT_TESTABLE, ROUTER_RATIO, Claim
+from stages.claims import (
+    CHECKPOINTING_SAVES,
+    MIN_DOCUMENTS,
+    MIN_REPETITIONS,
+    ROUTER_RATIO,
+    TOO_FEW_DOCUMENTS,
+    TOO_SMALL,
+    Claim,
+)
 from stages.wording import percent, policy_words, signed
 
 STYLE = """
@@ -31,7 +39,7 @@ text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 svg.strip{width:150px!important;margin-top:6px}
 .verdict{display:inline-block;border-radius:99px;padding:1px 11px;font-weight:650;font-size:12.5px;color:#fff;
 margin-bottom:5px;white-space:nowrap}
-.beaten{background:#0b7a5f}.holds{background:#0868ac}.fails{background:#b3341f}.untestable{background:#66717d}
+.beaten{background:#0b7a5f}.holds{background:#0868ac}.fails{background:#b3341f}.open{background:#66717d}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0;
 font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,monospace}
 pre.sample{max-height:300px;overflow:auto} code{font:13px ui-monospace,SFMono-Regular,Menlo,monospace}
@@ -41,21 +49,22 @@ pre.sample{max-height:300px;overflow:auto} code{font:13px ui-monospace,SFMono-Re
 .claims tr+tr+tr{border-top:1px solid var(--line);margin-top:14px;padding-top:14px}}
 @media print{.card{break-inside:avoid} pre.sample{max-height:none}}
 """
-MARKS = {"beaten": "▲", "holds": "✓", "fails": "✕", NOT_TESTABLE: "?"}
+MARKS = {"beaten": "▲", "holds": "✓", "fails": "✕"}  # the other verdicts leave the question open
 # The page may load nothing, not even by accident.
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def make_page(claims, metrics, curves, texts, card, measurements, made, seed) -> str:
-    """The whole page; what is clock-dependent shows its absence in words."""
-    evaluated, clock = metrics["evaluate"], measurements.get("evaluate", {})
+    """The whole page; where there are no timings it says so."""
+    evaluated, timings = metrics["evaluate"], measurements.get("evaluate", {})
     body = [
         hero(claims, evaluated, seed),
         section(
             "Claims, and what this machine measured",
             "A claim as it circulates, beside the same quantity here. "
             "Grey band: the claim; blue: measured, with its 95% interval "
-            "(paired bootstrap over documents, or over repetitions where timed).",
+            "(paired bootstrap over test documents, or over repetitions where timed). "
+            f"A verdict needs {MIN_DOCUMENTS} documents or {MIN_REPETITIONS} repetitions.",
             claims_table(claims),
         ),
         section(
@@ -79,12 +88,12 @@ def make_page(claims, metrics, curves, texts, card, measurements, made, seed) ->
             "Activation memory against time",
             "One training step of the teacher under each checkpointing policy, "
             "against storing every activation.",
-            figures.checkpointing_figure(evaluated, clock),
+            figures.checkpointing_figure(evaluated, timings),
         ),
         section(
             "Latency",
-            "By this machine's clock, and so kept out of every reproducible file.",
-            figures.latency_table(clock),
+            "Timings of this machine, which differ from run to run.",
+            figures.latency_table(timings),
         ),
         section("Samples", "The opening of a test document, continued by each model.", figures.samples(texts)),
         section("Corpus", "", figures.corpus_table(card)),
@@ -107,17 +116,17 @@ def make_page(claims, metrics, curves, texts, card, measurements, made, seed) ->
 
 
 def section(title: str, lead: str, content: str) -> str:
-    told = f'<p class="lead">{escape(lead)}</p>' if lead else ""
-    return f"<section><h2>{escape(title)}</h2>{told}{content}</section>\n"
+    opening = f'<p class="lead">{escape(lead)}</p>' if lead else ""
+    return f"<section><h2>{escape(title)}</h2>{opening}{content}</section>\n"
 
 
 def hero(claims: list[Claim], evaluated: dict, seed: int) -> str:
-    values = {claim.name: claim.values for claim in claims}
-    distilled, sparse, memory = (
-        values[name] for name in ("distillation", "sparsity_teacher", "checkpointing")
-    )
+    by_name = {claim.name: claim for claim in claims}
+    verdict, distilled = by_name["distillation"].verdict, by_name["distillation"].values
+    sparse, memory = by_name["sparsity_teacher"].values, by_name["checkpointing"].values
     models, gap = evaluated["models"], distilled["gap_closed"]
-    line = f"A student with {percent(distilled['parameter_share'])} of the teacher’s parameters "
+    line = f"{verdict.capitalize()}: a" if verdict in (TOO_SMALL, TOO_FEW_DOCUMENTS) else "A"
+    line += f" student with {percent(distilled['parameter_share'])} of the teacher’s parameters "
     line += f"keeps {percent(distilled['quality_kept'])} of its quality"
     line += "." if gap is None else f" and closes {percent(gap)} of the gap to it."
     cheaper = 1 - models["student"]["flops_per_token"] / models["teacher"]["flops_per_token"]
@@ -131,13 +140,13 @@ def hero(claims: list[Claim], evaluated: dict, seed: int) -> str:
         policy = policy_words(memory["policy"])
         tiles.append((signed(-memory["memory_saved"]), f"activation memory, checkpointing “{policy}”"))
     drawn = "".join(
-        f'<div class="card tile"><b>{escape(value)}</b><span>{escape(told)}</span></div>'
-        for value, told in tiles
+        f'<div class="card tile"><b>{escape(value)}</b><span>{escape(label)}</span></div>'
+        for value, label in tiles
     )
     return (
         f'<header><div class="eyebrow">Offramp report</div><h1>{escape(line)}</h1>'
         f'<p class="muted">One run, seed {seed}. Every figure below is read from <code>metrics/</code>, '
-        "<code>plots/</code> and, where it hangs on the clock, <code>measurements/</code>.</p>"
+        "<code>artifacts/evaluation.json</code>, <code>plots/</code> and, for timings, <code>measurements/</code>.</p>"
         f'<div class="tiles">{drawn}</div></header>'
     )
 
@@ -145,8 +154,8 @@ def hero(claims: list[Claim], evaluated: dict, seed: int) -> str:
 def claims_table(claims: list[Claim]) -> str:
     rows = []
     for claim in claims:
-        style = "untestable" if claim.verdict == NOT_TESTABLE else claim.verdict
-        badge = f'<span class="verdict {style}">{MARKS[claim.verdict]} {claim.verdict}</span>'
+        style = claim.verdict if claim.verdict in MARKS else "open"
+        badge = f'<span class="verdict {style}">{MARKS.get(claim.verdict, "?")} {claim.verdict}</span>'
         rows.append(
             f"<tr><td>{escape(claim.claim)}</td><td>{escape(claim.measured)}</td>"
             f'<td class="iv">{escape(claim.interval).replace("; ", "<br>")}{_strip(claim)}</td>'

@@ -9,6 +9,7 @@ report/index.html and report/claims.md add what hangs on the clock (measurements
 
 import csv
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
@@ -22,12 +23,18 @@ from stages.runs import run_stage
 SECTIONS = ("seed",)
 
 STAGES = ("pretrain", "distill", "sparsify", "evaluate")
+CURVES = {  # the models that each stage trains
+    "pretrain": ("teacher",),
+    "distill": ("student", "control"),
+    "sparsify": ("sparse_teacher", "continued_teacher", "sparse_student", "continued_student"),
+}
 
 
 def main(settings, place, run) -> None:
     refuse_altered(place.root)
-    metrics = {stage: read_json(place.read(f"metrics/{stage}.json")) for stage in STAGES}
-    curves = {stage: read_curves(place.read(f"plots/{stage}.csv")) for stage in STAGES[:-1]}
+    metrics = {stage: read_json(place.read(f"metrics/{stage}.json")) for stage in CURVES}
+    metrics["evaluate"] = read_json(place.read("artifacts/evaluation.json"))  # all figures, not only the headline
+    curves = {stage: read_curves(place.read(f"plots/{stage}"), models) for stage, models in CURVES.items()}
     card = read_json(place.read("artifacts/data") / "card.json")
     texts = read_json(place.read("artifacts/samples.json"))
     measurements = {path.stem: read_json(path) for path in sorted(place.read("measurements").glob("*.json"))}
@@ -58,19 +65,18 @@ def refuse_altered(root: Path) -> None:
                 raise Refusal(f"{root / path} is not the file that dvc.lock records: run dvc repro")
 
 
-def read_curves(path: Path) -> dict[str, list[dict]]:
-    """The rows of a curve file by model; an empty field is None."""
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [
-                {"model": row.pop("model")}
-                | {key: float(text) if text else None for key, text in row.items()}
-                for row in csv.DictReader(file)
-            ]
-    except FileNotFoundError:
-        raise Refusal(f"{path} is missing: run the stage that writes it (dvc repro)") from None
-    models = dict.fromkeys(row["model"] for row in rows)
-    return {model: [row for row in rows if row["model"] == model] for model in models}
+def read_curves(folder: Path, models: Iterable[str]) -> dict[str, list[dict]]:
+    """The rows of each model's curve; an empty field is None."""
+    curves = {}
+    for model in models:
+        path = folder / f"{model}.csv"
+        try:
+            with open(path, newline="", encoding="utf-8") as file:
+                rows = [*csv.DictReader(file)]
+        except FileNotFoundError:
+            raise Refusal(f"{path} is missing: run the stage that writes it (dvc repro)") from None
+        curves[model] = [{key: float(text) if text else None for key, text in row.items()} for row in rows]
+    return curves
 
 
 if __name__ == "__main__":

@@ -28,6 +28,10 @@ def signed(share: float) -> str:
     return "0.0%" if text[1:] == "0.0%" else text
 
 
+def count(n: int, what: str) -> str:
+    return f"{n:,} {what}" + ("" if n == 1 else "s")
+
+
 def words(name: str) -> str:
     return name.replace("_", " ")
 

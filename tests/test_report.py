@@ -1,4 +1,4 @@
-"""The report says what the metrics say, escapes what models wrote, loads nothing, bears missing clocks."""
+"""The report says what the metrics say, escapes what models wrote, loads nothing, bears missing timings."""
 
 import hashlib
 import json
@@ -50,8 +50,9 @@ SAMPLES = {
 }
 
 
-def evaluation():
+def evaluation(documents=40):
     return {
+        "test": {"documents": documents, "tokens": 98_304, "bytes": 337_716},
         "models": {
             "teacher": model(1.6912, 11_843_072, 5_214_000, 14_210_000, 0.447),
             "student": model(1.7634, 4_102_144, 4_102_144, 8_380_000, 0.431),
@@ -108,17 +109,18 @@ def evaluation():
     }
 
 
-def curve_rows(name, steps, start, end, seed):
+def curve_rows(steps, start, end, seed):
     noise = random.Random(seed)
+    yield "step,loss,validation_bits_per_byte"
     for step in range(1, steps + 1):
         bits = end + (start - end) * math.exp(-4.5 * step / steps)
         shown = f"{bits:.4f}" if step % (steps // 8) == 0 else ""
-        yield f"{name},{step},{bits * 1.6 + noise.gauss(0, 0.05):.4f},{shown}"
+        yield f"{step},{bits * 1.6 + noise.gauss(0, 0.05):.4f},{shown}"
 
 
 def write_fixture(root: Path, measured: bool = True):
     """A checkout after a run of about the default scale's shape."""
-    write_json(root / "metrics/evaluate.json", evaluation())
+    write_json(root / "artifacts/evaluation.json", evaluation())
     write_json(root / "artifacts/samples.json", SAMPLES)
     write_json(root / "metrics/distill.json", {"validation_bits_per_byte": 1.77, "temperature": 1.0})
     write_json(root / "metrics/sparsify.json", {})
@@ -129,6 +131,7 @@ def write_fixture(root: Path, measured: bool = True):
         root / "metrics/pretrain.json",
         {
             "validation_bits_per_byte": 1.70,
+            "tokens": 819_200,
             "expert_load": loads,
             "max_violation": [max(layer) * 16 - 1 for layer in loads],
         },
@@ -143,12 +146,10 @@ def write_fixture(root: Path, measured: bool = True):
             ("continued_student", 80, 1.77, 1.75),
         ),
     }
-    (root / "plots").mkdir(parents=True)
     for stage, curves in fits.items():
-        rows = [row for index, fit in enumerate(curves) for row in curve_rows(*fit, seed=index)]
-        (root / f"plots/{stage}.csv").write_text(
-            "\n".join(["model,step,loss,validation_bits_per_byte", *rows]) + "\n"
-        )
+        (root / "plots" / stage).mkdir(parents=True)
+        for index, (name, *fit) in enumerate(curves):
+            (root / f"plots/{stage}/{name}.csv").write_text("\n".join(curve_rows(*fit, seed=index)) + "\n")
     split = {
         "documents": 1203,
         "bytes": 10_482_113,
@@ -173,10 +174,10 @@ def write_fixture(root: Path, measured: bool = True):
         own = {"threads": 2} if stage == "evaluate" else {"ranks": 2} if stage != "prepare" else {}
         write_json(root / f"provenance/{stage}.json", {"conditions": {"torch": "2.13.0+cpu", **own}})
     if measured:
-        write_json(root / "measurements/evaluate.json", clock())
+        write_json(root / "measurements/evaluate.json", timings())
 
 
-def clock():
+def timings():
     def timed(name, seconds):
         return {name: seconds, f"{name}_quartile_low": seconds * 0.95, f"{name}_quartile_high": seconds * 1.1}
 
@@ -201,13 +202,14 @@ def clock():
     }
 
 
-def slowed(ratio):
+def slowed(ratio, repetitions=21):
     bounds = {"step_seconds_ratio_low": ratio - 0.02, "step_seconds_ratio_high": ratio + 0.02}
-    return {"step_seconds_ratio": ratio} | bounds
+    return {"step_seconds_ratio": ratio, "repetitions": repetitions} | bounds
 
 
-def router(ratio, low, high):
+def router(ratio, low, high, repetitions=21):
     return {
+        "repetitions": repetitions,
         "ratio": ratio,
         "ratio_low": low,
         "ratio_high": high,
@@ -220,7 +222,7 @@ def router(ratio, low, high):
     }
 
 
-@pytest.fixture(params=[True, False], ids=["measured", "clockless"])
+@pytest.fixture(params=[True, False], ids=["measured", "untimed"])
 def checkout(tmp_path, request):
     write_fixture(tmp_path, request.param)
     report.main(SimpleNamespace(seed=1), place_in(tmp_path), SilentRun())
@@ -239,7 +241,7 @@ def page_of(root):
 
 
 def test_the_reports_numbers_are_those_of_the_metrics_files(checkout):
-    evaluated = read_json(checkout / "metrics/evaluate.json")
+    evaluated = read_json(checkout / "artifacts/evaluation.json")
     stated = {claim["name"]: claim for claim in read_json(checkout / "report/claims.json")["claims"]}
     page = (checkout / "report/index.html").read_text(encoding="utf-8")
     student = evaluated["comparisons"]["student"]
@@ -254,6 +256,7 @@ def test_the_reports_numbers_are_those_of_the_metrics_files(checkout):
         assert wording.percent(student[key]) in page
     for name in ("teacher", "student"):
         sparse, values = evaluated["comparisons"][f"sparse_{name}"], stated[f"sparsity_{name}"]["values"]
+        assert values.pop("documents") == evaluated["test"]["documents"]
         assert all(values[key] == sparse[key] for key in values)
         assert wording.signed(sparse["quality_lost"]) in page and wording.percent(sparse["flops_cut"]) in page
     for model in evaluated["models"].values():
@@ -281,7 +284,7 @@ def test_the_page_loads_nothing_from_anywhere(checkout):
     assert not re.search(r"https?:|\bsrc=|\bhref=|url\(|@import|<link|<iframe|<img", page)
 
 
-def test_claims_json_is_the_same_bytes_whatever_the_clock_said(tmp_path):
+def test_claims_json_is_the_same_bytes_whatever_was_timed(tmp_path):
     contents = set()
     for name, measured in (("one", True), ("two", True), ("three", False)):
         write_fixture(tmp_path / name, measured)
@@ -297,10 +300,13 @@ def test_missing_measurements_are_named_and_stop_nothing(tmp_path):
     assert (router.measured, router.verdict) == (claims.NOT_MEASURED, "not testable here")
 
 
-def test_a_missing_metrics_file_is_refused_by_name(measured):
-    (measured / "metrics/evaluate.json").unlink()
-    with pytest.raises(Refusal, match=r"evaluate\.json is missing"):
-        page_of(measured)
+def test_a_missing_file_is_refused_by_name(measured):
+    for path in ("metrics/distill.json", "artifacts/evaluation.json", "plots/sparsify/sparse_student.csv"):
+        content = (measured / path).read_bytes()
+        (measured / path).unlink()
+        with pytest.raises(Refusal, match=f"{path} is missing: run the stage"):
+            page_of(measured)
+        (measured / path).write_bytes(content)
 
 
 def test_a_gap_that_is_not_real_is_told_with_its_reason(measured):
@@ -309,10 +315,10 @@ def test_a_gap_that_is_not_real_is_told_with_its_reason(measured):
     for key in ("gap_closed", "gap_closed_low", "gap_closed_high"):
         evaluated["comparisons"]["student"][key] = None
     evaluated["comparisons"]["student"]["gap_closed_reason"] = reason
-    write_json(measured / "metrics/evaluate.json", evaluated)
+    write_json(measured / "artifacts/evaluation.json", evaluated)
     assert reason in page_of(measured)
     assert (
-        claims.distillation_claim(evaluated, {}).verdict == "holds"
+        claims.distillation_claim(evaluated, {}, None).verdict == "holds"
     )  # kept, but no proof that the teacher helped
 
 
@@ -335,7 +341,7 @@ def test_the_sparsity_verdict_follows_the_interval_not_the_point(cut, low, high,
         "quality_lost_low": low,
         "quality_lost_high": high,
     }
-    assert claims.sparsity_claim(evaluated, "teacher").verdict == verdict
+    assert claims.sparsity_claim(evaluated, "teacher", None).verdict == verdict
 
 
 def test_the_best_checkpointing_policy_is_the_one_that_saves_most_within_the_time():
@@ -368,7 +374,7 @@ def test_a_policy_with_other_gradients_is_never_recommended():
     assert claims.checkpointing_claim(policies, {}).verdict == "fails"
 
 
-def test_without_a_clock_a_steps_time_is_judged_by_its_counted_flops():
+def test_without_timings_a_steps_time_is_judged_by_its_counted_flops():
     claim = claims.checkpointing_claim(evaluation()["checkpointing"], {})
     assert (
         claim.values["policy"] == "every_1"
@@ -384,8 +390,75 @@ def test_routers_are_compared_by_ratio(low, high, verdict):
 
 
 def test_the_temperature_used_is_told_where_it_is_not_the_claims():
-    assert "T = 1, not T = 2" in claims.distillation_claim(evaluation(), {"temperature": 1.0}).why
-    assert "T = 2" not in claims.distillation_claim(evaluation(), {"temperature": 2.0}).why
+    assert "T = 1, not T = 2" in claims.distillation_claim(evaluation(), {"temperature": 1.0}, None).why
+    assert "T = 2" not in claims.distillation_claim(evaluation(), {"temperature": 2.0}, None).why
+
+
+def claims_of(evaluated, measured, tokens=819_200):
+    metrics = {"evaluate": evaluated, "distill": {"temperature": 2.0}, "pretrain": {"tokens": tokens}}
+    return {claim.name: claim for claim in claims.make_claims(metrics, measured)}
+
+
+QUALITY = ("distillation", "sparsity_teacher", "sparsity_student")
+TIMED = ("checkpointing", "router")
+
+
+@pytest.mark.parametrize("documents", [1, 3, claims.MIN_DOCUMENTS - 1, claims.MIN_DOCUMENTS, 500])
+def test_a_verdict_on_quality_needs_a_minimum_of_documents(documents):
+    evaluated = evaluation(documents)
+    if documents == 1:  # no resample differs from another: no interval
+        for compared in evaluated["comparisons"].values():
+            compared |= {name: None for name in compared if name.endswith(("_low", "_high"))}
+    for name in QUALITY:
+        claim = claims_of(evaluated, timings())[name]
+        assert f"{wording.count(documents, 'document')}" in claim.interval
+        assert claim.values["documents"] == documents
+        if documents < claims.MIN_DOCUMENTS:
+            assert claim.verdict == "too few documents"
+            assert f"{documents} document" in claim.why and f"a verdict needs {claims.MIN_DOCUMENTS}" in claim.why
+        else:
+            assert claim.verdict == "beaten"
+
+
+@pytest.mark.parametrize("repetitions", [3, claims.MIN_REPETITIONS - 1, claims.MIN_REPETITIONS])
+def test_a_verdict_on_time_needs_a_minimum_of_repetitions(repetitions):
+    measured = timings()
+    measured["router"]["repetitions"] = repetitions
+    measured["checkpointing"]["every_2"]["repetitions"] = repetitions  # the least of all policies compared
+    for name in TIMED:
+        claim = claims_of(evaluation(), measured)[name]
+        assert f"{repetitions} repetitions" in claim.interval and claim.values["repetitions"] == repetitions
+        if repetitions < claims.MIN_REPETITIONS:
+            assert claim.verdict == "too few repetitions"
+            assert f"{repetitions} repetitions; a verdict needs {claims.MIN_REPETITIONS}" in claim.why
+        else:
+            assert claim.verdict == "beaten"
+
+
+def test_models_trained_as_little_as_at_scale_tiny_are_too_small_to_claim_anything(tiny_settings):
+    recipe = tiny_settings.pretrain
+    tokens = recipe.steps * recipe.batch_sequences * tiny_settings.sequence_tokens
+    found = claims_of(evaluation(), timings(), tokens)
+    for name in QUALITY:
+        assert found[name].verdict == "too small to claim anything"
+        assert f"{tokens:,} tokens; a verdict needs {claims.MIN_TRAINING_TOKENS:,}" in found[name].why
+    measured = {policy: slowed(1.1, tiny_settings.evaluate.timing_repetitions) for policy in timings()["checkpointing"]}
+    assert claims.checkpointing_claim(evaluation()["checkpointing"], measured).verdict == "too few repetitions"
+
+
+def test_the_page_and_the_table_show_how_much_is_behind_each_interval_and_leave_the_question_open(tmp_path):
+    write_fixture(tmp_path)
+    write_json(tmp_path / "artifacts/evaluation.json", evaluation(documents=3))
+    page = page_of(tmp_path)
+    table = (tmp_path / "report/claims.md").read_text(encoding="utf-8")
+    for name, text in (("page", page), ("table", table)):
+        assert text.count("3 documents; a verdict needs 20") == 3, name
+        assert text.count("21 repetitions") >= 2, name
+    assert page.count('<span class="verdict open">? too few documents</span>') == 3
+    assert "<h1>Too few documents: a student with" in page
+    assert "interval over 3 test documents" in page and "(95% interval, 3 documents)" in page
+    stated = {claim["name"]: claim for claim in read_json(tmp_path / "report/claims.json")["claims"]}
+    assert all(stated[name]["values"]["documents"] == 3 for name in QUALITY)
 
 
 def test_claims_markdown_is_one_row_per_claim(checkout):
