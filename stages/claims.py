@@ -12,8 +12,8 @@ TOO_SMALL = "too small to claim anything"
 TOO_FEW_DOCUMENTS, TOO_FEW_REPETITIONS = "too few documents", "too few repetitions"
 # What a verdict needs. Of fewer documents a 95% interval misses the truth more than twice as often as it says, of 3 in
 # one case of four. Intervals of repetitions are right from 5 on, but a busy machine disturbs neighbours alike, so twice
-# that (benchmarks/coverage.py). With fewer tokens, as at scale tiny (10,240), all models have learned is which tokens
-# are frequent.
+# that (benchmarks/coverage.py). Of fewer tokens, as at scale tiny (10,240; demo: 819,200), a model has learned hardly
+# anything.
 MIN_DOCUMENTS, MIN_REPETITIONS, MIN_TRAINING_TOKENS = 20, 10, 100_000
 CHECKPOINTING_SAVES, CHECKPOINTING_COSTS = 0.3, 0.25  # of the activations' memory, and of a step's time
 ROUTER_RATIO = 3.2 / 1.1  # milliseconds before and after; only their ratio travels between machines

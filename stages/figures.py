@@ -237,7 +237,7 @@ def reproduce(card: dict, seed: int) -> str:
     commands = (
         "make repro             # environment, dependencies and the whole pipeline, on a fresh machine\n"
         "dvc repro              # only what changed\n"
-        "dvc metrics show       # the figures of this page\n"
+        "dvc metrics diff       # the headline figures, against the last commit\n"
         "make ui                # every run, in MLflow"
     )
     files = "".join(
