@@ -21,11 +21,13 @@ from benchmarks.table import ROOT, Row, conditions, listed, of_this_machine
 from benchmarks.timing import DEVICE, Ratio, Timings, interleaved
 from benchmarks.training_step import BALANCE_LOSS_WEIGHT, REFERENCE, new_teacher, teacher_step
 from stages.artifacts import write_atomically
-from stages.charts import Line, curves, number, sheet
+from stages.charts import curves, sheet
 from stages.cost import flops_per_token, total_parameters
+from stages.drawing import Line
 from stages.memory import LiveBytes
 from stages.teacher import Teacher, TeacherShape
 from stages.training import NextToken, max_violation
+from stages.wording import number
 
 BATCH_TOKENS = 4096
 BALANCE_TOKENS, BALANCE_STEPS, WINDOW = 1024, 30, 10

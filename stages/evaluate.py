@@ -70,8 +70,9 @@ def main(settings, place: Place, run) -> dict:
             state.save("counted", kept)
         metrics, texts = json.loads(kept)
         write_json(place.write("artifacts/samples.json"), texts)
-        write_json(place.write("metrics/evaluate.json"), metrics)
-        write_atomically(place.write("plots/quality.csv"), quality_csv(metrics["models"]))
+        write_json(place.write("metrics/evaluate.json"), headline(metrics))
+        write_json(place.write("artifacts/evaluation.json"), metrics)
+        write_atomically(place.write("plots/quality.csv"), quality_csv(metrics))
         seconds = {"scoring": scored - started, "counting": time.perf_counter() - scored}
         write_json(place.write("measurements/evaluate.json"), {"seconds": seconds})
     run.metrics(headline(metrics))
@@ -101,7 +102,7 @@ def save_table(path: Path, table: np.ndarray) -> None:
 
 
 def count(settings, loaded: dict, stream: scoring.Stream, tables: dict) -> dict:
-    """All that goes to the metrics."""
+    """All figures but timings."""
     e, T = settings.evaluate, settings.sequence_tokens
     teacher, n_documents = loaded["teacher"], len(stream.document_bytes)
     bootstrap = scoring.Bootstrap(n_documents, e.bootstrap_resamples, settings.seed)
@@ -169,12 +170,13 @@ def comparisons(bootstrap: scoring.Bootstrap, tables: dict, figures: dict) -> di
     return found
 
 
-def quality_csv(figures: dict) -> str:
-    lines = ["model,flops_per_token,bits_per_byte,low,high"]
-    for name, model in figures.items():
+def quality_csv(metrics: dict) -> str:
+    lines = ["model,flops_per_token,bits_per_byte,low,high,documents"]
+    documents = str(metrics["test"]["documents"])  # behind each interval
+    for name, model in metrics["models"].items():
         numbers = [model[key] for key in ("bits_per_byte", "bits_per_byte_low", "bits_per_byte_high")]
         shown = ["" if number is None or np.isnan(number) else f"{number:.6g}" for number in numbers]
-        lines.append(",".join([name, f"{model['flops_per_token']:.0f}", *shown]))
+        lines.append(",".join([name, f"{model['flops_per_token']:.0f}", *shown, documents]))
     return "\n".join(lines) + "\n"
 
 
@@ -192,8 +194,9 @@ def samples(loaded: dict, stream: scoring.Stream, tokenizer, seed: int) -> dict[
 
 
 def headline(metrics: dict) -> dict[str, float]:
-    """What a person compares runs by."""
+    """What a person compares runs by; all figures are in artifacts/evaluation.json."""
     values = {f"{name}_bits_per_byte": model["bits_per_byte"] for name, model in metrics["models"].items()}
+    values["test_documents"] = metrics["test"]["documents"]
     compared = metrics["comparisons"]
     values["quality_kept"] = compared["student"]["quality_kept"]
     values["gap_closed"] = compared["student"]["gap_closed"]

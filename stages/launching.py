@@ -182,11 +182,14 @@ def _hand_over(path: Path, position: int, run, speeds: dict[str, float]) -> int:
     return position + sum(len(line) + 1 for line in lines)
 
 
-def write_curves(path: Path, result: dict) -> None:
-    """The training curves of a stage's fits as CSV; an empty field where a step was not validated."""
-    lines = ["model,step,loss,validation_bits_per_byte"]
+def write_curves(place, stage: str, result: dict) -> None:
+    """The training curve of each fit as a CSV of its own, which DVC draws as a line of its own.
+
+    An empty field where a step was not validated.
+    """
     for name, fit in result.items():
+        lines = ["step,loss,validation_bits_per_byte"]
         for row in fit["curve"]:
             bits = "" if row["validation_bits_per_byte"] is None else row["validation_bits_per_byte"]
-            lines.append(f"{name},{row['step']},{row['loss']},{bits}")
-    write_atomically(path, "\n".join(lines) + "\n")
+            lines.append(f"{row['step']},{row['loss']},{bits}")
+        write_atomically(place.write(f"plots/{stage}/{name}.csv"), "\n".join(lines) + "\n")

@@ -38,7 +38,7 @@ def fits(settings, place: Place, _) -> Iterator:
 
 def main(settings, place: Place, run) -> dict:
     result, conditions = launch("pretrain", settings, place, ["artifacts/data"], run)
-    write_curves(place.write("plots/pretrain.csv"), result)
+    write_curves(place, "pretrain", result)
     teacher = result["teacher"]
     metrics = {k: teacher[k] for k in ("validation_bits_per_byte", "expert_load", "max_violation")}
     metrics["tokens"] = settings.pretrain.steps * settings.pretrain.batch_sequences * settings.sequence_tokens

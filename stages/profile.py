@@ -108,7 +108,7 @@ def checkpointing_time(model, policies: list[str], loss_of, repetitions: int, se
     for name in policies:
         ratio, low, high = cost.median_ratio(seconds[name], seconds["none"], seed)
         rows[name] = Estimate(ratio, low, high).named("step_seconds_ratio")
-        rows[name] |= cost.median_and_quartiles("step_seconds", seconds[name])
+        rows[name] |= cost.median_and_quartiles("step_seconds", seconds[name]) | {"repetitions": len(seconds[name])}
         if torch.cuda.is_available():
             rows[name]["allocator_peak_bytes"] = memory.device_peak_bytes(model, name, loss_of)
     return rows
@@ -138,6 +138,7 @@ def router_time(tokens: int, shape, experts: int, per_token: int, repetitions: i
         "plain_microseconds": float(np.median(seconds["plain"]) * 1e6),
         "ours_microseconds": float(np.median(seconds["ours"]) * 1e6),
         **Estimate(ratio, low, high).named("ratio"),
+        "repetitions": len(seconds["ours"]),
         "tokens": tokens,
         "experts": experts,
         "experts_per_token": per_token,

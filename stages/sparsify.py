@@ -69,7 +69,7 @@ def calibrate(dense, shares, calibration: list, held_out: list) -> dict:
 
 def main(settings, place: Place, run) -> dict:
     result, conditions = launch("sparsify", settings, place, INPUTS, run)
-    write_curves(place.write("plots/sparsify.csv"), result)
+    write_curves(place, "sparsify", result)
     metrics = {f"{name}_validation_bits_per_byte": fit["validation_bits_per_byte"] for name, fit in result.items()}
     for name in ("sparse_teacher", "sparse_student"):
         metrics[f"{name}_one_shot_loss_ratio"] = result[name]["notes"]["one_shot_loss_ratio"]

@@ -192,8 +192,8 @@ def _record_data(run, root):
 
 def _record_results(run, stage, out):
     """The curves, and the clock's numbers (tokens per second, seconds), which no DVC out may hold."""
-    if (out / f"plots/{stage}.csv").exists():
-        run.artifact(out / f"plots/{stage}.csv")
+    for curve in sorted((out / "plots" / stage).glob("*.csv")):
+        run.artifact(curve)
     measured = out / f"measurements/{stage}.json"
     if measured.exists():
         run.metrics(flat(json.loads(measured.read_text()), "measured."))

@@ -514,7 +514,7 @@ def damaged_metrics(bench: Bench, row: Row) -> None:
 
 def damaged_curve(bench: Bench, row: Row) -> None:
     """a training curve (CSV), the same"""
-    damaged(bench, row, "plots/pretrain.csv", "report")
+    damaged(bench, row, "plots/pretrain/teacher.csv", "report")
 
 
 def damaged_scores(bench: Bench, row: Row) -> None:

@@ -83,12 +83,13 @@ def one_thread():
 def evaluated(checkout, settings):
     run = SilentRun()
     evaluate.main(settings, Place(checkout, checkout), run)
-    return SimpleNamespace(root=checkout, metrics=read_json(checkout / "metrics/evaluate.json"), run=run)
+    return SimpleNamespace(root=checkout, metrics=read_json(checkout / "artifacts/evaluation.json"), run=run)
 
 
 def outs_of(root: Path) -> dict[str, bytes]:
     files = [
         root / "metrics/evaluate.json",
+        root / "artifacts/evaluation.json",
         root / "plots/quality.csv",
         root / "artifacts/samples.json",
         *(root / "artifacts/scores").iterdir(),
@@ -133,7 +134,8 @@ def test_the_scores_of_documents_give_the_metrics(evaluated):
 def test_the_plot_has_a_row_per_model(evaluated):
     rows = list(csv.DictReader((evaluated.root / "plots/quality.csv").open()))
     assert [row["model"] for row in rows] == list(evaluate.MODELS)
-    assert list(rows[0]) == ["model", "flops_per_token", "bits_per_byte", "low", "high"]
+    assert list(rows[0]) == ["model", "flops_per_token", "bits_per_byte", "low", "high", "documents"]
+    assert {row["documents"] for row in rows} == {"6"}
 
 
 def test_nothing_that_dvc_keeps_depends_on_the_clock(evaluated):
@@ -151,6 +153,8 @@ def test_profile_times_every_model_every_policy_and_the_router(evaluated, settin
         assert row["prefill_peak_bytes"] > row["weight_bytes"] > 0
     assert measured["checkpointing"].keys() == {row["policy"] for row in evaluated.metrics["checkpointing"]}
     assert measured["checkpointing"]["none"]["step_seconds_ratio"] == 1
+    assert measured["router"]["repetitions"] >= 2
+    assert all(row["repetitions"] == 2 for row in measured["checkpointing"].values())
     assert measured["router"]["ratio_low"] <= measured["router"]["ratio"] <= measured["router"]["ratio_high"]
 
 
@@ -158,6 +162,14 @@ def test_the_samples_continue_one_prompt(evaluated):
     texts = read_json(evaluated.root / "artifacts/samples.json")
     assert set(texts) == set(evaluate.MODELS)
     assert all(text.startswith(LINE.format(0)[: evaluate.SAMPLE_PROMPT_TOKENS]) for text in texts.values())
+
+
+def test_dvcs_metrics_are_the_headline_alone(evaluated):
+    """Every number here is a column of `dvc exp show`."""
+    headline = read_json(evaluated.root / "metrics/evaluate.json")
+    assert 10 < len(headline) < 20 and all(isinstance(value, int | float) for value in headline.values())
+    assert headline["test_documents"] == 6
+    assert headline["student_bits_per_byte"] == evaluated.metrics["models"]["student"]["bits_per_byte"]
 
 
 def test_the_run_hears_of_the_headline_figures(evaluated):

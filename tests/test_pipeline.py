@@ -86,7 +86,7 @@ def test_what_a_person_reads_comes_with_the_checkout(tree):
 
 def test_the_report_is_there_and_states_the_metrics(tree):
     page = (tree / "report" / "index.html").read_text()
-    metrics = json.loads((tree / "metrics" / "evaluate.json").read_text())
+    metrics = json.loads((tree / "artifacts" / "evaluation.json").read_text())
     for name, model in metrics["models"].items():
         assert f"{model['bits_per_byte']:.4f}" in page, name
 
@@ -203,7 +203,7 @@ def test_two_ddp_ranks_equal_one_process_on_the_same_global_batch(tree):
         words = [f"trainer.ranks={ranks}", "trainer.precision=float32", "pretrain.steps=5", f"hydra.run.dir={out}"]
         user_types(tree, sys.executable, "-m", "stages.pretrain", *words)
         weights.append(load_file(out / "artifacts/teacher/model.safetensors"))
-        losses.append(float((out / "plots/pretrain.csv").read_text().splitlines()[-1].split(",")[2]))
+        losses.append(float((out / "plots/pretrain/teacher.csv").read_text().splitlines()[-1].split(",")[1]))
     one, two = weights
     assert losses[0] == pytest.approx(losses[1], abs=5e-4)
     assert one.keys() == two.keys()

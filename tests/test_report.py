@@ -1,4 +1,4 @@
-"""The report says what the metrics say, escapes what models wrote, loads nothing, bears missing clocks."""
+"""The report says what the metrics say, escapes what models wrote, loads nothing, bears missing timings."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from stages import charts, report
+from stages import charts, claims, drawing, report, wording
 from stages.artifacts import Refusal, read_json, write_json
 
 
@@ -50,8 +50,9 @@ SAMPLES = {
 }
 
 
-def evaluation():
+def evaluation(documents=40):
     return {
+        "test": {"documents": documents, "tokens": 98_304, "bytes": 337_716},
         "models": {
             "teacher": model(1.6912, 11_843_072, 5_214_000, 14_210_000, 0.447),
             "student": model(1.7634, 4_102_144, 4_102_144, 8_380_000, 0.431),
@@ -108,17 +109,18 @@ def evaluation():
     }
 
 
-def curve_rows(name, steps, start, end, seed):
+def curve_rows(steps, start, end, seed):
     noise = random.Random(seed)
+    yield "step,loss,validation_bits_per_byte"
     for step in range(1, steps + 1):
         bits = end + (start - end) * math.exp(-4.5 * step / steps)
         shown = f"{bits:.4f}" if step % (steps // 8) == 0 else ""
-        yield f"{name},{step},{bits * 1.6 + noise.gauss(0, 0.05):.4f},{shown}"
+        yield f"{step},{bits * 1.6 + noise.gauss(0, 0.05):.4f},{shown}"
 
 
 def write_fixture(root: Path):
     """A checkout after a run of about the default scale's shape."""
-    write_json(root / "metrics/evaluate.json", evaluation())
+    write_json(root / "artifacts/evaluation.json", evaluation())
     write_json(root / "artifacts/samples.json", SAMPLES)
     write_json(root / "metrics/distill.json", {"validation_bits_per_byte": 1.77, "temperature": 1.0})
     write_json(root / "metrics/sparsify.json", {})
@@ -129,6 +131,7 @@ def write_fixture(root: Path):
         root / "metrics/pretrain.json",
         {
             "validation_bits_per_byte": 1.70,
+            "tokens": 819_200,
             "expert_load": loads,
             "max_violation": [max(layer) * 16 - 1 for layer in loads],
         },
@@ -143,12 +146,10 @@ def write_fixture(root: Path):
             ("continued_student", 80, 1.77, 1.75),
         ),
     }
-    (root / "plots").mkdir(parents=True)
     for stage, curves in fits.items():
-        rows = [row for index, fit in enumerate(curves) for row in curve_rows(*fit, seed=index)]
-        (root / f"plots/{stage}.csv").write_text(
-            "\n".join(["model,step,loss,validation_bits_per_byte", *rows]) + "\n"
-        )
+        (root / "plots" / stage).mkdir(parents=True)
+        for index, (name, *fit) in enumerate(curves):
+            (root / f"plots/{stage}/{name}.csv").write_text("\n".join(curve_rows(*fit, seed=index)) + "\n")
     split = {
         "documents": 1203,
         "bytes": 10_482_113,
@@ -172,10 +173,10 @@ def write_fixture(root: Path):
     for stage in ("prepare", "pretrain", "distill", "sparsify", "evaluate", "profile"):
         own = {"threads": 2} if stage in ("evaluate", "profile") else {"ranks": 2} if stage != "prepare" else {}
         write_json(root / f"provenance/{stage}.json", {"conditions": {"torch": "2.13.0+cpu", **own}})
-    write_json(root / "measurements/profile.json", clock())
+    write_json(root / "measurements/profile.json", timings())
 
 
-def clock():
+def timings():
     def timed(name, seconds):
         return {name: seconds, f"{name}_quartile_low": seconds * 0.95, f"{name}_quartile_high": seconds * 1.1}
 
@@ -200,13 +201,14 @@ def clock():
     }
 
 
-def slowed(ratio):
+def slowed(ratio, repetitions=21):
     bounds = {"step_seconds_ratio_low": ratio - 0.02, "step_seconds_ratio_high": ratio + 0.02}
-    return {"step_seconds_ratio": ratio} | bounds
+    return {"step_seconds_ratio": ratio, "repetitions": repetitions} | bounds
 
 
-def router(ratio, low, high):
+def router(ratio, low, high, repetitions=21):
     return {
+        "repetitions": repetitions,
         "ratio": ratio,
         "ratio_low": low,
         "ratio_high": high,
@@ -238,8 +240,8 @@ def page_of(root):
 
 
 def test_the_reports_numbers_are_those_of_the_metrics_files(checkout):
-    evaluated = read_json(checkout / "metrics/evaluate.json")
-    claims = {claim["name"]: claim for claim in read_json(checkout / "report/claims.json")["claims"]}
+    evaluated = read_json(checkout / "artifacts/evaluation.json")
+    stated = {claim["name"]: claim for claim in read_json(checkout / "report/claims.json")["claims"]}
     page = (checkout / "report/index.html").read_text(encoding="utf-8")
     student = evaluated["comparisons"]["student"]
     for key in (
@@ -249,17 +251,18 @@ def test_the_reports_numbers_are_those_of_the_metrics_files(checkout):
         "control_quality_kept",
         "gap_closed",
     ):
-        assert claims["distillation"]["values"][key] == student[key]
-        assert report.percent(student[key]) in page
+        assert stated["distillation"]["values"][key] == student[key]
+        assert wording.percent(student[key]) in page
     for name in ("teacher", "student"):
-        sparse, values = evaluated["comparisons"][f"sparse_{name}"], claims[f"sparsity_{name}"]["values"]
+        sparse, values = evaluated["comparisons"][f"sparse_{name}"], stated[f"sparsity_{name}"]["values"]
+        assert values.pop("documents") == evaluated["test"]["documents"]
         assert all(values[key] == sparse[key] for key in values)
-        assert report.signed(sparse["quality_lost"]) in page and report.percent(sparse["flops_cut"]) in page
+        assert wording.signed(sparse["quality_lost"]) in page and wording.percent(sparse["flops_cut"]) in page
     for model in evaluated["models"].values():
-        assert f"{model['bits_per_byte']:.4f}" in page and charts.number(model["parameters"]) in page
+        assert f"{model['bits_per_byte']:.4f}" in page and wording.number(model["parameters"]) in page
         assert f"{model['bits_per_byte_low']:.4f} to {model['bits_per_byte_high']:.4f}" in page
     for row in evaluated["checkpointing"]:
-        assert report.policy_words(row["policy"]) in page and report.signed(-row["memory_saved"]) in page
+        assert wording.policy_words(row["policy"]) in page and wording.signed(-row["memory_saved"]) in page
 
 
 def test_the_page_says_where_its_numbers_were_made(checkout):
@@ -280,10 +283,14 @@ def test_the_page_loads_nothing_from_anywhere(checkout):
     assert not re.search(r"https?:|\bsrc=|\bhref=|url\(|@import|<link|<iframe|<img", page)
 
 
-def test_a_missing_metrics_file_is_refused_by_name(measured):
-    (measured / "metrics/evaluate.json").unlink()
-    with pytest.raises(Refusal, match=r"evaluate\.json is missing"):
-        page_of(measured)
+def test_a_missing_file_is_refused_by_name(measured):
+    made = "measurements/profile.json", "artifacts/evaluation.json", "plots/sparsify/sparse_student.csv"
+    for path in ("metrics/distill.json", *made):
+        content = (measured / path).read_bytes()
+        (measured / path).unlink()
+        with pytest.raises(Refusal, match=f"{path} is missing: run the stage"):
+            page_of(measured)
+        (measured / path).write_bytes(content)
 
 
 def test_a_gap_that_is_not_real_is_told_with_its_reason(measured):
@@ -292,10 +299,10 @@ def test_a_gap_that_is_not_real_is_told_with_its_reason(measured):
     for key in ("gap_closed", "gap_closed_low", "gap_closed_high"):
         evaluated["comparisons"]["student"][key] = None
     evaluated["comparisons"]["student"]["gap_closed_reason"] = reason
-    write_json(measured / "metrics/evaluate.json", evaluated)
+    write_json(measured / "artifacts/evaluation.json", evaluated)
     assert reason in page_of(measured)
     assert (
-        report.distillation_claim(evaluated, {}).verdict == "holds"
+        claims.distillation_claim(evaluated, {}, None).verdict == "holds"
     )  # kept, but no proof that the teacher helped
 
 
@@ -318,7 +325,7 @@ def test_the_sparsity_verdict_follows_the_interval_not_the_point(cut, low, high,
         "quality_lost_low": low,
         "quality_lost_high": high,
     }
-    assert report.sparsity_claim(evaluated, "teacher").verdict == verdict
+    assert claims.sparsity_claim(evaluated, "teacher", None).verdict == verdict
 
 
 def test_the_best_checkpointing_policy_is_the_one_that_saves_most_within_the_time():
@@ -328,7 +335,7 @@ def test_the_best_checkpointing_policy_is_the_one_that_saves_most_within_the_tim
         ratios = {
             row["policy"]: ratio_of_all if row["policy"] == "every_1" else ratio_of_others for row in policies
         }
-        return report.checkpointing_claim(policies, {name: slowed(ratio) for name, ratio in ratios.items()})
+        return claims.checkpointing_claim(policies, {name: slowed(ratio) for name, ratio in ratios.items()})
 
     assert claimed(1.2, 1.1).values["policy"] == "every_1" and claimed(1.2, 1.1).verdict == "beaten"
     assert claimed(1.4, 1.1).values["policy"] == "selective"
@@ -340,35 +347,91 @@ def test_the_best_checkpointing_policy_is_the_one_that_saves_most_within_the_tim
 
 def test_a_policy_surely_in_time_that_saves_too_little_does_not_hide_one_perhaps_in_time_that_saves_enough():
     policies = [row for row in evaluation()["checkpointing"] if row["policy"] in ("none", "every_4", "every_2")]
-    claim = report.checkpointing_claim(policies, {"every_4": slowed(1.1), "every_2": slowed(1.24)})
+    claim = claims.checkpointing_claim(policies, {"every_4": slowed(1.1), "every_2": slowed(1.24)})
     assert (claim.values["policy"], claim.verdict) == ("every_2", "not testable here")
-    claim = report.checkpointing_claim(policies, {"every_4": slowed(1.1), "every_2": slowed(1.4)})
+    claim = claims.checkpointing_claim(policies, {"every_4": slowed(1.1), "every_2": slowed(1.4)})
     assert (claim.values["policy"], claim.verdict) == ("every_4", "fails")
 
 
 def test_a_policy_with_other_gradients_is_never_recommended():
     policies = [row | {"gradients_equal": row["policy"] == "none"} for row in evaluation()["checkpointing"]]
-    assert report.checkpointing_claim(policies, {}).verdict == "fails"
+    assert claims.checkpointing_claim(policies, {}).verdict == "fails"
 
 
-def test_without_a_clock_a_steps_time_is_judged_by_its_counted_flops():
-    claim = report.checkpointing_claim(evaluation()["checkpointing"], {})
-    assert (
-        claim.values["policy"] == "every_1"
-    )  # a whole forward again: a third of a step more, less where kept
-    assert "FLOPs of a step" in claim.measured and report.NOT_MEASURED in claim.why
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "verdict"), [(3.0, 3.3, "beaten"), (2.8, 3.1, "not testable here"), (1.4, 1.6, "fails")]
-)
 def test_routers_are_compared_by_ratio(low, high, verdict):
-    assert report.router_claim(router((low + high) / 2, low, high)).verdict == verdict
+    assert claims.router_claim(router((low + high) / 2, low, high)).verdict == verdict
 
 
 def test_the_temperature_used_is_told_where_it_is_not_the_claims():
-    assert "T = 1, not T = 2" in report.distillation_claim(evaluation(), {"temperature": 1.0}).why
-    assert "T = 2" not in report.distillation_claim(evaluation(), {"temperature": 2.0}).why
+    assert "T = 1, not T = 2" in claims.distillation_claim(evaluation(), {"temperature": 1.0}, None).why
+    assert "T = 2" not in claims.distillation_claim(evaluation(), {"temperature": 2.0}, None).why
+
+
+def claims_of(evaluated, measured, tokens=819_200):
+    metrics = {"evaluate": evaluated, "distill": {"temperature": 2.0}, "pretrain": {"tokens": tokens}}
+    return {claim.name: claim for claim in claims.make_claims(metrics, measured)}
+
+
+QUALITY = ("distillation", "sparsity_teacher", "sparsity_student")
+TIMED = ("checkpointing", "router")
+
+
+@pytest.mark.parametrize("documents", [1, 3, claims.MIN_DOCUMENTS - 1, claims.MIN_DOCUMENTS, 500])
+def test_a_verdict_on_quality_needs_a_minimum_of_documents(documents):
+    evaluated = evaluation(documents)
+    if documents == 1:  # no resample differs from another: no interval
+        for compared in evaluated["comparisons"].values():
+            compared |= {name: None for name in compared if name.endswith(("_low", "_high"))}
+    for name in QUALITY:
+        claim = claims_of(evaluated, timings())[name]
+        assert f"{wording.count(documents, 'document')}" in claim.interval
+        assert claim.values["documents"] == documents
+        if documents < claims.MIN_DOCUMENTS:
+            assert claim.verdict == "too few documents"
+            assert f"{documents} document" in claim.why and f"a verdict needs {claims.MIN_DOCUMENTS}" in claim.why
+        else:
+            assert claim.verdict == "beaten"
+
+
+@pytest.mark.parametrize("repetitions", [3, claims.MIN_REPETITIONS - 1, claims.MIN_REPETITIONS])
+def test_a_verdict_on_time_needs_a_minimum_of_repetitions(repetitions):
+    measured = timings()
+    measured["router"]["repetitions"] = repetitions
+    measured["checkpointing"]["every_2"]["repetitions"] = repetitions  # the least of all policies compared
+    for name in TIMED:
+        claim = claims_of(evaluation(), measured)[name]
+        assert f"{repetitions} repetitions" in claim.interval and claim.values["repetitions"] == repetitions
+        if repetitions < claims.MIN_REPETITIONS:
+            assert claim.verdict == "too few repetitions"
+            assert f"{repetitions} repetitions; a verdict needs {claims.MIN_REPETITIONS}" in claim.why
+        else:
+            assert claim.verdict == "beaten"
+
+
+def test_models_trained_as_little_as_at_scale_tiny_are_too_small_to_claim_anything(tiny_settings):
+    recipe = tiny_settings.pretrain
+    tokens = recipe.steps * recipe.batch_sequences * tiny_settings.sequence_tokens
+    found = claims_of(evaluation(), timings(), tokens)
+    for name in QUALITY:
+        assert found[name].verdict == "too small to claim anything"
+        assert f"{tokens:,} tokens; a verdict needs {claims.MIN_TRAINING_TOKENS:,}" in found[name].why
+    measured = {policy: slowed(1.1, tiny_settings.profile.repetitions) for policy in timings()["checkpointing"]}
+    assert claims.checkpointing_claim(evaluation()["checkpointing"], measured).verdict == "too few repetitions"
+
+
+def test_the_page_and_the_table_show_how_much_is_behind_each_interval_and_leave_the_question_open(tmp_path):
+    write_fixture(tmp_path)
+    write_json(tmp_path / "artifacts/evaluation.json", evaluation(documents=3))
+    page = page_of(tmp_path)
+    table = (tmp_path / "report/claims.md").read_text(encoding="utf-8")
+    for name, text in (("page", page), ("table", table)):
+        assert text.count("3 documents; a verdict needs 20") == 3, name
+        assert text.count("21 repetitions") >= 2, name
+    assert page.count('<span class="verdict open">? too few documents</span>') == 3
+    assert "<h1>Too few documents: a student with" in page
+    assert "interval over 3 test documents" in page and "(95% interval, 3 documents)" in page
+    stated = {claim["name"]: claim for claim in read_json(tmp_path / "report/claims.json")["claims"]}
+    assert all(stated[name]["values"]["documents"] == 3 for name in QUALITY)
 
 
 def test_claims_markdown_is_one_row_per_claim(checkout):
@@ -388,12 +451,12 @@ def test_every_chart_has_a_title_of_its_own_and_stays_inside_its_frame(checkout)
 
 
 def test_ticks_are_round_and_cover_the_range():
-    assert charts.ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    assert charts.log_ticks(3, 300) == [5, 10, 20, 50, 100, 200]
+    assert drawing.ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert drawing.log_ticks(3, 300) == [5, 10, 20, 50, 100, 200]
 
 
 def test_numbers_read_as_people_write_them():
-    assert [charts.number(value) for value in (12_345_678, 999_999, 1.5, 0.031, 0, None, float("nan"))] == [
+    assert [wording.number(value) for value in (12_345_678, 999_999, 1.5, 0.031, 0, None, float("nan"))] == [
         "12.3M",
         "1M",
         "1.5",
@@ -412,11 +475,11 @@ def test_charts_survive_empty_single_and_unbounded_data():
         charts.bars("c", [], "y"),
     ):
         assert "no data" in drawn
-    alone = charts.Point("alone", 3.0, 0.0)
-    assert "nan" not in charts.scatter("a", [alone, charts.Point("bad", 1.0, nothing)], "x", "y", log_x=True)
-    assert "nan" not in charts.curves("b", [charts.Line("flat", [(1, 2.0), (1, nothing)])], "x", "y")
+    alone = drawing.Point("alone", 3.0, 0.0)
+    assert "nan" not in charts.scatter("a", [alone, drawing.Point("bad", 1.0, nothing)], "x", "y", log_x=True)
+    assert "nan" not in charts.curves("b", [drawing.Line("flat", [(1, 2.0), (1, nothing)])], "x", "y")
     assert "nan" not in charts.bars("c", [("zero", 0.0)], "y")
-    assert "nan" not in charts.curves("d", [charts.Line("one", [(3, 2.0), (0, 1.0), (1, -1.0)])], "x", "y", log=True)
+    assert "nan" not in charts.curves("d", [drawing.Line("one", [(3, 2.0), (0, 1.0), (1, -1.0)])], "x", "y", log=True)
 
 
 def test_figures_that_dvc_did_not_record_are_refused_by_name(tmp_path):
