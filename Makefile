@@ -24,7 +24,7 @@ env: .venv/.run .venv/.develop
 
 .venv/.develop: .venv/.run
 	@echo "installing the packages of the tests into .venv"
-	@$(PIP) -e '.[huggingface,test,lint]'
+	@$(PIP) -e '.[huggingface,corpus,test,lint]'
 	@touch $@
 
 .venv/.audit: .venv/.run

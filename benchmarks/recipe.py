@@ -50,9 +50,10 @@ from stages import settings
 from stages.artifacts import write_atomically
 from stages.heap import keep_freed_memory
 from stages.layers import has_bfloat16
-from stages.prepare import encode, gather, refuse_few, split_documents, texts, train_tokenizer
+from stages.prepare import encode, gather, texts, train_tokenizer
 from stages.resuming import Interruption
 from stages.shards import SPLITS, Tokens, Windows, token_dtype, write_card, write_split
+from stages.splits import refuse_few, split_documents
 from stages.training import validation_nats
 
 CORPORA = {  # that of most documents first: on it plain AdamW is tuned
@@ -101,8 +102,8 @@ def prepared(documents: Iterator[str], knobs: settings.Prepare, folder: Path) ->
     folder.mkdir(parents=True, exist_ok=True)
     with Interruption("recipe") as interruption, tempfile.TemporaryFile() as spool:
         found, _ = gather(documents, spool, interruption)
+        refuse_few(found, [])
         splits = split_documents(found, knobs.val_share, knobs.test_share)
-        refuse_few(splits)
         tokenizer = train_tokenizer(knobs.tokenizer, knobs.vocab_size, texts(spool, splits["train"]))
         parts = {}
         for split in SPLITS:

@@ -12,6 +12,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def checkout_root(root):
+    """The user's checkout, also where DVC runs the stage in a temporary copy of it."""
+    under_dvc = "DVC_STAGE" in os.environ and os.environ.get("DVC_ROOT")
+    return Path(under_dvc or root).resolve()
+
+
 class Refusal(Exception):
     """A mistake the user can mend, told in one line: what is wrong, where, and how to mend it."""
 

@@ -1,38 +1,36 @@
 """Where documents come from: one object that is read once, from start to end, and counts what it met.
 
     stdlib       the running interpreter's own library sources: a file is a document
-    files        paths and globs of text, .jsonl (a line is a document) and .parquet (a row is one)
+    files        paths and globs of text, JSON, CSV and Parquet, packed or not (stages/readers.py)
     huggingface  `datasets`: a name on the hub, or a folder saved with save_to_disk (a row is a document)
 
 A text file up to LONG_TEXT_BYTES is one document; a longer one is a collection in a single file and is
 cut at blank lines, so that it can be split into training and test text and never stands in memory whole.
+So is a shorter one where the corpus is only FEW_FILES text files or less. With corpus.separator a text file
+holds a document between any two of these. Of a row, corpus.text_field is read (stages/fields.py).
 """
 
-import codecs
-import glob
 import json
-import os
 import platform
 import sys
-import sysconfig
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 
 from stages.artifacts import Refusal
+from stages.fields import WITHOUT_FIELD, field_texts
+from stages.paths import in_a_copy, library_files, matches_of
+from stages.readers import Undecodable, look_at, readable, refuse_undecodable, rows_of, text_documents
 from stages.resuming import ResumeState, resume_key
+from stages.shards import END_OF_TEXT
 
 KEEP_SECONDS, KEEP_BYTES = 10, 1 << 26  # a stream's rows are kept this often, or when they are this many
-LONG_TEXT_BYTES = 1 << 18
-PIECE_CHARACTERS = 1 << 14
-BLOCK_BYTES = 1 << 20
+FEW_FILES = 3  # too few documents for three splits
+SURELY_SEPARATORS = 10  # so many in one text file are no mention of it
+PATIENCE_ROWS = 1000  # of a dataset, whose rows are alike, without the field
 SOURCES = ("stdlib", "files", "huggingface")
-
-# Folders of the library that nobody wrote by hand or that distributions leave out: without them the corpus
-# is the same on Debian, in a container and under pyenv. The generated ones hold machine paths.
-NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
-GENERATED = ("_sysconfigdata", "config-")
 
 
 @dataclass
@@ -45,6 +43,8 @@ class Corpus:
     source: str
     paths: tuple = ()
     text_field: str = "text"
+    separator: str | None = None
+    undecodable: str = "refuse"  # or skip; the standard library's few are always skipped
     dataset: str | None = None
     subset: str | None = None
     split: str = "train"
@@ -54,7 +54,11 @@ class Corpus:
     files: list = field(default_factory=list)  # names, without the folders of this machine
     bytes: int = 0
     empty: int = 0
-    undecodable: int = 0
+    without_field: int = 0
+    undecodable_files: list = field(default_factory=list)
+    broken_links: list = field(default_factory=list)
+    cut_files: int = 0
+    separators_kept: int = 0  # <|endoftext|> in text files, read as text
     reached_max_bytes: bool = False
     _kept: ExitStack = field(default_factory=ExitStack)
 
@@ -69,23 +73,37 @@ class Corpus:
         if self.source not in readers:
             raise Refusal(f"corpus.source is {self.source!r}: it must be one of {', '.join(SOURCES)}")
         for where, text in readers[self.source]():
-            if text is None or not text.strip():
+            if text is WITHOUT_FIELD:
+                self.without_field += 1
+                continue
+            text = (text or "").removeprefix("\ufeff")
+            if not text.strip():
                 self.empty += 1
                 continue
             try:
                 size = len(text.encode("utf-8"))
             except UnicodeEncodeError as error:  # JSON may spell half of a surrogate pair
-                raise Refusal(
-                    f"{where}: character {error.start} is half a surrogate pair: mend the text"
-                ) from None
+                raise Refusal(f"{where}: character {error.start} is half a surrogate pair: correct the text") from None
             if self.max_bytes and self.bytes + size > self.max_bytes:
                 self.reached_max_bytes = True
                 break
             self.bytes += size
             yield text
+        self._tell()
         if not self.bytes:
             limit = f" within corpus.max_bytes ({self.max_bytes})" if self.reached_max_bytes else ""
-            raise Refusal(f"the corpus ({self._name()}) holds no text{limit}: name another source")
+            skipped = f"; left out: {', '.join(self.left_out())}" if self.left_out() else ""
+            raise Refusal(f"the corpus ({self._name()}) holds no text{limit}{skipped}: name another source")
+
+    def left_out(self) -> list[str]:
+        """What was skipped, for a reader."""
+        counts = {
+            "empty documents": self.empty,
+            f"rows without {self.text_field!r}": self.without_field,
+            "files that are not UTF-8": len(self.undecodable_files),
+            "broken links": len(self.broken_links),
+        }
+        return [f"{count:,} {what}" for what, count in counts.items() if count]
 
     def describe(self):
         """What the corpus card says: no path, host or date, so that equal texts give equal cards."""
@@ -94,16 +112,21 @@ class Corpus:
             "name": self._name(),
             "bytes_read": self.bytes,
             "empty_documents_skipped": self.empty,
-            "undecodable_files_skipped": self.undecodable,
+            "undecodable_files_skipped": len(self.undecodable_files),
             "reached_max_bytes": self.reached_max_bytes,
         }
         if self.source == "stdlib":
-            card |= {"python": platform.python_version(), "files": len(self.files)}
-        elif self.source == "files":
-            card |= {"files": self.files}
-        else:
-            card |= {"subset": self.subset, "split": self.split, "text_field": self.text_field}
-        return card
+            return card | {"python": platform.python_version(), "files": len(self.files)}
+        card |= {"text_field": self.text_field, "rows_without_field_skipped": self.without_field}
+        if self.source == "huggingface":
+            return card | {"subset": self.subset, "split": self.split}
+        return card | {
+            "files": self.files,
+            "separator": self.separator,
+            "separators_kept_as_text": self.separators_kept,
+            "text_files_cut": self.cut_files,
+            "broken_links_skipped": len(self.broken_links),
+        }
 
     def _name(self):
         if self.source == "stdlib":
@@ -118,23 +141,64 @@ class Corpus:
             try:
                 text = path.read_bytes().decode("utf-8")
             except UnicodeDecodeError:  # a few sources carry another coding cookie
-                self.undecodable += 1
+                self.undecodable_files.append(path)
                 continue
             self.files.append(name)
             yield path, text
 
     def _files(self):
-        readers = {".jsonl": jsonl_documents, ".parquet": parquet_documents}
-        for name, path in find_files(self.paths, self.root):
+        found, self.broken_links = matches_of(self.paths, self.root)
+        looks = self._decodable(found)
+        first = list(islice(looks, FEW_FILES + 1))
+        few = len(first) <= FEW_FILES and all(file.format == "text" for _, file in first)
+        for name, file in chain(first, looks):
             self.files.append(name)
-            reader = readers.get(path.suffix.lower())
-            yield from reader(path, self.text_field) if reader else text_documents(path)
+            if file.format != "text":
+                yield from field_texts(rows_of(file, self.text_field), self.text_field, str(file))
+                continue
+            documents = separators = 0
+            for where, text in text_documents(file, self.separator, few):
+                documents += 1
+                separators += text.count(END_OF_TEXT) if self.separator is None else 0
+                yield where, text
+            self.cut_files += documents > 1 and self.separator is None
+            self.separators_kept += separators if separators >= SURELY_SEPARATORS else 0
+
+    def _decodable(self, found):
+        """The files that are read, each looked at when its turn comes."""
+        for name, path in found:
+            try:
+                file = look_at(path)
+                if self.undecodable == "skip" and file.format != "parquet":
+                    refuse_undecodable(file)
+            except Undecodable:
+                if self.undecodable == "refuse":
+                    raise
+                self.undecodable_files.append(path)
+                continue
+            yield name, file
+
+    def _tell(self):
+        """What a person who gave these files should hear, a line each."""
+        for paths, what in (
+            (self.broken_links, "broken symbolic links"),
+            (self.undecodable_files, "files that are not UTF-8"),
+        ):
+            if paths and self.source == "files":
+                print(f"prepare: skipped {len(paths):,} {what}, the first is {readable(paths[0])}", file=sys.stderr)
+        if self.separators_kept:
+            print(
+                f"prepare: {END_OF_TEXT} stands {self.separators_kept:,} times in the text files and is read as text. "
+                f'If it separates documents, set corpus.separator: in params.yaml separator: "{END_OF_TEXT}" in the '
+                f"mapping corpus, or on the command line 'corpus.separator=\"{END_OF_TEXT}\"'",
+                file=sys.stderr,
+            )
 
     def _huggingface(self):
         rows, revision = open_dataset(self.dataset, self.subset, self.split, self.root)
         name = f"corpus.dataset {self.dataset}"
         if revision is None:
-            yield from row_texts(rows, self.text_field, name)
+            yield from field_texts(numbered(rows, name), self.text_field, name, PATIENCE_ROWS)
             return
         stream = [self.dataset, self.subset, self.split, self.text_field, revision]
         state = self._kept.enter_context(ResumeState(self.root, "prepare", resume_key("prepare", stream)))
@@ -143,131 +207,7 @@ class Corpus:
         yield from texts
 
 
-def library_files():
-    """(name, path) of the library's sources, in the order of their names."""
-    library, found = Path(sysconfig.get_paths()["stdlib"]), []
-    for folder, folders, files in os.walk(library):
-        folders[:] = [name for name in folders if name not in NOT_LIBRARY and not name.startswith(GENERATED)]
-        found += [Path(folder, name) for name in files if name.endswith(".py") and not name.startswith(GENERATED)]
-    named = ((path.relative_to(library).as_posix(), path) for path in found)
-    return sorted((name, path) for name, path in named if path.is_file())
-
-
-def find_files(paths, root):
-    """(name, path) of every file that the paths and globs give, once each, in the order of their names."""
-    if not paths:
-        raise Refusal("corpus.paths is empty: name files or globs, such as corpus.paths=[texts/*.txt]")
-    found = {}
-    for given in map(str, paths):
-        path = root / Path(given).expanduser()
-        if path.is_dir():
-            example = f"{given.rstrip('/')}/**/*.txt"
-            raise Refusal(f"corpus.paths names the folder {given}: name its files, such as {example}")
-        if path.is_file():  # before the glob, so that a name with brackets in it can be given as it is
-            found[path.resolve()] = path.name
-            continue
-        matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
-        matches = [match for match in matches if match.is_file()]
-        if not matches:
-            kind = "matches no file" if glob.has_magic(given) else "does not exist"
-            raise Refusal(f"corpus.paths: {given} {kind} (looked in {root.resolve()})")
-        fixed = []  # the folders before the first wildcard: a document's name starts after them
-        for part in path.parts:
-            if glob.has_magic(part):
-                break
-            fixed.append(part)
-        for match in matches:
-            found.setdefault(match.resolve(), match.relative_to(Path(*fixed)).as_posix())
-    return sorted((name, path) for path, name in found.items())
-
-
-def text_documents(path):
-    """The documents of a text file: itself, or pieces of it cut at blank lines when it is long."""
-    blocks = _decoded_blocks(path)
-    if path.stat().st_size <= LONG_TEXT_BYTES:
-        yield path, "".join(blocks)
-        return
-    rest = ""
-    for block in blocks:
-        rest += block
-        start = 0
-        while len(rest) - start > 2 * PIECE_CHARACTERS:  # so that the cut never depends on the block's end
-            end = _border(rest, start)
-            yield path, rest[start:end]
-            start = end
-        rest = rest[start:]
-    yield path, rest
-
-
-def _border(text, start):
-    """Where the piece from `start` ends: after a blank line, else a line, else in the middle of one."""
-    early, late = start + PIECE_CHARACTERS, start + 2 * PIECE_CHARACTERS
-    for border in ("\n\n", "\n"):
-        position = text.find(border, early, late)
-        if position >= 0:
-            return position + len(border)
-    return late
-
-
-def _decoded_blocks(path):
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    with open(path, "rb") as file:
-        offset = 0  # in the file, of what the decoder is about to see
-        while True:
-            block = file.read(BLOCK_BYTES)
-            waiting = len(decoder.getstate()[0])  # bytes of a character that the last block began
-            try:
-                yield decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                at = offset - waiting + error.start
-                raise Refusal(f"{path}: byte {at} is not UTF-8 ({error.reason}): convert the file") from None
-            offset += len(block)
-            if not block:
-                return
-
-
-def jsonl_documents(path, text_field):
-    """The text field of every line; blank lines are let through."""
-    offset = 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line.decode("utf-8")) if line.strip() else None
-            except UnicodeDecodeError as error:
-                at = offset + error.start
-                raise Refusal(f"{where}: byte {at} is not UTF-8 ({error.reason}): convert the file") from None
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise Refusal(f"{where} is not JSON ({error}): each line must be one object") from None
-            offset += len(line)
-            if line.strip():
-                yield where, _text_of(row, text_field, where)
-
-
-def parquet_documents(path, text_field):
-    """The text column, a few rows at a time."""
-    try:
-        import pyarrow as arrow
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise Refusal(f"{path} is Parquet, which needs: pip install pyarrow") from None
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if text_field not in names:
-                known = ", ".join(names)
-                raise Refusal(
-                    f"{path} has no column {text_field!r}: corpus.text_field must be one of {known}"
-                )
-            number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
-                for row in batch.to_pylist():
-                    where = f"{path}, row {number}"
-                    yield where, _text_of(row, text_field, where)
-                    number += 1
-    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise Refusal(f"{path} cannot be read as Parquet: {_first_line(error)}") from None
+# ---- datasets
 
 
 def open_dataset(dataset, subset, split, root):
@@ -288,7 +228,7 @@ def open_dataset(dataset, subset, split, root):
     try:
         if not folder.is_dir():
             if dataset.startswith(("/", ".", "~")):
-                raise Refusal(f"corpus.dataset: the folder {dataset} does not exist")
+                raise Refusal(f"corpus.dataset: the folder {dataset} does not exist{in_a_copy(dataset, root)}")
             if datasets.config.HF_HUB_OFFLINE:
                 return datasets.load_dataset(dataset, subset, split=split), None
             builder = datasets.load_dataset_builder(dataset, subset)  # its hash is the commit on the hub
@@ -307,20 +247,18 @@ def open_dataset(dataset, subset, split, root):
     return saved[split], None
 
 
-def row_texts(rows, text_field, name, first=0):
-    for number, row in enumerate(rows, first):
-        where = f"{name}, row {number}"
-        yield where, _text_of(row, text_field, where)
+def numbered(rows, name, first=0):
+    return ((f"{name}, row {number}", row) for number, row in enumerate(rows, first))
 
 
 def kept_texts(rows, text_field, name, state):
     """The texts of a stream, copied as they arrive: an interrupted download goes on after them."""
-    steps, count, position = 0, 0, None
+    steps, count, position, found = 0, 0, None, False
     while (content := state.load(f"rows-{steps:05d}")) is not None:
         step = json.loads(content)
         for text in step["texts"]:
             yield f"{name}, row {count}", text
-            count += 1
+            count, found = count + 1, found or text is not WITHOUT_FIELD
         steps, position = steps + 1, step["position"]
     if steps:
         print(f"prepare: continuing the download after {count} rows", file=sys.stderr)
@@ -332,7 +270,7 @@ def kept_texts(rows, text_field, name, state):
         state.save(f"rows-{steps:05d}", json.dumps(step).encode())
 
     try:
-        for where, text in row_texts(rows, text_field, name, first=count):
+        for where, text in field_texts(numbered(rows, name, count), text_field, name, PATIENCE_ROWS, found):
             copied.append(text)
             size += len(text or "")
             yield where, text
@@ -343,20 +281,6 @@ def kept_texts(rows, text_field, name, state):
     except GeneratorExit:
         save()
         raise
-
-
-def _text_of(row, text_field, where):
-    """The text of a row. A null is an empty document; anything else that is not a string is a mistake."""
-    if not isinstance(row, dict):
-        raise Refusal(f'{where} is not an object: it must look like {{"{text_field}": "…"}}')
-    if text_field not in row:
-        known = ", ".join(row) or "its fields, and it has none"
-        raise Refusal(f"{where} has no field {text_field!r}: corpus.text_field must be one of {known}")
-    text = row[text_field]
-    if text is not None and not isinstance(text, str):
-        kind = type(text).__name__
-        raise Refusal(f"{where}: field {text_field!r} is a {kind}, not text: set corpus.text_field")
-    return text
 
 
 def _first_line(error):

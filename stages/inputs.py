@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from stages.artifacts import Refusal, sha256_of, write_atomically
-from stages.corpus import find_files, library_files
+from stages.paths import find_files, library_files
 
 MEMORY = Path(".runs/fingerprints.json")
 SETTLED_SECONDS = 2.0  # a file that changed this recently may change again within the same tick of its clock

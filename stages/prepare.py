@@ -5,7 +5,8 @@
     python -m stages.prepare scale=tiny prepare.tokenizer=bytes
 
 A document's split is a function of its own text (SHA-256), so no document is in two splits, none moves when
-others come or go, and the order on disk is that of the checksums: any first n tokens are a fair sample.
+others come or go (but in a corpus so small that a split would else be empty), and the order on disk is that of
+the checksums: any first n tokens are a fair sample.
 """
 
 import hashlib
@@ -15,7 +16,6 @@ import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -35,26 +35,16 @@ from stages.shards import (
     write_card,
     write_split,
 )
+from stages.splits import Document, choose, moved, refuse_few, refuse_short, split_documents
 
 SECTIONS = ("corpus", "prepare", "sequence_tokens")
 DATA = "data"  # of the resume state: the folder that becomes artifacts/data
 BATCH_BYTES = 1 << 22  # of text, tokenized at once
-FEWEST = {"train": 1, "val": 1, "test": 2}  # documents; an interval over documents needs two
-FEWEST_HELD_OUT = 4  # documents of validation and of test that max_documents leaves
 
 
 def main(settings, place, run):
     knobs, watch = settings.prepare, Stopwatch()
-    corpus = Corpus(
-        source=settings.corpus.source,
-        paths=tuple(settings.corpus.paths or ()),
-        text_field=settings.corpus.text_field,
-        dataset=settings.corpus.dataset,
-        subset=settings.corpus.subset,
-        split=settings.corpus.split,
-        max_bytes=settings.corpus.max_bytes,
-        root=place.root,
-    )
+    corpus = Corpus(**asdict(settings.corpus), root=place.root)
     folder = empty_folder(place.write("artifacts/data"))
 
     # The source is read once. Its texts wait in a file without a name, which a killed process cannot leave. A
@@ -62,9 +52,11 @@ def main(settings, place, run):
     with Interruption("prepare") as interruption, corpus, tempfile.TemporaryFile(dir=folder) as spool:
         with watch.phase("read"):
             documents, duplicates = gather(corpus, spool, interruption)
+            refuse_few(documents, corpus.left_out() + [f"{duplicates:,} exact duplicates"] * bool(duplicates))
             splits = split_documents(documents, knobs.val_share, knobs.test_share)
+            moved_documents = moved(splits, knobs.val_share, knobs.test_share)
             splits = choose(splits, knobs.max_documents, knobs.val_share, knobs.test_share)
-            refuse_few(splits)
+            unused = len(documents) - sum(map(len, splits.values()))
 
         with ResumeState(place.root, "prepare", state_key(knobs, splits)) as state:
             with watch.phase("train_tokenizer"):
@@ -75,7 +67,7 @@ def main(settings, place, run):
                 for split in SPLITS:
                     interruption.check(f"encoding {split}")
                     parts[split] = encode_split(tokenizer, spool, splits[split], split, knobs, state, interruption)
-                    refuse_short(split, parts[split], settings.sequence_tokens)
+                    refuse_short(split, parts, splits, unused, knobs, settings.sequence_tokens)
 
             for path in (state.folder / DATA).glob("[!.]*"):
                 link_or_copy(path, folder / path.name)
@@ -88,6 +80,7 @@ def main(settings, place, run):
                 "dtype": token_dtype(tokenizer.vocab_size),
                 "splits": parts,
                 "duplicates_dropped": duplicates,
+                "documents_moved_to_fill_splits": moved_documents,
                 "corpus": corpus.describe(),
             }
             write_atomically(folder / "CORPUS.md", corpus_card(card, knobs))
@@ -113,12 +106,6 @@ def empty_folder(folder):
 
 
 # ---- reading
-
-
-class Document(NamedTuple):
-    digest: bytes  # SHA-256 of the text
-    start: int  # in the spool
-    size: int  # utf-8 bytes
 
 
 def gather(corpus, spool, interruption):
@@ -152,50 +139,6 @@ def progress(title, **how):
     """A bar on a terminal, nothing in a log."""
     quiet = not sys.stderr.isatty()
     return tqdm(desc=f"prepare: {title}", file=sys.stderr, disable=quiet, leave=False, **how)
-
-
-# ---- splitting
-
-
-def split_documents(documents, val_share, test_share):
-    """Each document to the split that its checksum, read as a number in [0, 1), falls in."""
-    splits = {split: [] for split in SPLITS}
-    for document in sorted(documents):
-        fraction = int.from_bytes(document.digest[:8], "big") / 2**64
-        split = "test" if fraction < test_share else "val" if fraction < test_share + val_share else "train"
-        splits[split].append(document)
-    return splits
-
-
-def choose(splits, max_documents, val_share, test_share):
-    """The first documents by checksum, in each split its share of max_documents (0: all)."""
-    if not max_documents:
-        return splits
-    val = max(FEWEST_HELD_OUT, round(max_documents * val_share))
-    test = max(FEWEST_HELD_OUT, round(max_documents * test_share))
-    quota = {"train": max(1, max_documents - val - test), "val": val, "test": test}
-    return {split: documents[: quota[split]] for split, documents in splits.items()}
-
-
-def refuse_few(splits):
-    count = sum(map(len, splits.values()))
-    for split, documents in splits.items():
-        if len(documents) < FEWEST[split]:
-            cure = (
-                "give more documents" if split == "train" else f"give more, or a larger prepare.{split}_share"
-            )
-            raise Refusal(
-                f"the corpus is too small: {len(documents)} of its {count} documents fall in the {split} "
-                f"split, which needs {FEWEST[split]}; {cure}"
-            )
-
-
-def refuse_short(split, part, sequence_tokens):
-    if part["tokens"] < sequence_tokens + 1:
-        raise Refusal(
-            f"the corpus is too small: its {split} split has {part['tokens']} tokens in {part['documents']} "
-            f"documents, and a sequence is {sequence_tokens + 1}; give more text or lower sequence_tokens"
-        )
 
 
 # ---- tokens
@@ -370,16 +313,30 @@ def corpus_card(card, knobs):
     for split, part in card["splits"].items():
         counts = f"{part['documents']:,} | {part['bytes']:,} | {part['tokens']:,}"
         rows.append(f"| {split} | {counts} | {part['bytes_per_token']:.3f} |")
+    left_out = [
+        f"{card['duplicates_dropped']:,} exact duplicates",
+        f"{corpus['empty_documents_skipped']:,} empty documents",
+        f"{corpus['undecodable_files_skipped']:,} files that are not UTF-8",
+    ]
+    if corpus.get("rows_without_field_skipped"):
+        left_out.append(f"{corpus['rows_without_field_skipped']:,} rows without the field `{corpus['text_field']}`")
+    if corpus.get("broken_links_skipped"):
+        left_out.append(f"{corpus['broken_links_skipped']:,} broken symbolic links")
     notes = [
         f"Source: {corpus['name']} (`corpus.source: {corpus['source']}`), {corpus['bytes_read']:,} bytes.",
-        f"Left out: {card['duplicates_dropped']:,} exact duplicates,",
-        f"{corpus['empty_documents_skipped']:,} empty documents,",
-        f"{corpus['undecodable_files_skipped']:,} files that are not UTF-8.",
+        f"Left out: {', '.join(left_out)}.",
     ]
+    if corpus.get("text_files_cut"):
+        notes.append(f"{corpus['text_files_cut']:,} text files were cut into pieces, which are the documents.")
+    if corpus.get("separators_kept_as_text"):
+        count = corpus["separators_kept_as_text"]
+        notes.append(f"`{END_OF_TEXT}` stands {count:,} times in the text files: `corpus.separator` would split there.")
     if corpus["reached_max_bytes"]:
         notes.append("Reading stopped at `corpus.max_bytes`: the source holds more.")
     if knobs.max_documents:
         notes.append(f"Of the rest, `prepare.max_documents` ({knobs.max_documents}) were chosen by checksum.")
+    count = card["documents_moved_to_fill_splits"]
+    filled = f" So that each split has enough, {count:,} went to the one next to theirs." if count else ""
     return "\n".join(
         [
             "# Corpus card",
@@ -392,7 +349,7 @@ def corpus_card(card, knobs):
             "",
             "The split is the SHA-256 of a document's text, read as a number from 0 to 1: test below",
             f"{knobs.test_share:g}, validation below {knobs.test_share + knobs.val_share:g}, else training.",
-            "No document is in two splits.",
+            f"No document is in two splits.{filled}",
             "",
             f"Tokenizer: {card['tokenizer']}, {card['vocab_size']:,} tokens, from the training split only;",
             f"`{END_OF_TEXT}` ({card['end_of_text']}) ends every document and counts no byte.",

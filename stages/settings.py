@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from stages.artifacts import ROOT, Refusal
 
+OWN_FILES = "in params.yaml corpus: {source: files, paths: [texts/*.txt]}, or corpus=files 'corpus.paths=[texts/*.txt]'"
 MOST = 2**40  # no count in here is sensible above this; beyond it sizes overflow far from their cause
 
 
@@ -53,6 +54,8 @@ class Corpus:
     source: Literal["stdlib", "files", "huggingface"]
     paths: tuple[str, ...]
     text_field: str
+    separator: str | None = dataclasses.field(metadata={"blank": True})
+    undecodable: Literal["refuse", "skip"]
     dataset: str | None
     subset: str | None
     split: str
@@ -278,7 +281,7 @@ def _read(value, kind, path, bounds):
             _refuse(key, value, "must be true or false")
         return value
     if kind is str:
-        if not isinstance(value, str) or not value.strip() or "\0" in value:
+        if not isinstance(value, str) or not (value.strip() or value and "blank" in bounds) or "\0" in value:
             _refuse(key, value, "must be a word")
         return value
     return _read_number(value, kind, key, bounds)
@@ -391,9 +394,13 @@ def _student_rules(settings):
 def _corpus_rules(settings):
     corpus = settings.corpus
     if corpus.source == "files" and not corpus.paths:
-        _refuse("corpus.paths", [], "must name at least one file or glob when corpus.source is files")
+        _refuse("corpus.paths", [], f"must name at least one file or glob: {OWN_FILES}")
     if corpus.source == "huggingface" and corpus.dataset is None:
         _refuse("corpus.dataset", None, "must name a dataset when corpus.source is huggingface")
+    for key, source in (("paths", "files"), ("separator", "files"), ("dataset", "huggingface")):
+        if getattr(corpus, key) and corpus.source != source:
+            rule = f"is read from source {source} only, and corpus.source is {corpus.source}: choose corpus={source}"
+            _refuse(f"corpus.{key}", getattr(corpus, key), rule)
 
 
 def _prepare_rules(settings):

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import yaml
 
-from stages.artifacts import ROOT, link_or_copy, sha256_of
+from stages.artifacts import ROOT, checkout_root, link_or_copy, sha256_of
 from stages.identity import dataset, files_of, identity
 from stages.records import ALL_SENT, FAILURE, RECORDS, await_mirrors, is_alive, mirroring, read_lines, read_sent, unsent
 from stages.redaction import copy_redacted, flat, plain, redacted_line, redacted_within, say
@@ -82,7 +82,7 @@ class Run:
         """Have the mirror send what is said while the stage runs, not at its end only."""
         with self._quietly():
             if self._file is not None:
-                self._mirror = _start_mirror(self.folder, store_root(self.root))
+                self._mirror = _start_mirror(self.folder, checkout_root(self.root))
 
     def _keep(self, path, copy, under=None):
         """Put a file or folder into the record, under a name of its own; returns that name."""
@@ -135,7 +135,7 @@ class Run:
                 self._alive.close()
             mirrored = self._mirror is not None and self._mirror.poll() is None
             if not mirrored and self.folder and (self.folder / "events.jsonl").exists():
-                _start_mirror(self.folder, store_root(self.root))
+                _start_mirror(self.folder, checkout_root(self.root))
 
 
 @contextlib.contextmanager
@@ -145,7 +145,7 @@ def start_run(stage, settings, out, root, sweep=None):
     run = Run(root=root)
     deps, outs = [], []
     with run._quietly():
-        run.folder = store_root(root) / RECORDS / f"{time.strftime('%Y%m%d-%H%M%S')}-{stage}-{uuid.uuid4().hex[:8]}"
+        run.folder = checkout_root(root) / RECORDS / f"{time.strftime('%Y%m%d-%H%M%S')}-{stage}-{uuid.uuid4().hex[:8]}"
         run._open()
         deps, outs = files_of(stage, root)
         run._event("start", **identity(stage, settings, out, root, sweep, deps))
@@ -176,12 +176,6 @@ def start_run(stage, settings, out, root, sweep=None):
                 _record_results(run, stage, out)
         run._event("end", status=status)
         run._close()
-
-
-def store_root(root):
-    """Where records and the default store live: the user's checkout, also when DVC runs a temporary copy."""
-    under_dvc = "DVC_STAGE" in os.environ and os.environ.get("DVC_ROOT")
-    return Path(under_dvc or root).resolve()
 
 
 def _record_data(run, root):

@@ -1,11 +1,18 @@
 """Every source gives texts, says what it left out, and refuses bad input in one line that names the place."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from stages.artifacts import Refusal
-from stages.corpus import LONG_TEXT_BYTES, PIECE_CHARACTERS, Corpus
+from stages.corpus import Corpus, find_files
+from stages.readers import LONG_TEXT_BYTES, PIECE_CHARACTERS
+
+ROOT = Path(__file__).parent.parent
 
 
 def files(root, *paths, **more):
@@ -90,8 +97,7 @@ def test_undecodable_line_of_jsonl_is_refused_with_line_and_offset(tmp_path):
 @pytest.mark.parametrize(
     "line, words",
     [
-        ('{"body": "x"}', "no field 'text'"),
-        ('{"text": 5}', "is a int, not text"),
+        ('{"text": 5}', "is of type int, not text"),
         ('{"text": "x"', "is not JSON"),
         ('["x"]', "is not an object"),
         ('{"text": "\\ud800"}', "surrogate"),
@@ -106,9 +112,8 @@ def test_bad_line_of_jsonl_is_refused_with_its_number(tmp_path, line, words):
 def test_parquet_without_the_column_or_not_parquet_at_all_is_refused(tmp_path):
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     parquet.write_table(arrow.table({"body": ["x"]}), tmp_path / "a.parquet")
-    assert "no column 'text'" in refusal(files(tmp_path, "a.parquet")) and "body" in refusal(
-        files(tmp_path, "a.parquet")
-    )
+    message = refusal(files(tmp_path, "a.parquet"))
+    assert "no row has the field 'text'" in message and "set corpus.text_field=body" in message
     (tmp_path / "b.parquet").write_text("not parquet")
     assert "b.parquet" in refusal(files(tmp_path, "b.parquet"))
 
@@ -129,6 +134,88 @@ def test_file_whose_name_looks_like_a_glob_is_read(tmp_path):
     assert list(files(tmp_path, "a[1].txt")) == ["text"]
 
 
+@pytest.mark.parametrize("folder", ["my data [v1]", 'q "x" =y (é)', "a*b?", "[!x]"])
+def test_an_existing_folder_is_taken_literally_whatever_its_name(tmp_path, folder):
+    (tmp_path / folder / "in [2]").mkdir(parents=True)
+    (tmp_path / folder / "in [2]" / "a.txt").write_text("text")
+    (tmp_path / folder / "in [2]" / "b[1] x.txt").write_text("more")
+    for root, start in ((tmp_path, folder), (tmp_path / "elsewhere", tmp_path / folder)):
+        assert names(root, f"{start}/**/*.txt") == ["in [2]/a.txt", "in [2]/b[1] x.txt"]
+        assert names(root, f"{start}/in [2]/*.txt") == ["a.txt", "b[1] x.txt"]
+        assert names(root, f"{start}/*/b[1]*.txt") == ["in [2]/b[1] x.txt"]
+        assert names(root, f"{start}/in [2]/[ab].txt") == ["a.txt"]
+        assert names(root, f"{start}/in [2]/a.txt") == ["a.txt"]
+
+
+def names(root, *paths):
+    return [name for name, _ in find_files(paths, root)]
+
+
+def test_names_that_are_not_utf8_can_be_written_into_the_card(tmp_path):
+    for name in (b"caf\xe9 1.txt", "schön.txt".encode()):
+        with open(os.path.join(os.fsencode(tmp_path), name), "w") as file:
+            file.write(str(name))
+    corpus = files(tmp_path, "*.txt")
+    assert len(list(corpus)) == 2
+    assert corpus.describe()["files"] == ["caf\\xe9 1.txt", "schön.txt"]
+    json.dumps(corpus.describe(), ensure_ascii=False).encode("utf-8")
+    (tmp_path / os.fsdecode(b"caf\xe9 1.txt")).write_bytes(b"\xff")
+    assert "caf\\xe9 1.txt, line 1: byte 0" in refusal(files(tmp_path, "*.txt"))
+
+
+def test_paths_are_found_in_a_locale_that_cannot_spell_them(tmp_path):
+    (tmp_path / "wört [é]").mkdir()
+    (tmp_path / "wört [é]" / "ä.txt").write_text("text")
+    script = (
+        "from pathlib import Path; from stages.corpus import Corpus\n"
+        "corpus = Corpus(source='files', paths=('w\\xf6rt [\\xe9]/*.txt',), root=Path('.'))\n"
+        "print(ascii((list(corpus), corpus.files)))"
+    )
+    plain = os.environ | {"PYTHONPATH": str(ROOT), "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for environment in (plain, plain | {"PYTHONUTF8": "1"}):
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == ascii((["text"], ["ä.txt"])), "the card does not depend on the locale"
+
+
+def test_broken_links_are_skipped_counted_and_named(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.txt").symlink_to("a.txt")
+    (tmp_path / "c.txt").symlink_to("gone.txt")
+    (tmp_path / "d.txt").symlink_to("d.txt")
+    corpus = files(tmp_path, "*.txt", "[a-c].txt")
+    assert list(corpus) == ["text"]
+    assert corpus.describe()["broken_links_skipped"] == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "skipped 2 broken symbolic links" in said and str(tmp_path / "c.txt") in said
+    assert "c.txt is a broken symbolic link" in refusal(files(tmp_path, "c.txt"))
+    assert "[cd].txt matches only broken symbolic links" in refusal(files(tmp_path, "[cd].txt"))
+
+
+def test_the_glob_proposed_for_a_folder_finds_its_files(tmp_path):
+    (tmp_path / "my [data]" / ".git").mkdir(parents=True)
+    for name in ("a.jsonl", "b.jsonl", "c.md", ".git/x.txt", ".git/y.txt", ".git/z.txt"):
+        (tmp_path / "my [data]" / name).write_text('{"text": "x"}')
+    message = refusal(files(tmp_path, "my [data]"))
+    assert names(tmp_path, message.partition("such as ")[2]) == ["a.jsonl", "b.jsonl"]
+
+
+def test_an_empty_list_of_paths_names_the_file_and_the_key():
+    message = refusal(Corpus(source="files"))
+    assert "params.yaml corpus: {source: files, paths: [texts/*.txt]}" in message
+    assert "corpus=files 'corpus.paths=[texts/*.txt]'" in message
+
+
+def test_in_dvcs_temporary_copy_a_missing_relative_path_names_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_STAGE", "prepare")
+    for source, root, said in (("elsewhere", tmp_path, True), (".", tmp_path, False)):
+        monkeypatch.setenv("DVC_ROOT", str(tmp_path / source))
+        for corpus in (files(root, "texts/*.txt"), Corpus(source="huggingface", dataset="./saved", root=root)):
+            message = refusal(corpus)
+            assert ("only files that git tracks: give an absolute path" in message) == said
+        assert "git" not in refusal(files(root, str(tmp_path / "no.txt")))
+
+
 def test_huggingface_dataset_saved_to_disk_is_read(tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_dict({"story": ["one", "two", ""], "id": [1, 2, 3]})
@@ -143,7 +230,7 @@ def test_huggingface_dataset_saved_to_disk_is_read(tmp_path):
     assert corpus.describe()["name"] == "saved" and str(tmp_path) not in json.dumps(corpus.describe())
     assert list(saved("plain")) == ["one", "two"]
     assert "no split 'test'" in refusal(saved(split="test"))
-    assert "no field 'text'" in refusal(saved(text_field="text"))
+    assert "set corpus.text_field=story" in refusal(saved(text_field="text"))
     assert "does not exist" in refusal(saved("./nowhere"))
 
 

@@ -1,5 +1,6 @@
 """prepare end to end on real text: nothing leaks, nothing depends on chance, too little is refused early."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -28,6 +29,8 @@ TINY = (
     "prepare.max_documents=0",
     "sequence_tokens=16",
 )
+
+HUB = ("corpus=huggingface", "corpus.paths=[]")
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +164,7 @@ def test_run_that_fails_leaves_no_card_of_an_earlier_one(corpus, tmp_path):
 @pytest.mark.parametrize(
     "overrides, words",
     [
-        (["corpus.paths=[texts/00*.txt]"], r"documents fall in the \w+ split, which needs"),
+        (["corpus.paths=['texts/00[01]*.txt','texts/blank.txt']"], r"has 2 documents \(left out: 1 empty .*, 1 exact"),
         (["sequence_tokens=100000"], r"its train split has \d+ tokens .* a sequence is 100001"),
         (["prepare.vocab_size=100"], "vocab_size"),
         (["corpus.paths=[nowhere/*.txt]"], r"nowhere/\*\.txt matches no file"),
@@ -173,11 +176,64 @@ def test_too_little_is_refused_in_one_line(corpus, tmp_path, overrides, words):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("count", [10, 56])
+def test_a_small_corpus_is_split_so_that_each_split_has_documents(corpus, tmp_path, count):
+    for first in range(0, 60, 20):
+        paths = ",".join(f"texts/{number:03d}.txt" for number in range(first, first + count))
+        folder = prepare(corpus, tmp_path / str(first), f"corpus.paths=[{paths}]")
+        card = json.loads((folder / "card.json").read_text())
+        assert sum(part["documents"] for part in card["splits"].values()) == count
+        assert card["splits"]["val"]["documents"] >= 1 and card["splits"]["test"]["documents"] >= 2
+        told = "went to the one next to theirs" in (folder / "CORPUS.md").read_text()
+        assert told == (card["documents_moved_to_fill_splits"] > 0)
+
+
+def test_one_text_is_enough(corpus, tmp_path):
+    text = "".join(f"Line {number} of the only book.\n" for number in range(2000))
+    (tmp_path / "book.txt").write_text(text)
+    folder = prepare(tmp_path, tmp_path / "out", "corpus.paths=[book.txt]")
+    assert "1 text files were cut into pieces" in (folder / "CORPUS.md").read_text()
+    assert all(texts_of(folder, split) for split in SPLITS)
+    assert sum(len(text) for split in SPLITS for text in texts_of(folder, split)) == len(text)
+
+
+def test_too_short_a_split_names_the_limit_that_left_documents_out(tmp_path):
+    (tmp_path / "many").mkdir()
+    for number in range(300):
+        (tmp_path / "many" / f"{number}.txt").write_text(f"{number} words")
+    words = ["corpus.paths=[many/*.txt]", "sequence_tokens=64"]
+    with pytest.raises(Refusal, match="prepare.max_documents is 60 and left out 240 documents") as caught:
+        prepare(tmp_path, tmp_path / "out", *words, "prepare.max_documents=60")
+    assert "share" not in str(caught.value)
+    with pytest.raises(Refusal, match="set prepare.val_share=0.1"):
+        prepare(tmp_path, tmp_path / "out", *words)
+    prepare(tmp_path, tmp_path / "out", *words, "prepare.val_share=0.1")
+
+
+def test_what_was_left_out_and_names_of_any_bytes_stand_in_the_card(corpus, tmp_path):
+    (tmp_path / "texts").mkdir()
+    rows = [{"meta": {"text": path.read_text()}} for path in sorted(corpus.glob("texts/*.txt"))]
+    rows += [{"meta": {}}, {"meta": {"text": None}}]
+    name = os.path.join(os.fsencode(tmp_path), b"texts", b"caf\xe9.jsonl.gz")
+    with gzip.open(name, "wb") as file:
+        file.write("\n".join(map(json.dumps, rows)).encode("utf-8-sig"))
+    (tmp_path / "texts" / "bad.jsonl").write_bytes(b"\xff")
+    (tmp_path / "texts" / "gone.jsonl").symlink_to("nowhere")
+    words = "corpus.paths=[texts/*]", "corpus.text_field=meta.text", "corpus.undecodable=skip"
+    folder = prepare(tmp_path, tmp_path / "out", *words)
+    card = json.loads((folder / "card.json").read_text())["corpus"]
+    assert card["files"] == ["caf\\xe9.jsonl.gz"] and card["rows_without_field_skipped"] == 1
+    assert card["empty_documents_skipped"] == 2, "the blank document and the null"
+    said = (folder / "CORPUS.md").read_text()
+    for words in ("1 rows without the field `meta.text`", "1 files that are not UTF-8", "1 broken symbolic links"):
+        assert words in said
+
+
 def test_huggingface_dataset_goes_all_the_way(corpus, folder, tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = {"text": [path.read_bytes().decode() for path in sorted(corpus.glob("texts/*.txt"))]}
     datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "saved"))
-    saved = prepare(corpus, tmp_path, "corpus=huggingface", f"corpus.dataset={tmp_path / 'saved'}")
+    saved = prepare(corpus, tmp_path, *HUB, f"corpus.dataset={tmp_path / 'saved'}")
     for split in SPLITS:  # the same texts from another source are the same tokens
         assert sha256_of(saved / f"{split}-00000.bin") == sha256_of(folder / f"{split}-00000.bin")
     assert str(tmp_path) not in (saved / "card.json").read_text()
@@ -328,7 +384,7 @@ def test_an_interrupted_download_goes_on_after_the_rows_it_had(corpus, tmp_path,
 
     monkeypatch.setattr(datasets, "load_dataset_builder", hub)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    words = ("corpus=huggingface", "corpus.dataset=org/name")
+    words = (*HUB, "corpus.dataset=org/name")
     whole = sha256_of(prepare(tmp_path / "root", tmp_path / "whole", *words))
     everything = len(served)
 
