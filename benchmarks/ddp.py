@@ -81,9 +81,10 @@ def collectives(floats: int, muon_floats: int, ranks: int = 2, rounds: int = 30)
 def collective_rows(scale: str, step_seconds: float) -> Iterator[Row]:
     """Beside a step: DDP does the first during the backward pass, where a core is free for it."""
     from stages import settings  # late: the groups of one device run where torch alone is installed
+    from stages.composing import compose
     from stages.models import build_teacher
 
-    plain = settings.validate(settings.compose([f"scale={scale}", "corpus=stdlib"]))
+    plain = settings.validate(compose([f"scale={scale}", "corpus=stdlib"]))
     teacher = build_teacher(plain.teacher, plain.prepare.vocab_size, plain.sequence_tokens, plain.seed)
     muon, adamw = (
         sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])

@@ -48,6 +48,7 @@ from benchmarks.variants import (
 )
 from stages import settings
 from stages.artifacts import write_atomically
+from stages.composing import compose
 from stages.heap import keep_freed_memory
 from stages.layers import has_bfloat16
 from stages.prepare import encode, gather, texts, train_tokenizer
@@ -372,7 +373,7 @@ def compared(
     names: Sequence[str], seconds: float, megabytes: float, seeds: Sequence[int], corpora: Sequence[str], end: float
 ) -> Table | str:
     """The table of the default and the variants named, of the rivals where none is; a line where there is no corpus."""
-    demo = settings.validate(settings.compose(["scale=demo", "corpus=stdlib"]))
+    demo = settings.validate(compose(["scale=demo", "corpus=stdlib"]))
     here = list(corpora_here(corpora, megabytes, demo))
     missing = [one for one in here if isinstance(one, str)]
     data = [one for one in here if isinstance(one, Data)]

@@ -2,6 +2,7 @@
 
 dvc repro config                      # writes resolved.yaml, and inputs.json: fingerprints of what DVC cannot see
 python -m stages.config scale=gpu     # prints the settings, changes nothing
+python -m stages.config --explain pretrain.steps     # prints a value and the file that it comes from
 
 DVC runs this stage at every `dvc repro`, because a corpus file or an environment value may have changed. The other
 stages run only when the settings or inputs that they read have.
@@ -12,17 +13,21 @@ import os
 import sys
 
 from stages.artifacts import ROOT, Refusal, write_atomically, write_json
+from stages.composing import compose, explain
 from stages.experiments import remember_accepted, undo_set_params
 from stages.inputs import corpus_fingerprint
 from stages.resuming import remove_recorded
-from stages.settings import as_yaml, compose, validate
+from stages.settings import as_yaml, validate
 
 HEADER = "# Written by stages/config.py from params.yaml and conf/: edit those, then dvc repro.\n"
 
 
 def main(overrides=()):
+    if overrides[:1] == ["--explain"] and len(overrides) > 1:
+        print(explain(overrides[1], overrides[2:]))
+        return
     if any(override.startswith("-") for override in overrides):
-        raise Refusal(f"{' '.join(overrides)}: usage: python -m stages.config [key=value ...]")
+        raise Refusal(f"{' '.join(overrides)}: usage: python -m stages.config [--explain key] [key=value ...]")
     plain = compose(overrides)
     settings = validate(plain)
     if "DVC_STAGE" not in os.environ:

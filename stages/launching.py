@@ -19,6 +19,7 @@ from pathlib import Path
 from stages.artifacts import Refusal, read_json, write_atomically, write_json
 from stages.resuming import ResumeState, resume_key
 from stages.runs import die_with_parent
+from stages.settings import refuse_uneven_batches
 
 TAIL_S = 1.0  # between two looks at what rank zero has written
 
@@ -97,6 +98,7 @@ def launch(stage: str, settings, place, inputs: list[str], run) -> tuple[dict, d
     with Torchrun() as torchrun:
         run.follow()
         conditions = torchrun.conditions(settings.trainer)
+        refuse_uneven_batches(settings, conditions["ranks"])
         if not conditions.get("compiled", True):
             slow = "no gcc and no clang here: training runs uncompiled and takes half as long again"
             print(f"{stage}: {slow}", flush=True)

@@ -46,6 +46,7 @@ from stages.progress import ProgressLine
 from stages.shards import Tokens, Windows, read_card
 from stages.training import Fit, compile_blocks, max_violation, settle_cublas_workspaces, validation_nats
 
+LARGEST_PRIME = 2**64 - 59  # of what torch takes as a seed
 LOAD_WINDOW_STEPS = 20  # the expert load reported at the end is that of the last so many steps
 
 
@@ -129,7 +130,8 @@ class Training(lightning.LightningModule):
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
             optimizer.zero_grad(set_to_none=True)
-        torch.manual_seed((job.settings.seed << 40) + (progress.step << 16) + job.rank)  # whoever draws resumes exactly
+        drawn = (job.settings.seed << 40) + (progress.step << 16) + job.rank  # whoever draws resumes exactly
+        torch.manual_seed(drawn % LARGEST_PRIME)
         outcome = fit.objective(self.model, tokens_BT1)
         self.manual_backward(outcome.loss)
         if not self.rehearsed:

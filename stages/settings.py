@@ -1,21 +1,17 @@
-"""What may be set, of which type and within which bounds; and how params.yaml and conf/ become one
-plain dictionary (`compose`) and then frozen dataclasses (`validate`).
+"""What may be set, of which type and within which bounds: a plain dictionary becomes frozen dataclasses (`validate`).
 
 A mistake is refused before any work, in one line that names the key, the value and the rule:
 `teacher.experts_per_token = 9: must be at most teacher.experts (8)`.
 """
 
 import dataclasses
-import difflib
-import math
-import re
-import types
 import typing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from stages.artifacts import ROOT, Refusal
+from stages.artifacts import Refusal
+from stages.reading import read, refuse_missing, refuse_unknown, shown
+from stages.reading import refuse as _refuse
 
 OWN_FILES = "in params.yaml corpus: {source: files, paths: [texts/*.txt]}, or corpus=files 'corpus.paths=[texts/*.txt]'"
 MOST = 2**40  # no count in here is sensible above this; beyond it sizes overflow far from their cause
@@ -224,128 +220,31 @@ SECTIONS = tuple(sorted(field.name for field in dataclasses.fields(Settings)))
 def validate(plain: Any, sections: Any = None) -> Settings:
     """The settings in a plain dictionary, or a Refusal of its first mistake.
 
-    With `sections`, only these are needed and read; the rest of the result is None.
+    With `sections`, only these are needed and read; the rest of the result is None. A rule that joins several
+    sections is asked only where all of them were read.
     """
-    wanted = SECTIONS if sections is None else tuple(sections)
-    if not isinstance(plain, dict):
-        raise Refusal(f"settings = {_shown(plain)}: must be a mapping of sections")
-    for name in [*plain, *wanted]:
-        _refuse_unknown(name, SECTIONS, ())
-    hints, fields = typing.get_type_hints(Settings), {f.name: f for f in dataclasses.fields(Settings)}
-    read: dict[str, Any] = dict.fromkeys(SECTIONS)
-    for name in SECTIONS:
-        if name in wanted:
-            if name not in plain:
-                _refuse_missing((name,))
-            read[name] = _read(plain[name], hints[name], (name,), fields[name].metadata)
-    settings = Settings(**read)
+    settings = parse(plain, sections)
     for needs, rule in RULES:
-        if all(read[need] is not None for need in needs):
+        if all(getattr(settings, need) is not None for need in needs):
             rule(settings)
     return settings
 
 
-def _refuse_unknown(name, known, path):
-    if isinstance(name, str) and name in known:
-        return
-    key = ".".join((*path, name if isinstance(name, str) and re.fullmatch(r"[\w-]+", name) else _shown(name)))
-    close = difflib.get_close_matches(str(name), known, n=1) if isinstance(name, str) else []
-    elsewhere = [leaf for leaf in leaves() if isinstance(name, str) and leaf.endswith(f".{name}")]
-    if close:
-        hint = f"did you mean {'.'.join((*path, close[0]))}?"
-    elif elsewhere:
-        hint = f"did you mean {elsewhere[0]}?"
-    else:
-        hint = f"there are {', '.join(sorted(known))}"
-    raise Refusal(f"{key}: no such setting; {hint}")
-
-
-def _read(value, kind, path, bounds):
-    """The value as `kind`, or a Refusal; `bounds` are those of the field for its numbers."""
-    key, origin = ".".join(path), typing.get_origin(kind)
-    if dataclasses.is_dataclass(kind):
-        return _read_section(value, kind, path)
-    if origin in (types.UnionType, typing.Union):
-        return _read_either(value, typing.get_args(kind), path, bounds)
-    if origin is Literal:
-        words = typing.get_args(kind)
-        if not isinstance(value, str) or value not in words:
-            _refuse(key, value, f"must be {_one_of(words)}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            _refuse(key, value, "must be a list")
-        return tuple(_read(item, typing.get_args(kind)[0], path, bounds) for item in value)
-    if kind is bool:
-        if not isinstance(value, bool):
-            _refuse(key, value, "must be true or false")
-        return value
-    if kind is str:
-        if not isinstance(value, str) or not (value.strip() or value and "blank" in bounds) or "\0" in value:
-            _refuse(key, value, "must be a word")
-        return value
-    return _read_number(value, kind, key, bounds)
-
-
-def _read_section(value, kind, path):
-    if not isinstance(value, dict):
-        _refuse(".".join(path), value, "must be a mapping of settings")
-    hints, fields = typing.get_type_hints(kind), dataclasses.fields(kind)
-    names = [field.name for field in fields]
-    for name in value:
-        _refuse_unknown(name, names, path)
-    for name in names:
-        if name not in value:
-            _refuse_missing((*path, name))
-    return kind(**{f.name: _read(value[f.name], hints[f.name], (*path, f.name), f.metadata) for f in fields})
-
-
-def _read_either(value, kinds, path, bounds):
-    if value is None and type(None) in kinds:
-        return None
-    kinds = [kind for kind in kinds if kind is not type(None)]
-    words = [word for kind in kinds if typing.get_origin(kind) is Literal for word in typing.get_args(kind)]
-    if isinstance(value, str) and value in words:
-        return value
-    if words and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        _refuse(".".join(path), value, f"must be {_one_of(words)} or a number")
-    return _read(value, kinds[0], path, bounds)
-
-
-def _read_number(value, kind, key, bounds):
-    if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
-        _refuse(key, value, "must be a whole number" if kind is int else "must be a number")
-    if isinstance(value, float) and not math.isfinite(value):
-        _refuse(key, value, "must be a finite number")
-    low, high, above = bounds["low"], bounds["high"], bounds["above"]
-    if value < low or value > high or (above and value == low):
-        floor = f"above {low:g}" if above else f"at least {low:g}"
-        rule = floor if value <= low else f"at most {high:,}"
-        _refuse(key, value, f"must be {rule}")
-    return kind(value)
-
-
-def _refuse(key, value, rule):
-    raise Refusal(f"{key} = {_shown(value)}: {rule}")
-
-
-def _refuse_missing(path):
-    raise Refusal(f"{'.'.join(path)}: missing; put it in params.yaml or in a preset of conf/")
-
-
-def _one_of(words):
-    return " or ".join(words) if len(words) < 3 else "one of " + ", ".join(words)
-
-
-def _shown(value):
-    """The value as a person wrote it, short and on one line."""
-    try:
-        plain_word = isinstance(value, str) and re.fullmatch(r"[\w./:-]+", value, re.ASCII)
-        text = value if plain_word else repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits, a bottomless list
-        text = f"a very large {type(value).__name__}"
-    text = " ".join(text.split())
-    return text if len(text) <= 80 else text[:77] + "..."
+def parse(plain: Any, sections: Any = None) -> Settings:
+    """As `validate`, without the rules that join several settings: names, types and bounds."""
+    wanted = SECTIONS if sections is None else tuple(sections)
+    if not isinstance(plain, dict):
+        raise Refusal(f"settings = {shown(plain)}: must be a mapping of sections")
+    for name in [*plain, *wanted]:
+        refuse_unknown(name, SECTIONS)
+    hints, fields = typing.get_type_hints(Settings), {f.name: f for f in dataclasses.fields(Settings)}
+    sections_read: dict[str, Any] = dict.fromkeys(SECTIONS)
+    for name in SECTIONS:
+        if name in wanted:
+            if name not in plain:
+                refuse_missing((name,))
+            sections_read[name] = read(plain[name], hints[name], (name,), fields[name].metadata)
+    return Settings(**sections_read)
 
 
 def leaves(kind: Any = Settings, path: tuple[str, ...] = ()) -> list[str]:
@@ -426,14 +325,35 @@ def _profile_rules(settings):
     _at_most(settings, "profile.router_experts_per_token", "profile.router_experts")
 
 
-def _ranks_share_batches_of(key):
+def _ranks_share(key):
     def rule(settings):
-        ranks, batch = settings.trainer.ranks, _get(settings, key)
-        if ranks != "auto" and batch % ranks:
-            _refuse(key, batch, f"must be a multiple of trainer.ranks ({ranks})")
+        if settings.trainer.ranks != "auto":
+            _refuse_uneven(key, settings, settings.trainer.ranks)
 
     return rule
 
+
+def refuse_uneven_batches(settings: Settings, ranks: int) -> None:
+    """For `trainer.ranks: auto`, once the machine has said how many that is here."""
+    for section, key in BATCHES.items():
+        if getattr(settings, section) is not None:
+            _refuse_uneven(key, settings, ranks)
+
+
+def _refuse_uneven(key, settings, ranks):
+    batch = _get(settings, key)
+    if batch % ranks:
+        asked = settings.trainer.ranks
+        number = f"trainer.ranks ({asked})" if asked == ranks else f"the {ranks} ranks here (trainer.ranks is {asked})"
+        more = batch + ranks - batch % ranks
+        _refuse(key, batch, f"must be a multiple of {number}: set it to {more}, or change the ranks")
+
+
+BATCHES = {
+    "pretrain": "pretrain.batch_sequences",
+    "distill": "distill.batch_sequences",
+    "sparsify": "sparsify.recovery.batch_sequences",
+}
 
 RULES = (
     (("teacher",), _teacher_rules),
@@ -443,9 +363,7 @@ RULES = (
     (("optimizer",), _optimizer_rules),
     (("evaluate",), _evaluate_rules),
     (("profile",), _profile_rules),
-    (("trainer", "pretrain"), _ranks_share_batches_of("pretrain.batch_sequences")),
-    (("trainer", "distill"), _ranks_share_batches_of("distill.batch_sequences")),
-    (("trainer", "sparsify"), _ranks_share_batches_of("sparsify.recovery.batch_sequences")),
+    *((("trainer", section), _ranks_share(key)) for section, key in BATCHES.items()),
 )
 
 
@@ -454,134 +372,3 @@ def as_yaml(plain: dict[str, Any]) -> str:
     import yaml
 
     return yaml.safe_dump(plain, sort_keys=True, allow_unicode=True, width=110)
-
-
-# --- composition: params.yaml chooses presets of conf/ by word and lays its knobs on top
-
-
-def compose(overrides: Any = (), root: Path = ROOT) -> dict[str, Any]:
-    """The settings of params.yaml, conf/ and overrides such as "scale=tiny", as a plain dictionary."""
-    import hydra
-    from omegaconf import OmegaConf
-
-    offer_sheet(overrides, root)
-    with one_line_errors(Exception), hydra.initialize_config_dir(str(root / "conf"), version_base="1.3"):
-        cfg = hydra.compose("config", overrides=list(overrides))
-        return typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
-
-
-def offer_sheet(overrides: Any = (), root: Path = ROOT) -> None:
-    """Make params.yaml known to Hydra: its words as the resolver `choice`, its knobs as the config `params`.
-
-    Everything in params.yaml and conf/ that Hydra would accept silently or explain badly is refused here.
-    """
-    from hydra.core.config_store import ConfigStore
-    from omegaconf import OmegaConf
-
-    conf = root / "conf"
-    sheet = _load_yaml(root / "params.yaml", root)
-    groups = {
-        folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
-        for folder in sorted(conf.iterdir())
-        if folder.is_dir() and folder.name != "hydra"
-    }
-    choices = {name: sheet[name] for name in groups if name in sheet and not isinstance(sheet[name], dict)}
-    for name, presets in groups.items():
-        if name not in sheet:
-            raise Refusal(f"params.yaml: {name}: missing; write one of {', '.join(presets)}")
-    for name, word in choices.items():
-        _refuse_unknown_preset(f"params.yaml: {name}", word, groups[name])
-    for override in overrides:
-        name, _, words = str(override).partition("=")
-        if name in groups and re.fullmatch(r"[\w-]+(,[\w-]+)*", words):
-            for word in words.split(","):
-                _refuse_unknown_preset(name, word, groups[name])
-    knobs = {name: value for name, value in sheet.items() if name not in choices}
-    for name in knobs:  # also `hydra` and `defaults`, which Hydra would obey and drop
-        _refuse_unknown(name, SECTIONS, ())
-    _refuse_second_homes(knobs, conf, root)
-    OmegaConf.register_new_resolver("choice", choices.__getitem__, replace=True)
-    ConfigStore.instance().store(name="params", node=knobs, package="_global_")
-
-
-def _refuse_unknown_preset(key, word, presets):
-    if not isinstance(word, str) or word not in presets:
-        close = difflib.get_close_matches(str(word), presets, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        _refuse(key, word, f"must be one of {', '.join(presets)}{hint}")
-
-
-def _load_yaml(path, root):
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    name = path.relative_to(root).as_posix()
-    try:
-        loaded = OmegaConf.to_container(OmegaConf.load(path))
-    except FileNotFoundError:
-        raise Refusal(f"{name} is missing: restore it (git checkout {name})") from None
-    except (YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        where = f"{name}, line {mark.line + 1}" if mark else name
-        raise Refusal(f"{where}: not valid YAML: {' '.join(str(problem or error).split())}") from None
-    if not isinstance(loaded, dict):
-        raise Refusal(f"{name}: must be a mapping of settings")
-    return loaded
-
-
-def _refuse_second_homes(knobs, conf, root):
-    """A value lives in exactly one file: the sheet, or one preset of one group."""
-    homes = {key: ("", "params.yaml") for key in _flat(knobs)}
-    for file in sorted([*conf.glob("*.yaml"), *conf.glob("*/*.yaml")]):
-        group = file.parent.name if file.parent != conf else ""
-        if group == "hydra" or file == conf / "config.yaml":
-            continue
-        package = re.match(r"\s*#\s*@package\s+(\S+)", file.read_text(encoding="utf-8", errors="replace"))
-        prefix = package[1] if package else (group or "_global_")
-        content = _load_yaml(file, root)
-        name = file.relative_to(root).as_posix()
-        for key in _flat(content, () if prefix == "_global_" else tuple(prefix.split("."))):
-            for taken, (its_group, its_file) in homes.items():
-                same = key == taken or key.startswith(taken + ".") or taken.startswith(key + ".")
-                if same and (not group or group != its_group):  # presets of one group are alternatives
-                    shared = min(key, taken, key=len)
-                    raise Refusal(f"{shared} is set in {its_file} and in {name}: keep it in one of the two")
-            homes.setdefault(key, (group, name))
-
-
-def _flat(value, path=()):
-    if isinstance(value, dict) and (value or not path):
-        return [key for name, inner in value.items() for key in _flat(inner, (*path, str(name)))]
-    return [".".join(path)]
-
-
-class one_line_errors:
-    """Turns what Hydra and OmegaConf raise, many lines about their internals, into one Refusal.
-
-    Where nothing but composition runs, they may raise anything: an assertion, or a decoding error.
-    """
-
-    def __init__(self, *kinds: type[Exception]):
-        self.kinds = kinds
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        from hydra.errors import HydraException
-        from omegaconf.errors import OmegaConfBaseException
-        from yaml import YAMLError
-
-        known = (HydraException, OmegaConfBaseException, YAMLError, *self.kinds)
-        if isinstance(error, Refusal) or not isinstance(error, known):
-            return
-        text = str(error) or f"Hydra cannot read this ({kind.__name__})"
-        unknown = re.search(r"Could not override '([^']*)'", text)
-        if unknown:
-            close = difflib.get_close_matches(unknown[1], leaves(), n=1)
-            hint = f"did you mean {close[0]}?" if close else "python -m stages.config lists them all"
-            raise Refusal(f"{unknown[1]}: no such setting; {hint}") from None
-        full_key = re.search(r"full_key: (\S+)", text)
-        first = " ".join(text.strip().split("\n")[0].split())[:300]
-        raise Refusal(f"{full_key[1]}: {first}" if full_key else first) from None

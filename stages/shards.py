@@ -199,7 +199,7 @@ class Windows:
     def indices(self, step, rank, world_size, batch_sequences):
         """Which windows this rank reads at this step: its slice of the step's global batch."""
         if batch_sequences % world_size:
-            ranks = f"the number of ranks ({world_size})"
+            ranks = f"the number of ranks ({world_size}): change it or trainer.ranks"
             raise Refusal(f"batch_sequences ({batch_sequences}) must be divisible by {ranks}")
         local = batch_sequences // world_size
         first = step * batch_sequences + rank * local

@@ -11,12 +11,13 @@ for name in ("DVC_STAGE", "DVC_ROOT", "HYDRA_FULL_ERROR"):
 import pytest  # noqa: E402
 
 from stages import settings  # noqa: E402
+from stages.composing import compose  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def tiny_settings() -> settings.Settings:
     """The real configuration, composed at the scale that is made for tests."""
-    return settings.validate(settings.compose(["scale=tiny", "corpus=stdlib"]))
+    return settings.validate(compose(["scale=tiny", "corpus=stdlib"]))
 
 
 LONGEST = "test_pipeline.py", "test_tracking_server.py"

@@ -334,8 +334,9 @@ def test_the_deepseek_peer_with_our_weights_follows_our_losses(implementation, t
 
 def test_what_a_gpu_is_measured_at_is_the_scale_for_it():
     from stages import settings  # late: ABSENT
+    from stages.composing import compose
 
-    gpu = settings.validate(settings.compose(["scale=gpu"]))
+    gpu = settings.validate(compose(["scale=gpu"]))
     given = asdict(gpu.teacher) | {"vocab_size": gpu.prepare.vocab_size, "sequence_tokens": gpu.sequence_tokens}
     assert asdict(training_step.GPU_SCALE).items() <= given.items()
     assert training_step.GPU_BATCHES[-1] == gpu.pretrain.batch_sequences

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from stages.artifacts import Refusal
-from stages.corpus import Corpus, find_files
+from stages.corpus import Corpus
+from stages.paths import find_files
 from stages.readers import LONG_TEXT_BYTES, PIECE_CHARACTERS
 
 ROOT = Path(__file__).parent.parent

@@ -189,7 +189,8 @@ from dataclasses import replace
 from pathlib import Path
 from stages import evaluate, scoring
 from stages.runs import Place
-from stages.settings import compose, validate
+from stages.composing import compose
+from stages.settings import validate
 
 s = validate(compose(["scale=tiny", "corpus=stdlib"]))
 quick = replace(s.evaluate, bootstrap_resamples=50, batch_sequences=2)

@@ -106,6 +106,14 @@ def test_a_hydra_sweep_runs_every_job_and_leaves_dvc_clean(tree):
     assert user_types(tree, *DVC, "status").stdout.split() == ["config:", "always", "changed"]
 
 
+def test_the_largest_seed_that_is_accepted_runs_in_every_stage(tree):
+    shorter = {"pretrain": "pretrain.steps=2", "distill": "distill.steps=2", "sparsify": "sparsify.recovery.steps=2"}
+    shorter["evaluate"] = "evaluate.test_tokens=1000"
+    for stage, words in shorter.items():
+        command = [sys.executable, "-m", f"stages.{stage}", f"seed={2**32 - 1}", words]
+        assert f"{stage} wrote outputs/" in user_types(tree, *command).stderr
+
+
 def test_an_edit_reruns_exactly_the_stages_that_read_it(tree):
     sheet = tree / "params.yaml"
     before = sheet.read_text()

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from stages.artifacts import Refusal, sha256_of
+from stages.composing import compose
 from stages.prepare import SECTIONS, main, train_tokenizer
 from stages.runs import Place
-from stages.settings import compose, validate
+from stages.settings import validate
 from stages.shards import SPLITS, Tokens, load_tokenizer
 from stages.tracking import Run
 

@@ -10,6 +10,7 @@ import torch
 from benchmarks import recipe, variants
 from benchmarks.training_step import REFERENCE
 from stages import settings
+from stages.composing import compose
 from stages.cost import flops_per_token
 from stages.layers import rope_table
 from stages.training import NextToken
@@ -19,7 +20,7 @@ WORDS = "the quick brown fox jumps over a lazy dog while seven wizards mix stron
 
 @pytest.fixture(scope="module")
 def demo():
-    return settings.validate(settings.compose(["scale=demo", "corpus=stdlib"]))
+    return settings.validate(compose(["scale=demo", "corpus=stdlib"]))
 
 
 @pytest.fixture(scope="module")

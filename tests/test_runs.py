@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from stages.artifacts import ROOT, read_json, write_json
+from stages import commandline, sweeps
+from stages.artifacts import ROOT, Refusal, read_json, write_json
+from stages.composing import compose
 
-ROOMS = (
-    "__init__", "artifacts", "settings", "config", "runs", "provenance", "compare", "corpus", "inputs", "resuming",
-    "experiments",
-)  # fmt: skip
+ROOMS = ("__init__", "artifacts", "reading", "settings", "composing", "config", "runs", "commandline", "sweeps")
+ROOMS += ("provenance", "compare", "paths", "readers", "inputs", "resuming", "experiments")
 TOY = """
 import os, sys, time
 from stages.artifacts import Refusal, write_json
@@ -27,13 +28,17 @@ def main(settings, place, run):
     assert settings.teacher is None
     if settings.seed == 13:
         raise Refusal("seed 13 is unlucky")
+    if settings.seed == 5:
+        sys.stderr.write("at work\\n")
+    if settings.seed == 66:
+        os._exit(3)
     if settings.seed == 99:
         write_json(place.root / "pid.json", os.getpid())
         time.sleep(60)
     run.metrics({"seed": 1.0})
     t = settings.distill.temperature
     write_json(place.write("metrics/distill.json"),
-               {"validation_bits_per_byte": abs(t - 2) + 1, "steps": 3, "curve": [1]})
+               {"validation_bits_per_byte": abs(t - 2) + 1, "tokens": 3, "curve": [1]})
     return {"conditions": {"ranks": int(os.environ.get("TOY_RANKS", 2))}}
 
 if __name__ == "__main__":
@@ -51,6 +56,33 @@ def start_run(stage, settings, out, root, sweep):
     assert set(settings) == {"distill", "seed"}
     yield Run()
 """
+LAUNCHERS = """
+import os
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+
+class Processes(BasicLauncher):
+    '''Runs each job in a process of its own, as joblib and submitit do.'''
+
+    def launch(self, job_overrides, initial_job_idx):
+        for number, overrides in enumerate(job_overrides, start=initial_job_idx):
+            child = os.fork()
+            if not child:
+                try:
+                    super().launch([overrides], number)
+                finally:
+                    os._exit(0)
+            os.waitpid(child, 0)
+        return []
+
+class Nothing(BasicLauncher):
+    def launch(self, job_overrides, initial_job_idx):
+        return []
+
+class Broken(BasicLauncher):
+    def launch(self, job_overrides, initial_job_idx):
+        super().launch(job_overrides[:1], initial_job_idx)
+        raise RuntimeError("the queue is closed\\nsee its manual")
+"""
 
 
 @pytest.fixture
@@ -64,6 +96,8 @@ def repository(tmp_path):
         shutil.copy(ROOT / f"stages/{room}.py", tmp_path / f"stages/{room}.py")
     (tmp_path / "stages/distill.py").write_text(TOY)
     (tmp_path / "stages/tracking.py").write_text(TRACKING)
+    (tmp_path / "hydra_plugins").mkdir()
+    (tmp_path / "hydra_plugins/elsewhere.py").write_text(LAUNCHERS)
     return tmp_path
 
 
@@ -95,7 +129,7 @@ def test_a_sweep_prints_a_table_and_the_best_job(repository, words):
     assert done.returncode == 0, done.stderr
     assert len(jobs_in(repository / "multirun/distill")) == 3
     lines = done.stdout.strip().splitlines()
-    assert lines[0].split() == ["job", "overrides", "validation_bits_per_byte", "steps"]
+    assert lines[0].split() == ["job", "overrides", "validation_bits_per_byte", "tokens"]
     assert [line.split()[:3] for line in lines[1:4]] == [
         ["0", "distill.temperature=1", "2"],
         ["1", "distill.temperature=2", "1"],
@@ -103,6 +137,176 @@ def test_a_sweep_prints_a_table_and_the_best_job(repository, words):
     ]
     assert lines[4] == "best: job 1 (distill.temperature=2), validation_bits_per_byte 1"
     assert (repository / lines[5].removeprefix("      in ") / "resolved.yaml").exists()
+    assert lines[6] == "      to keep it in params.yaml: dvc exp run -S distill.temperature=2"
+
+
+ELSEWHERE = "hydra.launcher._target_=hydra_plugins.elsewhere."
+
+
+@pytest.mark.parametrize("plugin", [None, "joblib", "submitit"])
+def test_a_sweep_whose_jobs_run_in_other_processes_shows_its_outcome_too(repository, plugin):
+    launcher = f"{ELSEWHERE}Processes"
+    if plugin:
+        pytest.importorskip(f"hydra_plugins.hydra_{plugin}_launcher")
+        launcher = {"joblib": "hydra/launcher=joblib", "submitit": "hydra/launcher=submitit_local"}[plugin]
+    well = typed(repository, "-m", launcher, "distill.temperature=1,2")
+    assert well.returncode == 0 and "best: job 1 (distill.temperature=2)" in well.stdout, well.stderr
+    mixed = typed(repository, "-m", launcher, "distill.temperature=1,-2", "seed=1,13")
+    rows = mixed.stdout.strip().splitlines()[1:5]
+    assert mixed.returncode == 1 and [row.split()[0] for row in rows] == ["0", "1", "2", "3"]
+    assert "seed 13 is unlucky" in rows[1] and "must be above 0" in rows[2]
+    assert mixed.stderr.splitlines()[-1] == "offramp: 3 of 4 jobs failed, first job 1: seed 13 is unlucky"
+    none = typed(repository, "-m", launcher, "distill.temperature=-1,-2")
+    assert none.returncode == 1 and "2 of 2 jobs failed" in none.stderr and "best" not in none.stdout
+
+
+def test_a_job_whose_process_ends_early_is_a_failed_job_also_in_a_folder_that_was_used_before(repository):
+    words = ("-m", f"{ELSEWHERE}Processes", "hydra.sweep.dir=multirun/mine")
+    assert typed(repository, *words, "seed=1,2,3").returncode == 0
+    done = typed(repository, *words, "seed=66,2")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "offramp: 1 of 2 jobs failed, first job 0: no outcome: its process ended early"
+    )
+    (repository / "multirun/mine/1/outcome.json").unlink()  # as where it ended before the stage began
+    (lost,) = sweeps.read_outcomes(repository / "multirun/mine", "another", ".hydra")
+    assert (lost.number, lost.overrides) == ("1", ["seed=2"]) and lost.failure.startswith("no outcome")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "line"),
+    [("Nothing", "the sweep ran no job"), ("Broken", "the sweep ended early: RuntimeError: the queue is closed")],
+)
+def test_a_launcher_that_does_not_do_its_work_is_one_line(repository, launcher, line):
+    done = typed(repository, "-m", ELSEWHERE + launcher, "seed=1,2")
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"offramp: {line}")
+    assert "Traceback" not in done.stderr and ("seed=1" in done.stdout) == (launcher == "Broken")
+
+
+def test_equal_jobs_have_no_best_one(repository):
+    assert "best: none, all have the same validation_bits_per_byte" in typed(repository, "-m", "seed=1,2").stdout
+
+
+def test_each_stage_has_columns_that_its_metrics_have_and_a_score_only_where_it_makes_models():
+    for stage, columns in sweeps.COLUMNS.items():
+        assert set(columns) <= sweeps.numbers_of(ROOT / f"metrics/{stage}.json").keys(), stage
+    metrics = {"sparse_student_validation_bits_per_byte": 1.0, "sparse_teacher_validation_bits_per_byte": 3.0}
+    job = sweeps.Outcome("0", [], ROOT, metrics)
+    assert job.score("sparsify") == 2.0 and job.score("prepare") is None
+    job.failure = "x"
+    assert job.score("sparsify") == float("inf")
+
+
+BEST_JOBS = [
+    ["distill.temperature=4", "seed=7"],
+    ["scale=tiny"],
+    ["scale=demo"],
+    ["pretrain.steps=50", "+optimizer.clip_norm=2"],
+    ["corpus=files", "corpus.paths=['my texts/*.txt','a [1].txt']"],
+    ["corpus.max_bytes=1000", "scale=tiny"],
+]
+
+
+@pytest.mark.parametrize("entry", ["stdlib", "{source: files, paths: [b.txt], split: validation}"])
+@pytest.mark.parametrize("overrides", BEST_JOBS, ids=range(len(BEST_JOBS)))
+def test_the_command_that_keeps_the_best_job_gives_its_settings(repository, overrides, entry):
+    from dvc.utils.hydra import apply_overrides
+
+    sheet = repository / "params.yaml"
+    sheet.write_text(sheet.read_text().replace("corpus: stdlib", f"corpus: {entry}"))
+    words = [word.replace("+", "++") for word in overrides]
+    of_the_job = compose(words, root=repository)
+    apply_overrides(sheet, sweeps.sheet_words(words, repository))
+    assert compose(root=repository) == of_the_job
+
+
+@pytest.mark.parametrize(
+    ("stage", "words", "line"),
+    [
+        ("distill", ["-m", "teacher.experts=4,8"], "teacher.experts: distill does not read it; pretrain does (distill"),
+        ("distill", ["corpus=files"], "corpus: distill does not read it; prepare does (distill takes artifacts/data"),
+        ("distill", ["-m", "corpus=glob(*)"], "corpus: distill does not read it; prepare does"),
+        ("distill", ["prepare.vocab_size=300"], "prepare.vocab_size: distill does not read it; prepare does"),
+        ("distill", ["+evaluate.test_tokens=3"], "evaluate.test_tokens: distill does not read it; evaluate does"),
+        ("distill", ["hydra/launcher=basic"], "hydra/launcher: only a sweep reads it; add --multirun"),
+        ("distill", ["-m", "hydra.run.dir=outputs/a"], "hydra.run.dir: a sweep does not read it; set hydra.sweep.dir"),
+        ("distill", ["sede=3"], "sede: no such setting; did you mean seed?"),
+    ],
+)
+def test_a_setting_that_the_stage_does_not_read_is_refused_and_the_reader_named(repository, stage, words, line):
+    done = typed(repository, *words, stage=stage)
+    assert done.returncode == 1 and done.stderr.startswith(f"offramp: {line}"), done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not (repository / "multirun").exists()
+
+
+def test_the_words_of_a_sweepers_own_configuration_are_asked_for_their_effect_too(repository):
+    config = repository / "conf/config.yaml"
+    config.write_text(config.read_text() + "  sweeper: {params: {teacher.experts: '4,8'}}\n")
+    done = typed(repository, "-m")
+    assert done.returncode == 1 and "teacher.experts: distill does not read it" in done.stderr
+
+
+def test_a_preset_is_refused_only_where_the_stage_reads_nothing_of_it():
+    parser = OverridesParser.create()
+    words = parser.parse_overrides(["scale=tiny", "seed=2"])
+    commandline.refuse_without_effect(words, "evaluate", ("evaluate", "seed"))
+    with pytest.raises(Refusal, match="^scale: report does not read it; prepare, pretrain, distill, sparsify and eval"):
+        commandline.refuse_without_effect(parser.parse_overrides(["scale=tiny"]), "report", ("seed",))
+
+
+def test_only_the_batches_of_the_stage_that_runs_must_be_shared_out_among_the_ranks(repository):
+    sheet = repository / "params.yaml"
+    sheet.write_text(sheet.read_text() + "pretrain: {batch_sequences: 7}\ntrainer: {ranks: 2}\n")
+    assert typed(repository).returncode == 0
+    refused = typed(repository, "distill.batch_sequences=9")
+    assert refused.stderr == (
+        "offramp: distill.batch_sequences = 9: must be a multiple of trainer.ranks (2): set it to 10,"
+        " or change the ranks\n"
+    )
+
+
+def test_a_run_in_its_own_folder_names_it_from_where_it_was_started(repository):
+    done = typed(repository, "hydra.job.chdir=true", "hydra.run.dir=outputs/mine")
+    assert done.stderr == "offramp: distill wrote outputs/mine\n"
+
+
+def test_a_corpus_of_ones_own_is_one_word_on_the_command_line(repository):
+    """A mapping chooses the preset that `source` names and lays the other keys on top."""
+    (repository / "stages/prepare.py").write_text(
+        "from stages.artifacts import write_json\nfrom stages.runs import run_stage\n"
+        "def main(settings, place, run):\n"
+        "    write_json(place.write('metrics/prepare.json'), {'train': {'tokens': 4, 'bytes_per_token': 2.0}})\n"
+        "if __name__ == '__main__': run_stage(main, 'prepare', ('corpus', 'prepare', 'sequence_tokens'))\n"
+    )
+    tracking = repository / "stages/tracking.py"
+    tracking.write_text(tracking.read_text().replace('{"distill", "seed"}', '{"corpus", "prepare", "sequence_tokens"}'))
+    words = ("-m", "corpus={source:files,paths:[texts/*.txt]}", "prepare.val_share=0.1,0.2")
+    done = typed(repository, *words, stage="prepare")
+    assert done.returncode == 0, done.stderr
+    for job in jobs_in(repository / "multirun"):
+        assert yaml.safe_load((job / "resolved.yaml").read_text())["corpus"]["paths"] == ["texts/*.txt"]
+    assert "train.tokens  train.bytes_per_token" in done.stdout and "best" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("variable", "line"),
+    [
+        (None, "seed: the environment variable SEED is not set: set it, or write a value"),
+        ("five", "seed = 'five': must be a whole number"),
+        ("13", "seed 13 is unlucky"),
+    ],
+)
+def test_a_value_from_the_environment_is_a_number_where_it_reads_as_one(repository, monkeypatch, variable, line):
+    monkeypatch.delenv("SEED", raising=False)
+    if variable:
+        monkeypatch.setenv("SEED", variable)
+    assert typed(repository, "seed=${oc.env:SEED}").stderr == f"offramp: {line}\n"
+
+
+def test_closed_standard_streams_cost_nothing(repository):
+    command = f"{sys.executable} -m stages.distill seed=5 hydra.run.dir=outputs/mine 0<&- 1>&- 2>&-"
+    assert subprocess.run(command, shell=True, cwd=repository, timeout=60).returncode == 0
+    assert (repository / "outputs/mine/metrics/distill.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -133,7 +337,8 @@ def test_a_refusing_job_leaves_the_others_running_and_the_sweep_fails(repository
         (["scale=dmeo"], "offramp: scale = dmeo: must be one of"),
         (["-m", "scale=tiny,dmeo"], "offramp: scale = dmeo: must be one of"),
         (["seed=="], "offramp: "),
-        (["distill.temperature=1,2"], "offramp: Ambiguous value"),
+        (["distill.temperature=1,2"], "offramp: Ambiguous value for argument 'distill.temperature=1,2': 1. To use"),
+        (["distill.temperature=a#b"], "offramp: 'distill.temperature=a#b': Hydra cannot read this: put double quotes"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(repository, words, line):
@@ -152,8 +357,8 @@ OUTSIDE = [
     ["-m", "hydra.sweep.dir={elsewhere}"],
     ["-m", "hydra.sweep.subdir=../../../../elsewhere", "seed=1,2"],
     ["-m", "hydra.sweep.subdir={elsewhere}/${{hydra.job.num}}", "seed=1,2"],
-    ["-m", "hydra.sweep.subdir=${{corpus.text_field}}", "corpus.text_field=text,../../../../elsewhere"],
-    ["-m", "hydra.sweep.subdir=${{hydra.job.override_dirname}}", "corpus.text_field=a/../../../../../elsewhere"],
+    ["-m", "hydra.sweep.subdir=${{distill.init}}", "distill.init=random,../../../../elsewhere"],
+    ["-m", "hydra.sweep.subdir=${{hydra.job.override_dirname}}", "distill.init=a/../../../../../elsewhere"],
     ["hydra.run.dir=.."],
     ["hydra.run.dir=outputs/link/.."],
 ]

@@ -23,9 +23,10 @@ from test_student import SHAPE
 from stages import models, records, scoring
 from stages.artifacts import ROOT, Refusal, read_json, sha256_of, write_json
 from stages.checkpoints import Checkpoint
+from stages.composing import compose
 from stages.resuming import ResumeState
 from stages.runs import _resolved
-from stages.settings import compose, validate
+from stages.settings import validate
 from stages.shards import Tokens, load_tokenizer, read_card, write_card
 
 

@@ -2,20 +2,24 @@
 
 import copy
 import dataclasses
+import math
 import os
 import shutil
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 import yaml
+from dvc.utils.hydra import apply_overrides
 from hypothesis import given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
 
 from stages.artifacts import ROOT, Refusal, read_json, sha256_of, write_json
-from stages.settings import SECTIONS, Settings, as_yaml, compose, leaves, validate
+from stages.composing import compose, explain
+from stages.settings import SECTIONS, Settings, as_yaml, leaves, refuse_uneven_batches, validate
 
 SCALES = sorted(file.stem for file in (ROOT / "conf/scale").glob("*.yaml"))
 CORPORA = sorted(file.stem for file in (ROOT / "conf/corpus").glob("*.yaml"))
@@ -76,15 +80,15 @@ MISTAKES = [
     ("student.kv_heads", 3, "student.heads = 4: must be a multiple of student.kv_heads (3)"),
     ("distill.temperature", -1, "distill.temperature = -1: must be above 0"),
     ("distill.temperature", float("nan"), "distill.temperature = nan: must be a finite number"),
-    ("distill.temperature", "hot", "distill.temperature = hot: must be a number"),
+    ("distill.temperature", "hot", "distill.temperature = 'hot': must be a number"),
     ("distill.soft_weight", 1.5, "distill.soft_weight = 1.5: must be at most 1"),
     ("sparsify.student.keep_neurons", 0, "sparsify.student.keep_neurons = 0: must be above 0"),
     ("pretrain.steps", 3.0, "pretrain.steps = 3.0: must be a whole number"),
     ("pretrain.steps", True, "pretrain.steps = True: must be a whole number"),
     ("pretrain.steps", None, "pretrain.steps = None: must be a whole number"),
-    ("trainer.ranks", 3, "pretrain.batch_sequences = 8: must be a multiple of trainer.ranks (3)"),
-    ("trainer.ranks", "many", "trainer.ranks = many: must be auto or a number"),
-    ("trainer.deterministic", "often", "trainer.deterministic = often: must be true or false"),
+    ("trainer.ranks", 3, "pretrain.batch_sequences = 8: must be a multiple of trainer.ranks (3): set it to 9"),
+    ("trainer.ranks", "many", "trainer.ranks = 'many': must be auto or a number"),
+    ("trainer.deterministic", "often", "trainer.deterministic = 'often': must be true or false"),
     ("prepare.vocab_size", 257, "prepare.vocab_size = 257: must be at least 258"),
     ("prepare.val_share", 0.6, "prepare.val_share = 0.6: must be at most 0.5"),
     ("optimizer.decay_share", 0.99, "optimizer.decay_share = 0.99: must be at most 1 - "),
@@ -92,12 +96,14 @@ MISTAKES = [
     ("evaluate.checkpoint_every_blocks", [0], "evaluate.checkpoint_every_blocks = 0: must be at least 1"),
     ("corpus.source", "huggingface", "corpus.dataset = None: must name a dataset"),
     ("corpus.source", "files", "corpus.paths = []: must name at least one file or glob: in params.yaml corpus: {"),
-    ("corpus.paths", "a.txt", "corpus.paths = a.txt: must be a list"),
     ("corpus.paths", ["a.txt"], "corpus.paths = ('a.txt',): is read from source files only"),
-    ("corpus.separator", "--", "corpus.separator = --: is read from source files only"),
+    ("corpus.separator", "--", "corpus.separator = '--': is read from source files only"),
     ("corpus.separator", "", "corpus.separator = '': must be a word"),
-    ("corpus.dataset", "a/b", "corpus.dataset = a/b: is read from source huggingface only"),
-    ("corpus.undecodable", "ignore", "corpus.undecodable = ignore: must be refuse or skip"),
+    ("corpus.dataset", "a/b", "corpus.dataset = 'a/b': is read from source huggingface only"),
+    ("corpus.undecodable", "ignore", "corpus.undecodable = 'ignore': must be refuse or skip"),
+    ("corpus.paths", "a.txt", "corpus.paths = 'a.txt': must be a list, such as [a, b]"),
+    ("seed", "5", "seed = '5': must be a whole number, and this is text: write it without quotes"),
+    ("distill.temperature", "1e3", "distill.temperature = '1e3': must be a number, and this is text"),
     ("teacher", 3, "teacher = 3: must be a mapping of settings"),
     ("sede", 3, "sede: no such setting; did you mean seed?"),
     ("seed", 10**5000, "seed = a very large int: must be at most"),
@@ -109,6 +115,70 @@ def test_a_mistake_is_one_line_naming_key_value_and_rule(key, value, line):
     with pytest.raises(Refusal) as refusal:
         validate(changed(key, value))
     assert str(refusal.value).startswith(line) and "\n" not in str(refusal.value)
+
+
+def test_batches_that_the_ranks_found_here_cannot_share_are_refused_for_the_stage_that_runs():
+    plain = changed("pretrain.batch_sequences", 7)
+    settings = validate(plain)
+    line = r"^pretrain.batch_sequences = 7: must be a multiple of the 2 ranks \(trainer.ranks is auto\): set it to 8"
+    with pytest.raises(Refusal, match=line):
+        refuse_uneven_batches(settings, 2)
+    refuse_uneven_batches(validate(plain, ["trainer", "distill"]), 2)
+    refuse_uneven_batches(settings, 1)
+
+
+def numbers(kind=Settings, path=()):
+    """Dotted name, type and bounds of every numeric setting."""
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        hint, key = hints[field.name], (*path, field.name)
+        if dataclasses.is_dataclass(hint):
+            yield from numbers(hint, key)
+        elif field.metadata:
+            yield ".".join(key), float if hint is float else int, typing.get_origin(hint) is tuple, field.metadata
+
+
+# what a rule that joins settings wants beside one at its end
+BESIDE = {
+    "teacher.layers": {"teacher.dense_layers": 1},
+    "teacher.dense_layers": {"teacher.layers": 2**40},
+    "teacher.experts": {"teacher.experts_per_token": 1},
+    "teacher.experts_per_token": {"teacher.experts": 2**40},
+    "student.heads": {"student.kv_heads": 1},
+    "student.kv_heads": {"student.heads": 2**40},
+    "evaluate.router_experts": {"evaluate.router_experts_per_token": 1},
+    "evaluate.router_experts_per_token": {"evaluate.router_experts": 2**40},
+    "prepare.vocab_size": {"prepare.tokenizer": "bytes"},
+    "optimizer.warmup_share": {"optimizer.decay_share": 0},
+    "optimizer.decay_share": {"optimizer.warmup_share": 0},
+    "trainer.ranks": {
+        key: 65536
+        for key in ("pretrain.batch_sequences", "distill.batch_sequences", "sparsify.recovery.batch_sequences")
+    },
+}
+
+
+@pytest.mark.parametrize(("key", "kind", "listed", "bounds"), numbers(), ids=[key for key, *_ in numbers()])
+def test_both_ends_of_every_bound_are_accepted_and_what_lies_beyond_is_refused(key, kind, listed, bounds):
+    def validated(value):
+        plain = changed(key, [value] if listed else value)
+        for other, needed in BESIDE.get(key, {}).items():
+            section, *names, last = other.split(".")
+            inner = plain[section]
+            for name in names:
+                inner = inner[name]
+            inner[last] = needed
+        return validate(plain)
+
+    def beyond(value, direction):
+        return value + direction if kind is int else math.nextafter(value, direction * math.inf)
+
+    low, high = bounds["low"], bounds["high"]
+    validated(beyond(low, 1) if bounds["above"] else low)
+    validated(high)
+    for value in (low if bounds["above"] else beyond(low, -1), beyond(high, 1)):
+        with pytest.raises(Refusal, match=f"^{key} = .*: must be (above|at least|at most) "):
+            validated(value)
 
 
 @pytest.mark.parametrize("key", [*leaves(), *SECTIONS])
@@ -172,9 +242,13 @@ SPOILED = [
     ("seed: 1", "seed: " + "[" * 5000, "params.yaml"),
     ("seed: 1", "seed: ???", "seed: Missing mandatory value"),
     ("seed: 1", "seed: ${nowhere}", "seed: Interpolation key 'nowhere' not found"),
-    ("seed: 1", "seed: 1\nteacher: {layers: 2}", "teacher.layers is set in params.yaml and in conf/scale/"),
-    ("seed: 1", "seed: 1\noptimizer: muon", "optimizer is set in params.yaml and in conf/common.yaml"),
-    ("seed: 1", "seed: 1\nsequence_tokens: 9", "sequence_tokens is set in params.yaml and in conf/scale/"),
+    ("seed: 1", "seed: 1\nteacher: {layers: 2, layers: 3}", "params.yaml, line "),
+    ("seed: 1", "seed: 1\noptimizer: muon", "optimizer = muon: must be a mapping of settings"),
+    ("seed: 1", "seed: ${oc.env:OFFRAMP_UNSET}", "seed: the environment variable OFFRAMP_UNSET is not set"),
+    ("corpus: stdlib", "corpus: {paths: [a]}", "params.yaml: corpus.source: missing; write one of files, hugging"),
+    ("corpus: stdlib", "corpus: {source: file}", "params.yaml: corpus = file: must be one of files, huggingface, std"),
+    ("corpus: stdlib", "corpus: {source: files, path: [a]}", "corpus.path: no such setting; did you mean corp"),
+    ("scale: demo", "scale: {source: demo}", "params.yaml: scale = {'source': 'demo'}: must be one of"),
 ]
 
 
@@ -185,6 +259,86 @@ def test_a_spoiled_sheet_is_refused_in_one_line(sheet, before, after, line):
     with pytest.raises(Refusal) as refusal:
         validate(compose(root=sheet))
     assert str(refusal.value).startswith(line) and "\n" not in str(refusal.value)
+
+
+def edited(sheet, *edits):
+    text = (sheet / "params.yaml").read_text()
+    for before, after in edits:
+        assert before in text
+        text = text.replace(before, after, 1)
+    (sheet / "params.yaml").write_text(text)
+
+
+def test_any_setting_of_any_preset_may_be_set_again_in_the_sheet_and_on_the_command_line(sheet):
+    """Later wins: conf/common.yaml, the presets, params.yaml, the command line."""
+    edited(sheet, ("seed: 1", "seed: 1\npretrain: {steps: 50}\ntrainer: {ranks: 1}\nsequence_tokens: 9"))
+    plain = compose(root=sheet)
+    assert (plain["pretrain"]["steps"], plain["trainer"]["ranks"], plain["sequence_tokens"]) == (50, 1, 9)
+    assert plain["pretrain"]["batch_sequences"] == compose()["pretrain"]["batch_sequences"]
+    assert compose(["scale=tiny"], root=sheet)["pretrain"]["steps"] == 50
+    assert compose(["pretrain.steps=7"], root=sheet)["pretrain"]["steps"] == 7
+    scale = sheet / "conf/scale/demo.yaml"
+    scale.write_text(scale.read_text() + "trainer: {ranks: 4, log_every_steps: 3}\n")
+    assert compose(root=sheet)["trainer"]["ranks"] == 1 and compose(root=sheet)["trainer"]["log_every_steps"] == 3
+
+
+@pytest.mark.parametrize("word", ["+pretrain.steps=50", "++pretrain.steps=50"])
+def test_an_experiment_sets_what_the_sheet_lacks(sheet, word):
+    apply_overrides(sheet / "params.yaml", [word])
+    assert validate(compose(root=sheet)).pretrain.steps == 50
+
+
+def test_an_experiment_brings_a_corpus_of_its_own(sheet):
+    apply_overrides(sheet / "params.yaml", ["corpus={source:files,paths:[texts/*.txt]}"])
+    assert validate(compose(root=sheet)).corpus.paths == ("texts/*.txt",)
+
+
+def test_a_corpus_is_a_word_or_a_mapping_whose_source_chooses_the_preset(sheet):
+    edited(sheet, ("corpus: stdlib", "corpus: {source: huggingface, max_bytes: 5}"))
+    of_sheet = compose(root=sheet)["corpus"]
+    assert of_sheet == compose(["corpus=huggingface", "corpus.max_bytes=5"])["corpus"]
+    assert of_sheet == compose(["corpus={source:huggingface,max_bytes:5}"])["corpus"]
+    assert compose(["corpus=huggingface"], root=sheet)["corpus"] == of_sheet
+    assert compose(["corpus=stdlib"], root=sheet)["corpus"] == compose()["corpus"]  # not with what was the other's
+    own = (sheet / "conf/corpus/files.yaml").read_text().replace("paths: []", "paths: [mine.txt]")
+    (sheet / "conf/corpus/mine.yaml").write_text(own)
+    edited(sheet, ("source: huggingface", "source: mine"))
+    corpus = validate(compose(root=sheet)).corpus
+    assert (corpus.source, corpus.paths, corpus.max_bytes) == ("files", ("mine.txt",), 5)
+
+
+def test_a_preset_of_ones_own_without_its_first_line_is_told_which(sheet):
+    text = (sheet / "conf/scale/tiny.yaml").read_text()
+    (sheet / "conf/scale/mine.yaml").write_text(text.replace("# @package _global_\n", ""))
+    assert validate(compose(root=sheet))  # not in use
+    for words in (["scale=mine"], ["scale=tiny,mine"]):
+        with pytest.raises(Refusal, match="^conf/scale/mine.yaml: its first line must be `# @package _global_`"):
+            compose(words, root=sheet)
+    (sheet / "conf/scale/mine.yaml").write_text(text)
+    assert validate(compose(["scale=mine"], root=sheet)).sequence_tokens == 64
+
+
+def test_where_a_value_comes_from_is_told(sheet):
+    edited(sheet, ("corpus: stdlib", "corpus: {source: files, paths: [a]}\noptimizer: {clip_norm: 2}"))
+    assert explain("distill.temperature", root=sheet) == "distill.temperature = 1.0  # params.yaml"
+    assert explain("pretrain.steps", ["scale=tiny"], sheet) == "pretrain.steps = 20  # conf/scale/tiny.yaml"
+    assert explain("pretrain.steps", ["++pretrain.steps=3"], sheet) == "pretrain.steps = 3  # command line"
+    assert explain("optimizer.clip_norm", root=sheet) == "optimizer.clip_norm = 2  # params.yaml"
+    assert "optimizer.adamw_beta1 = 0.9  # conf/common.yaml" in explain("optimizer", root=sheet).splitlines()
+    corpus = explain("corpus", ["corpus.split=x"], sheet).splitlines()
+    assert corpus[:2] == ["corpus.source = files  # conf/corpus/files.yaml", "corpus.paths = ['a']  # params.yaml"]
+    assert "corpus.split = x  # command line" in corpus
+    assert "corpus.paths = []  # conf/corpus/stdlib.yaml" in explain("corpus", ["corpus=stdlib"], sheet)
+    with pytest.raises(Refusal, match="did you mean pretrain.steps"):
+        explain("pretrain.stps", root=sheet)
+
+
+@pytest.mark.parametrize(("value", "number"), [("5", 5), ("0.5", 0.5), ("1e-3", 1e-3), ("007", 7)])
+def test_text_from_the_environment_is_a_number_where_it_reads_as_one(sheet, monkeypatch, value, number):
+    monkeypatch.setenv("NUMBER", value)
+    edited(sheet, ("temperature: 1.0", "temperature: ${oc.env:NUMBER}"))
+    assert validate(compose(root=sheet)).distill.temperature == number
+    assert compose(["corpus.text_field=a-${oc.env:NUMBER}"], sheet)["corpus"]["text_field"] == f"a-{value}"
 
 
 @effort(max_examples=25, deadline=None)
@@ -208,8 +362,13 @@ def test_an_arbitrarily_edited_sheet_gives_settings_or_one_refusal(tmp_path_fact
         ("scale=dmeo", "scale = dmeo: must be one of demo, gpu, node, tiny; did you mean demo?"),
         ("distill.temprature=2", "distill.temprature: no such setting; did you mean distill.temperature?"),
         ("+distill.warmth=2", "distill.warmth: no such setting"),
-        ("seed==[", "Error parsing override"),
-        ("seed=1,2", "Ambiguous value"),
+        ("seed==[", "'seed==[': Hydra cannot read this (extraneous input '='): put double quotes around the text"),
+        ("corpus.paths=[my texts (1)/*.txt]", "'corpus.paths=[my texts (1)/*.txt]': Hydra cannot read this (no viable"),
+        ("scale", "scale: write it as key=value"),
+        ("corpus={source:files,path:[a]}", "corpus.path: no such setting; did you mean corpus.paths?"),
+        ("corpus={source:fils}", "corpus = fils: must be one of files, huggingface, stdlib; did you mean files?"),
+        ("corpus={source:files},{source:stdlib}", "corpus: a sweep takes words, not mappings"),
+        ("seed=1,2", "Ambiguous value for argument 'seed=1,2': 1. To use it as a list, use key=[value1,value2]; 2."),
     ],
 )
 def test_a_mistyped_override_is_refused_in_one_line(override, line):
