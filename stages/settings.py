@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from stages.artifacts import Refusal
-from stages.reading import read, refuse_missing, refuse_unknown, shown
-from stages.reading import refuse as _refuse
+from stages.reading import read, refuse, refuse_missing, refuse_unknown, shown
 
 OWN_FILES = "in params.yaml corpus: {source: files, paths: [texts/*.txt]}, or corpus=files 'corpus.paths=[texts/*.txt]'"
 MOST = 2**40  # no count in here is sensible above this; beyond it sizes overflow far from their cause
@@ -262,12 +261,12 @@ def leaves(kind: Any = Settings, path: tuple[str, ...] = ()) -> list[str]:
 def _at_most(settings, key, limit_key):
     value, limit = _get(settings, key), _get(settings, limit_key)
     if value > limit:
-        _refuse(key, value, f"must be at most {limit_key} ({limit})")
+        refuse(key, value, f"must be at most {limit_key} ({limit})")
 
 
 def _even(settings, key):
     if _get(settings, key) % 2:
-        _refuse(key, _get(settings, key), "must be even: rotation works on pairs")
+        refuse(key, _get(settings, key), "must be even: rotation works on pairs")
 
 
 def _get(settings, key):
@@ -286,39 +285,39 @@ def _student_rules(settings):
     student = settings.student
     if student.heads % student.kv_heads:
         rule = f"must be a multiple of student.kv_heads ({student.kv_heads})"
-        _refuse("student.heads", student.heads, rule)
+        refuse("student.heads", student.heads, rule)
     _even(settings, "student.head_dim")
 
 
 def _corpus_rules(settings):
     corpus = settings.corpus
     if corpus.source == "files" and not corpus.paths:
-        _refuse("corpus.paths", [], f"must name at least one file or glob: {OWN_FILES}")
+        refuse("corpus.paths", [], f"must name at least one file or glob: {OWN_FILES}")
     if corpus.source == "huggingface" and corpus.dataset is None:
-        _refuse("corpus.dataset", None, "must name a dataset when corpus.source is huggingface")
+        refuse("corpus.dataset", None, "must name a dataset when corpus.source is huggingface")
     for key, source in (("paths", "files"), ("separator", "files"), ("dataset", "huggingface")):
         if getattr(corpus, key) and corpus.source != source:
             rule = f"is read from source {source} only, and corpus.source is {corpus.source}: choose corpus={source}"
-            _refuse(f"corpus.{key}", getattr(corpus, key), rule)
+            refuse(f"corpus.{key}", getattr(corpus, key), rule)
 
 
 def _prepare_rules(settings):
     prepare = settings.prepare
     if prepare.tokenizer == "bpe" and prepare.vocab_size < 258:
         rule = "must be at least 258: 256 bytes, end of text, one merge"
-        _refuse("prepare.vocab_size", prepare.vocab_size, rule)
+        refuse("prepare.vocab_size", prepare.vocab_size, rule)
 
 
 def _optimizer_rules(settings):
     optimizer = settings.optimizer
     if optimizer.warmup_share + optimizer.decay_share > 1:
         rule = f"must be at most 1 - optimizer.warmup_share ({1 - optimizer.warmup_share:g})"
-        _refuse("optimizer.decay_share", optimizer.decay_share, rule)
+        refuse("optimizer.decay_share", optimizer.decay_share, rule)
 
 
 def _evaluate_rules(settings):
     if not settings.evaluate.checkpoint_every_blocks:
-        _refuse("evaluate.checkpoint_every_blocks", [], "must name at least one period in blocks")
+        refuse("evaluate.checkpoint_every_blocks", [], "must name at least one period in blocks")
 
 
 def _profile_rules(settings):
@@ -346,7 +345,7 @@ def _refuse_uneven(key, settings, ranks):
         asked = settings.trainer.ranks
         number = f"trainer.ranks ({asked})" if asked == ranks else f"the {ranks} ranks here (trainer.ranks is {asked})"
         more = batch + ranks - batch % ranks
-        _refuse(key, batch, f"must be a multiple of {number}: set it to {more}, or change the ranks")
+        refuse(key, batch, f"must be a multiple of {number}: set it to {more}, or change the ranks")
 
 
 BATCHES = {

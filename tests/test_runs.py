@@ -227,7 +227,7 @@ def test_the_command_that_keeps_the_best_job_gives_its_settings(repository, over
         ("distill", ["corpus=files"], "corpus: distill does not read it; prepare does (distill takes artifacts/data"),
         ("distill", ["-m", "corpus=glob(*)"], "corpus: distill does not read it; prepare does"),
         ("distill", ["prepare.vocab_size=300"], "prepare.vocab_size: distill does not read it; prepare does"),
-        ("distill", ["+evaluate.test_tokens=3"], "evaluate.test_tokens: distill does not read it; evaluate does"),
+        ("distill", ["+evaluate.test_tokens=3"], "evaluate.test_tokens: distill does not read it; evaluate and profile do"),
         ("distill", ["hydra/launcher=basic"], "hydra/launcher: only a sweep reads it; add --multirun"),
         ("distill", ["-m", "hydra.run.dir=outputs/a"], "hydra.run.dir: a sweep does not read it; set hydra.sweep.dir"),
         ("distill", ["sede=3"], "sede: no such setting; did you mean seed?"),
@@ -250,13 +250,16 @@ def test_a_preset_is_refused_only_where_the_stage_reads_nothing_of_it():
     parser = OverridesParser.create()
     words = parser.parse_overrides(["scale=tiny", "seed=2"])
     commandline.refuse_without_effect(words, "evaluate", ("evaluate", "seed"))
-    with pytest.raises(Refusal, match="^scale: report does not read it; prepare, pretrain, distill, sparsify and eval"):
+    with pytest.raises(Refusal, match="^scale: report does not read it; prepare, pretrain, distill, sparsify, evaluate and profile do"):
         commandline.refuse_without_effect(parser.parse_overrides(["scale=tiny"]), "report", ("seed",))
 
 
 def test_only_the_batches_of_the_stage_that_runs_must_be_shared_out_among_the_ranks(repository):
     sheet = repository / "params.yaml"
     sheet.write_text(sheet.read_text() + "pretrain: {batch_sequences: 7}\ntrainer: {ranks: 2}\n")
+    stage, tracking = repository / "stages/distill.py", repository / "stages/tracking.py"
+    stage.write_text(stage.read_text().replace('("distill", "seed")', '("distill", "seed", "trainer")'))
+    tracking.write_text(tracking.read_text().replace('{"distill", "seed"}', '{"distill", "seed", "trainer"}'))
     assert typed(repository).returncode == 0
     refused = typed(repository, "distill.batch_sequences=9")
     assert refused.stderr == (
@@ -332,7 +335,7 @@ def test_a_refusing_job_leaves_the_others_running_and_the_sweep_fails(repository
     ("words", "line"),
     [
         (["seed=13"], "offramp: seed 13 is unlucky"),
-        (["teacher.experts_per_token=999"], "offramp: teacher.experts_per_token = 999: must be at most"),
+        (["distill.soft_weight=9"], "offramp: distill.soft_weight = 9: must be at most 1"),
         (["distill.temprature=2"], "offramp: distill.temprature: no such setting; did you mean"),
         (["scale=dmeo"], "offramp: scale = dmeo: must be one of"),
         (["-m", "scale=tiny,dmeo"], "offramp: scale = dmeo: must be one of"),

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stages.artifacts import Refusal
-from stages.settings import compose, validate
+from stages.composing import compose
+from stages.settings import validate
 from stages.splits import FEWEST, Document, moved, refuse_few, refuse_short, split_documents
 
 SHARES = (0.04, 0.10)
