@@ -180,19 +180,23 @@ class Corpus:
 
     def _tell(self):
         """What a person who gave these files should hear, a line each."""
+        lines = []
         for paths, what in (
             (self.broken_links, "broken symbolic links"),
             (self.undecodable_files, "files that are not UTF-8"),
         ):
             if paths and self.source == "files":
-                print(f"prepare: skipped {len(paths):,} {what}, the first is {readable(paths[0])}", file=sys.stderr)
+                lines.append(f"skipped {len(paths):,} {what}, the first is {readable(paths[0])}")
+        if self.without_field:
+            lines.append(f"skipped {self.without_field:,} rows without the field {self.text_field!r}")
         if self.separators_kept:
-            print(
-                f"prepare: {END_OF_TEXT} stands {self.separators_kept:,} times in the text files and is read as text. "
+            lines.append(
+                f"{END_OF_TEXT} stands {self.separators_kept:,} times in the text files and is read as text. "
                 f'If it separates documents, set corpus.separator: in params.yaml separator: "{END_OF_TEXT}" in the '
-                f"mapping corpus, or on the command line 'corpus.separator=\"{END_OF_TEXT}\"'",
-                file=sys.stderr,
+                f"mapping corpus, or on the command line 'corpus.separator=\"{END_OF_TEXT}\"'"
             )
+        for line in lines:
+            print(f"prepare: {line}", file=sys.stderr)
 
     def _huggingface(self):
         rows, revision = open_dataset(self.dataset, self.subset, self.split, self.root)

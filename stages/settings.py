@@ -296,9 +296,10 @@ def _corpus_rules(settings):
     if corpus.source == "huggingface" and corpus.dataset is None:
         refuse("corpus.dataset", None, "must name a dataset when corpus.source is huggingface")
     for key, source in (("paths", "files"), ("separator", "files"), ("dataset", "huggingface")):
-        if getattr(corpus, key) and corpus.source != source:
-            rule = f"is read from source {source} only, and corpus.source is {corpus.source}: choose corpus={source}"
-            refuse(f"corpus.{key}", getattr(corpus, key), rule)
+        value = getattr(corpus, key)
+        if value and corpus.source != source:
+            rule = f"only source {source} reads it, and corpus.source is {corpus.source}: choose corpus={source}"
+            refuse(f"corpus.{key}", list(value) if key == "paths" else value, rule)
 
 
 def _prepare_rules(settings):

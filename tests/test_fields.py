@@ -54,10 +54,11 @@ def test_a_chat_becomes_one_text_by_the_stated_rule(tmp_path):
     assert corpus.empty == 2
 
 
-def test_rows_without_the_field_are_skipped_and_counted_apart_from_nulls(tmp_path):
+def test_rows_without_the_field_are_skipped_and_counted_apart_from_nulls(tmp_path, capsys):
     corpus = corpus_of(tmp_path, [{"title": "x"}, {"text": "a"}, {"text": None}, {"title": "y"}, {"text": "b"}])
     assert list(corpus) == ["a", "b"]
     card = corpus.describe()
+    assert "skipped 2 rows without the field 'text'" in capsys.readouterr().err
     assert card["rows_without_field_skipped"] == 2 and card["empty_documents_skipped"] == 1
 
 
