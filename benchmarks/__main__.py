@@ -38,8 +38,8 @@ from benchmarks import (
 )
 from benchmarks.table import ROOT, Row, as_json, as_markdown, conditions, of_this_machine, rendered
 from benchmarks.timing import DEVICE, kept_memory
-from stages.artifacts import write_atomically
-from stages.training import settle_cublas_workspaces
+from stages.files.artifacts import write_atomically
+from stages.training.fit import settle_cublas_workspaces
 
 GROUPS: dict[str, Callable[[], Iterable[Row | str]]] = {
     "ceiling": ceiling.rows,

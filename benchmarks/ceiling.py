@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.table import Row
 from benchmarks.timing import DEVICE, Action, Ratio, interleaved
-from stages.layers import has_bfloat16
+from stages.model.layers import has_bfloat16
 
 FLOAT32, BF16 = {"float32": torch.float32}, {"bf16": torch.bfloat16} if has_bfloat16(DEVICE.type) else {}
 DTYPES = BF16 if BF16 and DEVICE.type == "cuda" else FLOAT32 | BF16  # nobody trains in float32 on such a GPU

@@ -18,15 +18,15 @@ from pathlib import Path
 import yaml
 
 from benchmarks.table import ROOT
-from stages.artifacts import sha256_of
-from stages.provenance import is_reproducible
+from stages.files.artifacts import sha256_of
+from stages.run.provenance import is_reproducible
 
 DVC = (sys.executable, "-m", "dvc")
 
 # No mirror: it imports MLflow beside whatever is measured next. What is {first} runs before the stage.
 CODE = """
 import runpy, sys
-from stages import tracking
+from stages.tracking import record as tracking
 tracking._start_mirror = lambda *_: None
 {first}
 sys.argv[1:] = {words}

@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 
 from benchmarks.table import Row
 from benchmarks.timing import Ratio, Timings, interleaved
-from stages.checkpoints import Checkpoint
+from stages.training.checkpoints import Checkpoint
 
 SIZES_BYTES = {"60 MB of state": 60_000_000, "1.2 GB of state": 1_200_000_000}
 TENSORS = 12  # weights, momentum and second moments, as one float32 tensor in twelve

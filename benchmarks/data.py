@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.table import Row
 from benchmarks.timing import Action, interleaved
-from stages.shards import BytesTokenizer, Tokens, Windows, token_dtype, write_card, write_split
+from stages.data.shards import BytesTokenizer, Tokens, Windows, token_dtype, write_card, write_split
 
 DOCUMENT_TOKENS = 1000
 SHARD_TOKENS = 1 << 20

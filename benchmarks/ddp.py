@@ -17,8 +17,8 @@ import torch.multiprocessing as mp
 from benchmarks.checkout import checkout, default_scale, events, stage
 from benchmarks.table import Row
 from benchmarks.timing import Timings
-from stages.artifacts import read_json, write_json
-from stages.optimizers import make_optimizers
+from stages.files.artifacts import read_json, write_json
+from stages.training.optimizers import make_optimizers
 
 FIRST_STEPS = 2  # not counted: memory grows, DDP lays out its buckets
 BUCKETS_MB = (1, 5, 25)
@@ -80,9 +80,9 @@ def collectives(floats: int, muon_floats: int, ranks: int = 2, rounds: int = 30)
 
 def collective_rows(scale: str, step_seconds: float) -> Iterator[Row]:
     """Beside a step: DDP does the first during the backward pass, where a core is free for it."""
-    from stages import settings  # late: the groups of one device run where torch alone is installed
-    from stages.composing import compose
-    from stages.models import build_teacher
+    from stages.model.hub import build_teacher
+    from stages.settings import schema as settings  # late: the groups of one device run where torch alone is installed
+    from stages.settings.compose import compose
 
     plain = settings.validate(compose([f"scale={scale}", "corpus=stdlib"]))
     teacher = build_teacher(plain.teacher, plain.prepare.vocab_size, plain.sequence_tokens, plain.seed)

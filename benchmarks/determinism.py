@@ -12,7 +12,7 @@ from benchmarks.ceiling import DTYPES
 from benchmarks.table import Row
 from benchmarks.timing import DEVICE, interleaved
 from benchmarks.training_step import BATCHES, SHAPE, Step, batches, new_teacher, teacher_step
-from stages.teacher import TeacherShape
+from stages.model.teacher import TeacherShape
 
 
 def switched(step: Step, on: bool) -> Step:

@@ -20,14 +20,14 @@ from benchmarks.ceiling import DTYPES
 from benchmarks.table import ROOT, Row, conditions, listed, of_this_machine
 from benchmarks.timing import DEVICE, Ratio, Timings, interleaved
 from benchmarks.training_step import BALANCE_LOSS_WEIGHT, REFERENCE, new_teacher, teacher_step
-from stages.artifacts import write_atomically
-from stages.charts import curves, sheet
-from stages.cost import flops_per_token, total_parameters
-from stages.drawing import Line
-from stages.memory import LiveBytes
-from stages.teacher import Teacher, TeacherShape
-from stages.training import NextToken, max_violation
-from stages.wording import number
+from stages.files.artifacts import write_atomically
+from stages.measure.flops import flops_per_token, total_parameters
+from stages.measure.memory import LiveBytes
+from stages.model.teacher import Teacher, TeacherShape
+from stages.reporting.charts import curves, sheet
+from stages.reporting.drawing import Line
+from stages.reporting.wording import number
+from stages.training.fit import NextToken, max_violation
 
 BATCH_TOKENS = 4096
 BALANCE_TOKENS, BALANCE_STEPS, WINDOW = 1024, 30, 10

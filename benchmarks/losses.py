@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from benchmarks.peers import too_large
 from benchmarks.table import Row
 from benchmarks.timing import DEVICE, Action, Ratio, interleaved
-from stages.losses import distillation
-from stages.memory import LiveBytes
+from stages.measure.memory import LiveBytes
+from stages.model.losses import distillation
 
 TEMPERATURE, SOFT_WEIGHT = 2.0, 0.9
 PLAIN_LOGITS = 7  # tensors [N, V] that the plain loss holds at once

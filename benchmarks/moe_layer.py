@@ -24,8 +24,8 @@ from benchmarks.peers import peer_models
 from benchmarks.table import Row
 from benchmarks.timing import DEVICE, Action, heats_and_final
 from benchmarks.training_step import REFERENCE
-from stages.experts import MoE
-from stages.layers import initialise
+from stages.model.experts import MoE
+from stages.model.layers import initialise
 
 LOOP, SCATTERMOE = "plain loop over experts", "ScatterMoE"
 Layer = tuple[nn.Module, Callable[[Tensor], Tensor]]  # whose gradients are dropped, and what is called

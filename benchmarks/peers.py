@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from benchmarks.timing import DEVICE
-from stages.cost import flops_per_token
-from stages.student import StudentShape
-from stages.teacher import Teacher, TeacherShape
+from stages.measure.flops import flops_per_token
+from stages.model.student import StudentShape
+from stages.model.teacher import Teacher, TeacherShape
 
 EXPERTS_IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 Peer = tuple[str, Callable[[], nn.Module]]
@@ -71,7 +71,7 @@ def twin(ours: Teacher, implementation: str) -> nn.Module:
     """DeepseekV3 with our weights; raises ImportError where transformers, or the safetensors it needs, is missing."""
     import transformers
 
-    from stages import models  # late: it needs safetensors, which a machine without transformers may lack
+    from stages.model import hub as models  # late: it needs safetensors, which a machine without transformers may lack
 
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:

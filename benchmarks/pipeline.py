@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.checkout import DVC, checkout, default_scale, environment, events
 from benchmarks.table import Row
 from benchmarks.timing import Ratio, interleaved
-from stages.artifacts import read_json
+from stages.files.artifacts import read_json
 
 TRAINING = ("pretrain", "distill", "sparsify")
 MEASURED = ("prepare", "evaluate")  # stages that write down what their phases took

@@ -46,16 +46,16 @@ from benchmarks.variants import (
     rate_factor,
     variants,
 )
-from stages import settings
-from stages.artifacts import write_atomically
-from stages.composing import compose
-from stages.heap import keep_freed_memory
-from stages.layers import has_bfloat16
+from stages.data.shards import SPLITS, Tokens, Windows, token_dtype, write_card, write_split
+from stages.data.splits import refuse_few, split_documents
+from stages.files.artifacts import write_atomically
+from stages.files.resuming import Interruption
+from stages.model.layers import has_bfloat16
 from stages.prepare import encode, gather, texts, train_tokenizer
-from stages.resuming import Interruption
-from stages.shards import SPLITS, Tokens, Windows, token_dtype, write_card, write_split
-from stages.splits import refuse_few, split_documents
-from stages.training import validation_nats
+from stages.run.heap import keep_freed_memory
+from stages.settings import schema as settings
+from stages.settings.compose import compose
+from stages.training.fit import validation_nats
 
 CORPORA = {  # that of most documents first: on it plain AdamW is tuned
     "English manuals": ["/usr/share/man/man1/*.gz"],

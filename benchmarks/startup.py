@@ -17,10 +17,10 @@ from benchmarks.timing import Timings, interleaved
 
 # what it is -> (our import, the library that it is built on or that it spares the process)
 PAIRS = {
-    "a rank that trains": ("stages.ranks", "lightning"),
-    "teacher and losses": ("stages.teacher, stages.training", "torch"),
+    "a rank that trains": ("stages.training.rank", "lightning"),
+    "teacher and losses": ("stages.model.teacher, stages.training.fit", "torch"),
     "tracking, in the stage's process": ("stages.tracking", "mlflow"),
-    "a stage before its own imports": ("stages.runs", "yaml"),
+    "a stage before its own imports": ("stages.run.entry", "yaml"),
 }
 # stage -> its heaviest library, in the order of the pipeline; composing settings is all that config does
 STAGES = {
@@ -32,7 +32,7 @@ OTHERS_TARGET = 3.0
 # a stage that does not train ends where its work would begin
 UNTIL_MAIN = """
 import os
-from stages import runs
+from stages.run import entry as runs
 run_stage = runs.run_stage
 runs.run_stage = lambda main, *rest: run_stage(lambda *_: os._exit(0), *rest)
 """

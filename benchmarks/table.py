@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.timing import DEVICE, Ratio
-from stages.layers import has_bfloat16
+from stages.model.layers import has_bfloat16
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "lightning", "mlflow")

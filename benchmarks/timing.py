@@ -12,7 +12,7 @@ from statistics import median, quantiles
 
 import torch
 
-from stages.heap import keep_freed_memory
+from stages.run.heap import keep_freed_memory
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

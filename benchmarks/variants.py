@@ -14,15 +14,15 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from stages import optimizers
-from stages.cost import flops_per_token
-from stages.layers import RMSNorm, Rope, attend, for_matmuls, initialise, rope_table, rotate
-from stages.losses import next_token
-from stages.models import build_teacher
-from stages.optimizers import learning_rate_factor, make_optimizers
-from stages.settings import Optimizer, Settings
-from stages.teacher import Block, LatentAttention, Teacher, TeacherShape
-from stages.training import NextToken, Outcome, add_balance_loss, split_targets
+from stages.measure.flops import flops_per_token
+from stages.model.hub import build_teacher
+from stages.model.layers import RMSNorm, Rope, attend, for_matmuls, initialise, rope_table, rotate
+from stages.model.losses import next_token
+from stages.model.teacher import Block, LatentAttention, Teacher, TeacherShape
+from stages.settings.schema import Optimizer, Settings
+from stages.training import optimizers
+from stages.training.fit import NextToken, Outcome, add_balance_loss, split_targets
+from stages.training.optimizers import learning_rate_factor, make_optimizers
 
 MUON = 3.4445, -4.7750, 2.0315  # a, b, c of each of its five iterations (Jordan et al. 2024)
 

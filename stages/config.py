@@ -12,12 +12,12 @@ import json
 import os
 import sys
 
-from stages.artifacts import ROOT, Refusal, write_atomically, write_json
-from stages.composing import compose, explain
-from stages.experiments import remember_accepted, undo_set_params
-from stages.inputs import corpus_fingerprint
-from stages.resuming import remove_recorded
-from stages.settings import as_yaml, validate
+from stages.data.fingerprints import corpus_fingerprint
+from stages.files.artifacts import ROOT, Refusal, write_atomically, write_json
+from stages.files.resuming import remove_recorded
+from stages.run.experiments import remember_accepted, undo_set_params
+from stages.settings.compose import compose, explain
+from stages.settings.schema import as_yaml, validate
 
 HEADER = "# Written by stages/config.py from params.yaml and conf/: edit those, then dvc repro.\n"
 

@@ -9,19 +9,19 @@ scaled by T², mixed with cross-entropy on the data.
 
 from collections.abc import Callable, Iterator
 
-from stages.artifacts import Refusal, read_json, write_json
-from stages.launching import launch, write_curves
-from stages.runs import Place, run_stage
+from stages.files.artifacts import Refusal, read_json, write_json
+from stages.run.entry import Place, run_stage
+from stages.training.launch import launch, write_curves
 
 SECTIONS = ("sequence_tokens", "seed", "student", "distill", "optimizer", "trainer")
 INPUTS = ["artifacts/data", "artifacts/teacher"]
 
 
 def fits(settings, place: Place, keep: Callable) -> Iterator:
-    from stages.models import build_student, load
-    from stages.moe_to_dense import initialise_student
-    from stages.shards import Tokens, Windows, read_card
-    from stages.training import Distillation, Fit, NextToken
+    from stages.compress.warm_start import initialise_student
+    from stages.data.shards import Tokens, Windows, read_card
+    from stages.model.hub import build_student, load
+    from stages.training.fit import Distillation, Fit, NextToken
 
     recipe, data = settings.distill, place.read("artifacts/data")
     teacher, card = load(place.read("artifacts/teacher")), read_card(data)

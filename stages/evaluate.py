@@ -23,15 +23,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 
-from stages import cost, memory, scoring
-from stages.artifacts import write_atomically, write_json
-from stages.generation import generate
-from stages.layers import can_compile
-from stages.measured import MODELS, load_models, training_loss
-from stages.provenance import cores, device_conditions
-from stages.resuming import Interruption, ResumeState, resume_key
-from stages.runs import Place, run_stage
-from stages.shards import Tokens, load_tokenizer
+from stages.data.shards import Tokens, load_tokenizer
+from stages.files.artifacts import write_atomically, write_json
+from stages.files.resuming import Interruption, ResumeState, resume_key
+from stages.measure import flops as cost
+from stages.measure import memory, scoring
+from stages.measure.subjects import MODELS, load_models, training_loss
+from stages.model.generation import generate
+from stages.model.layers import can_compile
+from stages.run.entry import Place, run_stage
+from stages.run.provenance import cores, device_conditions
 
 SECTIONS = ("evaluate", "sequence_tokens", "seed")
 SAMPLE_PROMPT_TOKENS, SAMPLE_NEW_TOKENS, SAMPLE_TEMPERATURE = 32, 96, 0.7  # greedy text of small models loops

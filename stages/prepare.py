@@ -19,12 +19,8 @@ from dataclasses import asdict
 
 from tqdm import tqdm
 
-from stages.artifacts import Refusal, link_or_copy, sha256_of, write_atomically, write_json
-from stages.corpus import Corpus
-from stages.identity import machine
-from stages.resuming import Interruption, ResumeState, resume_key
-from stages.runs import run_stage
-from stages.shards import (
+from stages.data.corpus import Corpus
+from stages.data.shards import (
     END_OF_TEXT,
     SPLITS,
     TOKENIZER,
@@ -35,7 +31,11 @@ from stages.shards import (
     write_card,
     write_split,
 )
-from stages.splits import Document, choose, moved, refuse_few, refuse_short, split_documents
+from stages.data.splits import Document, choose, moved, refuse_few, refuse_short, split_documents
+from stages.files.artifacts import Refusal, link_or_copy, sha256_of, write_atomically, write_json
+from stages.files.resuming import Interruption, ResumeState, resume_key
+from stages.run.entry import run_stage
+from stages.tracking.identity import machine
 
 SECTIONS = ("corpus", "prepare", "sequence_tokens")
 DATA = "data"  # of the resume state: the folder that becomes artifacts/data

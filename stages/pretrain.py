@@ -7,18 +7,18 @@ python -m stages.pretrain -m optimizer.muon_learning_rate=0.01,0.02
 
 from collections.abc import Iterator
 
-from stages.artifacts import write_json
-from stages.launching import launch, write_curves
-from stages.runs import Place, run_stage
+from stages.files.artifacts import write_json
+from stages.run.entry import Place, run_stage
+from stages.training.launch import launch, write_curves
 
 SECTIONS = ("sequence_tokens", "seed", "teacher", "pretrain", "optimizer", "trainer")
 
 
 def fits(settings, place: Place, _) -> Iterator:
     """What every rank trains."""
-    from stages.models import build_teacher
-    from stages.shards import read_card
-    from stages.training import Fit, NextToken
+    from stages.data.shards import read_card
+    from stages.model.hub import build_teacher
+    from stages.training.fit import Fit, NextToken
 
     shape, recipe = settings.teacher, settings.pretrain
     vocab_size = read_card(place.read("artifacts/data"))["vocab_size"]

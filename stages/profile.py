@@ -19,17 +19,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from stages import cost, memory
-from stages.artifacts import write_json
-from stages.experts import loads, permutation, route
-from stages.generation import Reader
-from stages.heap import keep_freed_memory
-from stages.layers import can_compile
-from stages.measured import device_name, load_models, training_loss
-from stages.provenance import cores, device_conditions
-from stages.runs import Place, run_stage
-from stages.scoring import Estimate
-from stages.shards import Tokens
+from stages.data.shards import Tokens
+from stages.files.artifacts import write_json
+from stages.measure import flops as cost
+from stages.measure import memory
+from stages.measure.scoring import Estimate
+from stages.measure.subjects import device_name, load_models, training_loss
+from stages.model.experts import loads, permutation, route
+from stages.model.generation import Reader
+from stages.model.layers import can_compile
+from stages.run.entry import Place, run_stage
+from stages.run.heap import keep_freed_memory
+from stages.run.provenance import cores, device_conditions
 
 SECTIONS = ("profile", "evaluate", "sequence_tokens", "seed")
 

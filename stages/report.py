@@ -13,11 +13,11 @@ from pathlib import Path
 
 import yaml
 
-from stages.artifacts import Refusal, read_json, write_atomically, write_json
-from stages.claims import claims_as_markdown, make_claims
-from stages.page import make_page
-from stages.provenance import RECORDS, record_path
-from stages.runs import run_stage
+from stages.files.artifacts import Refusal, read_json, write_atomically, write_json
+from stages.reporting.claims import claims_as_markdown, make_claims
+from stages.reporting.page import make_page
+from stages.run.entry import run_stage
+from stages.run.provenance import RECORDS, record_path
 
 SECTIONS = ("seed",)
 

@@ -10,19 +10,19 @@ the dense model trained on for the same extra tokens, since recovery alone also 
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from stages.artifacts import write_json
-from stages.launching import launch, write_curves
-from stages.runs import Place, run_stage
+from stages.files.artifacts import write_json
+from stages.run.entry import Place, run_stage
+from stages.training.launch import launch, write_curves
 
 SECTIONS = ("sequence_tokens", "seed", "sparsify", "optimizer", "trainer")
 INPUTS = ["artifacts/data", "artifacts/teacher", "artifacts/student"]
 
 
 def fits(settings, place: Place, keep: Callable) -> Iterator:
-    from stages import models
-    from stages.pruning import Importance, prune
-    from stages.shards import Tokens, Windows
-    from stages.training import Distillation, Fit, NextToken
+    from stages.compress.pruning import Importance, prune
+    from stages.data.shards import Tokens, Windows
+    from stages.model import hub as models
+    from stages.training.fit import Distillation, Fit, NextToken
 
     recipe, data = settings.sparsify.recovery, place.read("artifacts/data")
     windows = Windows(Tokens(data, "train"), settings.sequence_tokens, settings.seed + 1)
@@ -58,8 +58,8 @@ def fits(settings, place: Place, keep: Callable) -> Iterator:
 
 def calibrate(dense, shares, calibration: list, held_out: list) -> dict:
     """What decides which structures go, and how much worse the model is right after they went."""
-    from stages.pruning import importance, prune
-    from stages.training import validation_nats
+    from stages.compress.pruning import importance, prune
+    from stages.training.fit import validation_nats
 
     scores = importance(dense, calibration)
     sparse = prune(dense, shares, scores)

@@ -10,8 +10,8 @@ for name in ("DVC_STAGE", "DVC_ROOT", "HYDRA_FULL_ERROR"):
 
 import pytest  # noqa: E402
 
-from stages import settings  # noqa: E402
-from stages.composing import compose  # noqa: E402
+from stages.settings import schema as settings  # noqa: E402
+from stages.settings.compose import compose  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -34,9 +34,9 @@ import yaml
 
 from benchmarks.checkout import DVC, checkout, environment, outs_of
 from benchmarks.table import ROOT
-from stages.artifacts import sha256_of
-from stages.identity import machine
-from stages.records import unsent
+from stages.files.artifacts import sha256_of
+from stages.tracking.identity import machine
+from stages.tracking.records import unsent
 
 REPRO = (*DVC, "repro")
 RWLOCK = ".dvc/tmp/rwlock"
@@ -224,7 +224,7 @@ def last_saved(tree: Path) -> float:
     for process in processes_of(tree):
         with contextlib.suppress(psutil.Error):
             _, flag, module, *_ = [*process.cmdline(), "", "", ""]
-            if flag == "-m" and module not in ("stages.torchrun", "stages.tracking"):
+            if flag == "-m" and module not in ("stages.training.torchrun", "stages.tracking"):
                 times.append(process.create_time())  # dvc, or the stage that it runs
     return max(times, default=time.time())
 
@@ -345,7 +345,7 @@ def rank_killed(bench: Bench, row: Row) -> None:
         tree = bench.copy(f"rank-{victim}-killed")
         process = training(tree)
         row.tried += 1
-        ranks = [p for p in processes_of(tree) if is_running(p, "stages.ranks")]
+        ranks = [p for p in processes_of(tree) if is_running(p, "stages.training.rank")]
         next(p for p in ranks if p.environ()["RANK"] == str(victim)).kill()
         row.lost.append(time.time() - last_saved(tree))
         killed = time.monotonic()

@@ -32,9 +32,9 @@ from benchmarks import (
     tracking,
     training_step,
 )
-from stages.artifacts import ROOT
-from stages.cost import flops_per_token
-from stages.shards import Tokens, Windows
+from stages.data.shards import Tokens, Windows
+from stages.files.artifacts import ROOT
+from stages.measure.flops import flops_per_token
 
 SHAPE = replace(
     training_step.REFERENCE, vocab_size=64, sequence_tokens=12, layers=2, width=32, heads=2, nope_head_dim=8,
@@ -316,7 +316,7 @@ def test_the_deepseek_peer_with_our_weights_follows_our_losses(implementation, t
     transformers = pytest.importorskip("transformers")
     monkeypatch.setattr(training_step, "BALANCE_LOSS_WEIGHT", 0.0)  # the peer has neither
     monkeypatch.setattr(training_step, "BIAS_UPDATE_RATE", 0.0)
-    from stages import models  # late: ABSENT
+    from stages.model import hub as models  # late: ABSENT
 
     ours = training_step.new_teacher(SHAPE)
     models.save(ours, tmp_path)
@@ -333,8 +333,8 @@ def test_the_deepseek_peer_with_our_weights_follows_our_losses(implementation, t
 
 
 def test_what_a_gpu_is_measured_at_is_the_scale_for_it():
-    from stages import settings  # late: ABSENT
-    from stages.composing import compose
+    from stages.settings import schema as settings  # late: ABSENT
+    from stages.settings.compose import compose
 
     gpu = settings.validate(compose(["scale=gpu"]))
     given = asdict(gpu.teacher) | {"vocab_size": gpu.prepare.vocab_size, "sequence_tokens": gpu.sequence_tokens}

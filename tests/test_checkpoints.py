@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from stages.checkpoints import Checkpoint
+from stages.training.checkpoints import Checkpoint
 
 
 def state_of(step):
@@ -114,7 +114,7 @@ class Marks:
 
 
 def test_a_pickle_that_runs_code_runs_nothing(saved):
-    from stages.artifacts import sha256_of, write_json
+    from stages.files.artifacts import sha256_of, write_json
 
     marker = saved.folder / "executed"
     torch.save({"step": 1, "model": Marks(marker)}, saved.folder / "teacher-1.pt")

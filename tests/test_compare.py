@@ -5,8 +5,8 @@ import subprocess
 
 import pytest
 
-from stages import compare
-from stages.artifacts import Refusal, write_json
+from stages.files.artifacts import Refusal, write_json
+from stages.run import compare
 
 RECORD = {
     "conditions": {"processor": "AuthenticAMD family 25 model 17", "torch": "2.13.0+cpu"},

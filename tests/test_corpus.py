@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from stages.artifacts import Refusal
-from stages.corpus import Corpus
-from stages.paths import find_files
-from stages.readers import LONG_TEXT_BYTES, PIECE_CHARACTERS
+from stages.data.corpus import Corpus
+from stages.data.paths import find_files
+from stages.data.readers import LONG_TEXT_BYTES, PIECE_CHARACTERS
+from stages.files.artifacts import Refusal
 
 ROOT = Path(__file__).parent.parent
 
@@ -168,7 +168,7 @@ def test_paths_are_found_in_a_locale_that_cannot_spell_them(tmp_path):
     (tmp_path / "wört [é]").mkdir()
     (tmp_path / "wört [é]" / "ä.txt").write_text("text")
     script = (
-        "from pathlib import Path; from stages.corpus import Corpus\n"
+        "from pathlib import Path; from stages.data.corpus import Corpus\n"
         "corpus = Corpus(source='files', paths=('w\\xf6rt [\\xe9]/*.txt',), root=Path('.'))\n"
         "print(ascii((list(corpus), corpus.files)))"
     )

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stages import cost
-from stages.models import new_model
-from stages.student import StudentShape
-from stages.teacher import TeacherShape
+from stages.measure import flops as cost
+from stages.model.hub import new_model
+from stages.model.student import StudentShape
+from stages.model.teacher import TeacherShape
 
 TEACHER = TeacherShape(
     vocab_size=300, sequence_tokens=32, layers=3, dense_layers=1, width=48, heads=3, nope_head_dim=8,

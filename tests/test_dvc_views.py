@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 from benchmarks.checkout import DVC, environment
-from stages.artifacts import ROOT, write_json
 from stages.evaluate import MODELS, headline, quality_csv
-from stages.launching import write_curves
+from stages.files.artifacts import ROOT, write_json
 from stages.report import CURVES
-from stages.runs import Place
+from stages.run.entry import Place
+from stages.training.launch import write_curves
 from tests.test_report import evaluation
 
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())

@@ -15,10 +15,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from stages import evaluate, profile, scoring, shards
-from stages.artifacts import Refusal, read_json
-from stages.models import build_student, build_teacher, save
-from stages.runs import Place
+from stages import evaluate, profile
+from stages.data import shards
+from stages.files.artifacts import Refusal, read_json
+from stages.measure import scoring
+from stages.model.hub import build_student, build_teacher, save
+from stages.run.entry import Place
 
 VOCAB = shards.BytesTokenizer.vocab_size
 LINE = "def double(value):\n    return value + value  # line {}\n"
@@ -187,10 +189,11 @@ VICTIM = """
 import sys, time
 from dataclasses import replace
 from pathlib import Path
-from stages import evaluate, scoring
-from stages.runs import Place
-from stages.composing import compose
-from stages.settings import validate
+from stages import evaluate
+from stages.measure import scoring
+from stages.run.entry import Place
+from stages.settings.compose import compose
+from stages.settings.schema import validate
 
 s = validate(compose(["scale=tiny", "corpus=stdlib"]))
 quick = replace(s.evaluate, bootstrap_resamples=50, batch_sequences=2)

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import stages.experts
-import stages.layers
-from stages.experts import (
+import stages.model.experts
+import stages.model.layers
+from stages.model.experts import (
     MoE,
     SortedExperts,
     balance_loss,
@@ -119,7 +119,7 @@ def test_the_bias_chooses_experts_but_never_weighs_them():
 def test_sorted_experts_equal_a_loop_over_experts_in_values_and_gradients(
     gating, shared, kernel, monkeypatch
 ):
-    monkeypatch.setattr("stages.experts.kernel_for", lambda x_ND, expert_width: kernel)
+    monkeypatch.setattr("stages.model.experts.kernel_for", lambda x_ND, expert_width: kernel)
     layer = moe(gating, shared=shared)
     grad_BTD = torch.randn(3, 7, 16)
     results = []
@@ -165,30 +165,30 @@ def test_blank_rows_change_no_number_and_leave_few_sizes(monkeypatch):
     index_NK = torch.rand(400, 4, generator=generator).topk(2).indices  # expert 4 receives nothing
     load_E = torch.bincount(index_NK.flatten(), minlength=5).float()
     sizes, results = [], []
-    product = stages.experts.rows_times_experts
+    product = stages.model.experts.rows_times_experts
 
     def counted(rows, weight, load_E, kernel):
         sizes.append(load_E.tolist())
         return product(rows, weight, load_E, kernel)
 
-    monkeypatch.setattr(stages.experts, "rows_times_experts", counted)
+    monkeypatch.setattr(stages.model.experts, "rows_times_experts", counted)
     for blanks in (True, False):
-        monkeypatch.setattr(stages.experts, "gets_blanks", lambda *_, blanks=blanks: blanks)
+        monkeypatch.setattr(stages.model.experts, "gets_blanks", lambda *_, blanks=blanks: blanks)
         parts = [part.clone().requires_grad_() for part in (x, w, gate_up, down)]
         y_ND = SortedExperts.apply(*parts, index_NK, load_E, "loop")
         y_ND.square().sum().backward()
         results.append([y_ND.detach(), *(part.grad for part in parts)])
     for with_blanks, without in zip(*results, strict=True):
         torch.testing.assert_close(with_blanks, without, rtol=1e-3, atol=1e-3)
-    assert all(size % stages.experts.BLOCK_ROWS == 0 for size in sizes[0]) and sizes[0][4] == 0
+    assert all(size % stages.model.experts.BLOCK_ROWS == 0 for size in sizes[0]) and sizes[0][4] == 0
     assert sizes[-1] == load_E.tolist() != sizes[0]
 
 
 def test_only_bfloat16_rows_in_number_get_blanks_on_cpu():
     index_NK = torch.zeros(64, 2, dtype=torch.long)
-    assert stages.experts.gets_blanks(torch.zeros(64, 8).bfloat16(), index_NK, 4)
-    assert not stages.experts.gets_blanks(torch.zeros(64, 8).bfloat16(), index_NK, 5)  # as in decoding
-    assert not stages.experts.gets_blanks(torch.zeros(64, 8), index_NK, 4)
+    assert stages.model.experts.gets_blanks(torch.zeros(64, 8).bfloat16(), index_NK, 4)
+    assert not stages.model.experts.gets_blanks(torch.zeros(64, 8).bfloat16(), index_NK, 5)  # as in decoding
+    assert not stages.model.experts.gets_blanks(torch.zeros(64, 8), index_NK, 4)
 
 
 @pytest.mark.parametrize("gating", GATINGS)
@@ -324,7 +324,7 @@ def test_the_router_leaves_the_number_of_threads_as_it_was(threads):
     before, seen = torch.get_num_threads(), []
     torch.set_num_threads(threads)
     try:
-        with pytest.raises(ZeroDivisionError), stages.layers.one_thread(torch.device("cpu")):
+        with pytest.raises(ZeroDivisionError), stages.model.layers.one_thread(torch.device("cpu")):
             seen.append(torch.get_num_threads())
             raise ZeroDivisionError
         assert seen == [1 if threads == 2 else threads] and torch.get_num_threads() == threads
@@ -344,6 +344,6 @@ def test_what_is_not_sorted_gives_what_sorted_rows_give(unsorted, tokens):
 def test_a_single_token_read_without_gradients_is_not_sorted(monkeypatch):
     layer, x_BTD = moe(), torch.randn(1, 1, 16)
     sorted_BTD, _ = layer(x_BTD)  # with gradients
-    monkeypatch.setattr("stages.experts.permutation", lambda index_NK: pytest.fail("sorted"))
+    monkeypatch.setattr("stages.model.experts.permutation", lambda index_NK: pytest.fail("sorted"))
     with torch.no_grad():
         torch.testing.assert_close(layer(x_BTD)[0], sorted_BTD)

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from stages.artifacts import Refusal
-from stages.corpus import Corpus
+from stages.data.corpus import Corpus
+from stages.files.artifacts import Refusal
 
 
 def corpus_of(root, rows, field="text"):
@@ -92,7 +92,7 @@ def test_where_no_field_is_text_no_setting_is_proposed(tmp_path, row):
 
 
 def test_a_stream_is_given_up_after_its_first_rows_but_not_where_earlier_ones_had_the_field(tmp_path):
-    from stages.fields import WITHOUT_FIELD, field_texts
+    from stages.data.fields import WITHOUT_FIELD, field_texts
 
     rows = [("somewhere", {"title": "x"})] * 50
     with pytest.raises(Refusal, match="corpus.text_field=title"):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from stages.generation import Reader, generate
-from stages.layers import GraphLayerCache
-from stages.models import build_student, build_teacher
-from stages.shards import BytesTokenizer
+from stages.data.shards import BytesTokenizer
+from stages.model.generation import Reader, generate
+from stages.model.hub import build_student, build_teacher
+from stages.model.layers import GraphLayerCache
 
 VOCAB = BytesTokenizer.vocab_size
 KINDS = ("teacher", "student")

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 
 from benchmarks.moe_layer import ScatterMoE, new_layer, run_layer
 from benchmarks.training_step import REFERENCE, batches, new_teacher, teacher_step
-from stages import experts, layers, losses, student, teacher
-from stages.experts import MoE
-from stages.generation import Reader
-from stages.layers import initialise
-from stages.student import Student, StudentShape
-from stages.teacher import Teacher
-from stages.training import NextToken, compile_blocks, settle_cublas_workspaces
+from stages.model import experts, layers, losses, student, teacher
+from stages.model.experts import MoE
+from stages.model.generation import Reader
+from stages.model.layers import initialise
+from stages.model.student import Student, StudentShape
+from stages.model.teacher import Teacher
+from stages.training.fit import NextToken, compile_blocks, settle_cublas_workspaces
 
 SHAPE = replace(
     REFERENCE, vocab_size=512, sequence_tokens=64, layers=3, dense_layers=1, width=64, heads=4, dense_width=128,

@@ -8,8 +8,8 @@ import torch
 
 from benchmarks import growth
 from benchmarks.table import of_this_machine
-from stages.memory import saved_bytes
-from stages.training import NextToken
+from stages.measure.memory import saved_bytes
+from stages.training.fit import NextToken
 from tests.test_benchmarks import SHAPE
 
 AXES = [growth.Axis(axis.name, axis.fields, (1, 2)) for axis in growth.AXES]

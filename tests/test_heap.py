@@ -5,12 +5,12 @@ import sys
 
 import pytest
 
-from stages.artifacts import ROOT
+from stages.files.artifacts import ROOT
 
 FAULTS_OF_LATER_STEPS = """
 import resource, sys, torch
 if sys.argv[1] == "kept":
-    from stages.heap import keep_freed_memory
+    from stages.run.heap import keep_freed_memory
     keep_freed_memory()
 if sys.argv[1] == "given back":
     from benchmarks.timing import kept_memory

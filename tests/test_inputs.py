@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.checkout import DVC, checkout, environment
-from stages import inputs
-from stages.artifacts import Refusal
+from stages.data import fingerprints as inputs
+from stages.files.artifacts import Refusal
 
 
 def corpus(**settings):

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from stages.artifacts import ROOT, Refusal
-from stages.launching import launch
-from stages.runs import Place
+from stages.files.artifacts import ROOT, Refusal
+from stages.run.entry import Place
+from stages.training.launch import launch
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}  # of /proc/net
@@ -64,8 +64,9 @@ def training(tree):
 @pytest.fixture
 def starting(tree):
     """A stage that trains, while its torchrun still imports torch; and that torchrun."""
+    torchrun = "stages.training.torchrun"
     stage, found = pretrain(
-        tree, 60, lambda stage: [pid for pid, words in descendants(stage.pid).items() if "stages.torchrun" in words]
+        tree, 60, lambda stage: [pid for pid, words in descendants(stage.pid).items() if torchrun in words]
     )
     yield stage, found[0]
     stage.kill()
@@ -130,7 +131,8 @@ def alive(pid):
 
 
 def test_a_rank_does_not_import_what_lightning_wants_and_training_does_not():
-    code = "import stages.ranks, sys; print({'scipy', 'matplotlib', 'transformers', 'mlflow'} & set(sys.modules))"
+    unwanted = {"scipy", "matplotlib", "transformers", "mlflow"}
+    code = f"import stages.training.rank, sys; print({unwanted} & set(sys.modules))"
     imported = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert imported.stdout.strip() == "set()"
 

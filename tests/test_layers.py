@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stages.layers import NORM_EPSILON, FewPassRMSNorm, attend
+from stages.model.layers import NORM_EPSILON, FewPassRMSNorm, attend
 
 
 def test_the_norm_passes_a_numerical_gradient_check():

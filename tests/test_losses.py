@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stages.losses import distillation, next_token
-from stages.memory import LiveBytes
+from stages.measure.memory import LiveBytes
+from stages.model.losses import distillation, next_token
 
 N, D, TEACHER_D, V = 37, 12, 20, 50  # N is odd and no multiple of the chunk
 

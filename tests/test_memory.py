@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from stages import memory
-from stages.losses import next_token
-from stages.models import build_student, build_teacher
-from stages.training import NextToken
+from stages.measure import memory
+from stages.model.hub import build_student, build_teacher
+from stages.model.losses import next_token
+from stages.training.fit import NextToken
 
 POLICIES = ["none", "every_3", "every_2", "every_1", "all_but_last", "selective"]
 

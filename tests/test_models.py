@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from test_student import SHAPE as STUDENT
 from test_teacher import SHAPE as TEACHER
 
-from stages import models
-from stages.artifacts import Refusal
+from stages.files.artifacts import Refusal
+from stages.model import hub as models
 
 TEACHERS = [
     TEACHER,

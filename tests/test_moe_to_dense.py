@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stages.artifacts import Refusal
-from stages.models import new_model
-from stages.moe_to_dense import initialise_student, layer_sources, rope_order, shared_parts
-from stages.student import StudentShape
-from stages.teacher import TeacherShape
+from stages.compress.warm_start import initialise_student, layer_sources, rope_order, shared_parts
+from stages.files.artifacts import Refusal
+from stages.model.hub import new_model
+from stages.model.student import StudentShape
+from stages.model.teacher import TeacherShape
 
 TEACHER = TeacherShape(
     vocab_size=40, sequence_tokens=24, layers=3, dense_layers=1, width=32, heads=4, nope_head_dim=8,

@@ -4,8 +4,14 @@ import pytest
 import torch
 
 from benchmarks.variants import MUON
-from stages import optimizers
-from stages.optimizers import StackedMuon, fair_shares, learning_rate_factor, orthogonalise, orthogonalise_by_shape
+from stages.training import optimizers
+from stages.training.optimizers import (
+    StackedMuon,
+    fair_shares,
+    learning_rate_factor,
+    orthogonalise,
+    orthogonalise_by_shape,
+)
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ import yaml
 
 from benchmarks.checkout import DVC, checkout, environment, outs_of
 from stages import distill
-from stages.artifacts import Refusal
-from stages.runs import Place
+from stages.files.artifacts import Refusal
+from stages.run.entry import Place
 from tests import faults
 
 

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from stages.artifacts import Refusal, sha256_of
-from stages.composing import compose
+from stages.data.shards import SPLITS, Tokens, load_tokenizer
+from stages.files.artifacts import Refusal, sha256_of
 from stages.prepare import SECTIONS, main, train_tokenizer
-from stages.runs import Place
-from stages.settings import validate
-from stages.shards import SPLITS, Tokens, load_tokenizer
-from stages.tracking import Run
+from stages.run.entry import Place
+from stages.settings.compose import compose
+from stages.settings.schema import validate
+from stages.tracking.record import Run
 
 ROOT = Path(__file__).parent.parent
 TINY = (
@@ -268,7 +268,9 @@ VICTIM = """
 import sys, time
 sys.path.insert(0, "tests")
 from pathlib import Path
-from stages import prepare, resuming, runs
+from stages import prepare
+from stages.files import resuming
+from stages.run import entry as runs
 from test_prepare import prepare as prepare_here
 
 kept, save = [], resuming.ResumeState.save
@@ -351,7 +353,7 @@ def test_changed_text_setting_or_code_starts_afresh(root, folder, tmp_path, caps
     capsys.readouterr()
     assert sha256_of(prepare(root, tmp_path / "setting")) == sha256_of(folder)
     with monkeypatch.context() as patch:
-        patch.setattr("stages.resuming.platform.python_version", lambda: "4.0")  # as good as another room of code
+        patch.setattr("stages.files.resuming.platform.python_version", lambda: "4.0")  # as good as another room of code
         prepare(root, tmp_path / "code", SHARDS)
     changed, before = root / "texts/000.txt", os.stat(root / "texts/000.txt")
     text = changed.read_text()
@@ -390,7 +392,7 @@ def test_an_interrupted_download_goes_on_after_the_rows_it_had(corpus, tmp_path,
     everything = len(served)
 
     served.clear()
-    monkeypatch.setattr("stages.corpus.KEEP_BYTES", 20_000)
+    monkeypatch.setattr("stages.data.corpus.KEEP_BYTES", 20_000)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("stages.prepare.Interruption.check", stop_at_document(70))
         prepare(tmp_path / "root", tmp_path / "stopped", *words)

@@ -4,7 +4,7 @@ import io
 import os
 import pty
 
-from stages.progress import ERASE, ProgressLine
+from stages.training.progress import ERASE, ProgressLine
 
 
 class Clock:

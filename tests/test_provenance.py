@@ -5,8 +5,8 @@ import re
 import pytest
 import yaml
 
-from stages import provenance
-from stages.artifacts import ROOT, write_json
+from stages.files.artifacts import ROOT, write_json
+from stages.run import provenance
 
 EPYC = """processor\t: 0
 vendor_id\t: AuthenticAMD
@@ -57,18 +57,19 @@ def repository(tmp_path):
     (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": {
         "config": {"deps": ["params.yaml"], "outs": [{"resolved.yaml": {"cache": False}}]},
         "make": {
-            "deps": ["make.py"], "params": [{"resolved.yaml": ["size"]}],
+            "deps": ["stages/make.py"], "params": [{"resolved.yaml": ["size"]}],
             "outs": ["artifacts/made", "measurements/make.json", "provenance/make.json"],
         },
         "use": {
-            "deps": ["artifacts/made/one.txt", "use.py"], "params": [{"resolved.yaml": ["seed"]}],
+            "deps": ["artifacts/made/one.txt", "stages/use.py"], "params": [{"resolved.yaml": ["seed"]}],
             "outs": ["artifacts/used.txt"], "metrics": [{"metrics/use.json": {"cache": False}}],
         },
     }}))  # fmt: skip
     (tmp_path / "resolved.yaml").write_text("{seed: 1, size: 2, other: 3}")
     (tmp_path / "artifacts/made").mkdir(parents=True)
     (tmp_path / "measurements").mkdir()
-    for name in ("make.py", "use.py", "artifacts/made/one.txt", "artifacts/used.txt", "measurements/make.json"):
+    (tmp_path / "stages").mkdir()
+    for name in ("stages/make.py", "stages/use.py", "artifacts/made/one.txt", "artifacts/used.txt", "measurements/make.json"):
         (tmp_path / name).write_text(name)
     write_json(tmp_path / "metrics/use.json", {"models": {"student": {"bits_per_byte": 1.5, "parameters": 7}}})
     return tmp_path
@@ -89,8 +90,8 @@ def test_a_record_names_what_was_read_and_written_and_the_figures_that_people_co
 @pytest.mark.parametrize(
     ("path", "content", "changed"),
     [
-        ("use.py", "other code", {"use"}),
-        ("make.py", "other code", {"make", "use"}),
+        ("stages/use.py", "other code", {"use"}),
+        ("stages/make.py", "other code", {"make", "use"}),
         ("resolved.yaml", "{seed: 1, size: 9, other: 3}", {"make", "use"}),
         ("resolved.yaml", "{seed: 1, size: 2, other: 9}", set()),
         ("artifacts/made/one.txt", "other bytes", set()),

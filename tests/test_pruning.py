@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stages.artifacts import Refusal
-from stages.models import load, new_model, save
-from stages.pruning import Importance, Keep, importance, most_important, prune, pruned_shape
-from stages.student import StudentShape
-from stages.teacher import TeacherShape
+from stages.compress.pruning import Importance, Keep, importance, most_important, prune, pruned_shape
+from stages.files.artifacts import Refusal
+from stages.model.hub import load, new_model, save
+from stages.model.student import StudentShape
+from stages.model.teacher import TeacherShape
 
 TEACHER = TeacherShape(
     vocab_size=61, sequence_tokens=16, layers=3, dense_layers=1, width=32, heads=4, nope_head_dim=6,

@@ -9,10 +9,10 @@ import sys
 
 import pytest
 
-from stages import readers
-from stages.artifacts import Refusal
-from stages.corpus import Corpus
-from stages.readers import LONG_TEXT_BYTES, PIECE_CHARACTERS
+from stages.data import readers
+from stages.data.corpus import Corpus
+from stages.data.readers import LONG_TEXT_BYTES, PIECE_CHARACTERS
+from stages.files.artifacts import Refusal
 
 TEXTS = ["erste Zeile,\nzweite", 'a "quoted" word', "ünd \u2028 so"]
 ROWS = [{"id": number, "text": text} for number, text in enumerate(TEXTS)]

@@ -9,11 +9,11 @@ import torch
 
 from benchmarks import recipe, variants
 from benchmarks.training_step import REFERENCE
-from stages import settings
-from stages.composing import compose
-from stages.cost import flops_per_token
-from stages.layers import rope_table
-from stages.training import NextToken
+from stages.measure.flops import flops_per_token
+from stages.model.layers import rope_table
+from stages.settings import schema as settings
+from stages.settings.compose import compose
+from stages.training.fit import NextToken
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards mix strong acid".split()
 

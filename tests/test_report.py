@@ -10,8 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from stages import charts, claims, drawing, report, wording
-from stages.artifacts import Refusal, read_json, write_json
+from stages import report
+from stages.files.artifacts import Refusal, read_json, write_json
+from stages.reporting import charts, claims, drawing, wording
 
 
 def place_in(root: Path):

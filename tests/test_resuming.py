@@ -12,13 +12,14 @@ import torch
 import yaml
 from test_evaluate import VOCAB, write_data
 
-from stages import distill, resuming, sparsify
-from stages.artifacts import Refusal
-from stages.checkpoints import made_once
-from stages.models import build_student, build_teacher, save
-from stages.resuming import Interruption, ResumeState, remove_recorded, resume_key
-from stages.runs import Place
-from stages.shards import read_card
+from stages import distill, sparsify
+from stages.data.shards import read_card
+from stages.files import resuming
+from stages.files.artifacts import Refusal
+from stages.files.resuming import Interruption, ResumeState, remove_recorded, resume_key
+from stages.model.hub import build_student, build_teacher, save
+from stages.run.entry import Place
+from stages.training.checkpoints import made_once
 
 
 def test_what_was_saved_comes_back_until_the_work_ends_well(tmp_path):
@@ -72,7 +73,7 @@ def test_one_altered_bit_anywhere_is_noticed_and_named(tmp_path, place, capsys):
 def test_the_same_work_is_done_by_one_process_at_a_time(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(resuming, "LOCK_SECONDS", 0.5)
     script = (
-        "import sys; from pathlib import Path; from stages.resuming import ResumeState\n"
+        "import sys; from pathlib import Path; from stages.files.resuming import ResumeState\n"
         "with ResumeState(Path(sys.argv[1]), 'prepare', 'key'): print('at work', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]
@@ -90,10 +91,11 @@ def test_the_same_work_is_done_by_one_process_at_a_time(tmp_path, monkeypatch, c
 
 
 def test_the_key_changes_with_settings_inputs_code_and_libraries(tmp_path, monkeypatch):
-    room, text = tmp_path / "room.py", tmp_path / "input.txt"
+    room, text = tmp_path / "stages/data/room.py", tmp_path / "input.txt"
+    room.parent.mkdir(parents=True)
     room.write_text("x = 1\n")
     text.write_text("one")
-    monkeypatch.setattr(resuming, "__file__", str(tmp_path / "resuming.py"))
+    monkeypatch.setattr(resuming, "ROOT", tmp_path)
 
     def key(settings=1):
         return resume_key("prepare", [settings], [text])

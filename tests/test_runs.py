@@ -13,16 +13,14 @@ import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from stages import commandline, sweeps
-from stages.artifacts import ROOT, Refusal, read_json, write_json
-from stages.composing import compose
+from stages.files.artifacts import ROOT, Refusal, read_json, write_json
+from stages.run import commandline, sweeps
+from stages.settings.compose import compose
 
-ROOMS = ("__init__", "artifacts", "reading", "settings", "composing", "config", "runs", "commandline", "sweeps")
-ROOMS += ("provenance", "compare", "paths", "readers", "inputs", "resuming", "experiments")
 TOY = """
 import os, sys, time
-from stages.artifacts import Refusal, write_json
-from stages.runs import run_stage
+from stages.files.artifacts import Refusal, write_json
+from stages.run.entry import run_stage
 
 def main(settings, place, run):
     assert settings.teacher is None
@@ -91,11 +89,9 @@ def repository(tmp_path):
     shutil.copytree(ROOT / "conf", tmp_path / "conf")
     for name in ("params.yaml", "dvc.yaml"):
         shutil.copy(ROOT / name, tmp_path / name)
-    (tmp_path / "stages").mkdir()
-    for room in ROOMS:
-        shutil.copy(ROOT / f"stages/{room}.py", tmp_path / f"stages/{room}.py")
+    shutil.copytree(ROOT / "stages", tmp_path / "stages", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "stages/distill.py").write_text(TOY)
-    (tmp_path / "stages/tracking.py").write_text(TRACKING)
+    (tmp_path / "stages/tracking/record.py").write_text(TRACKING)
     (tmp_path / "hydra_plugins").mkdir()
     (tmp_path / "hydra_plugins/elsewhere.py").write_text(LAUNCHERS)
     return tmp_path
@@ -257,7 +253,7 @@ def test_a_preset_is_refused_only_where_the_stage_reads_nothing_of_it():
 def test_only_the_batches_of_the_stage_that_runs_must_be_shared_out_among_the_ranks(repository):
     sheet = repository / "params.yaml"
     sheet.write_text(sheet.read_text() + "pretrain: {batch_sequences: 7}\ntrainer: {ranks: 2}\n")
-    stage, tracking = repository / "stages/distill.py", repository / "stages/tracking.py"
+    stage, tracking = repository / "stages/distill.py", repository / "stages/tracking/record.py"
     stage.write_text(stage.read_text().replace('("distill", "seed")', '("distill", "seed", "trainer")'))
     tracking.write_text(tracking.read_text().replace('{"distill", "seed"}', '{"distill", "seed", "trainer"}'))
     assert typed(repository).returncode == 0
@@ -276,12 +272,12 @@ def test_a_run_in_its_own_folder_names_it_from_where_it_was_started(repository):
 def test_a_corpus_of_ones_own_is_one_word_on_the_command_line(repository):
     """A mapping chooses the preset that `source` names and lays the other keys on top."""
     (repository / "stages/prepare.py").write_text(
-        "from stages.artifacts import write_json\nfrom stages.runs import run_stage\n"
+        "from stages.files.artifacts import write_json\nfrom stages.run.entry import run_stage\n"
         "def main(settings, place, run):\n"
         "    write_json(place.write('metrics/prepare.json'), {'train': {'tokens': 4, 'bytes_per_token': 2.0}})\n"
         "if __name__ == '__main__': run_stage(main, 'prepare', ('corpus', 'prepare', 'sequence_tokens'))\n"
     )
-    tracking = repository / "stages/tracking.py"
+    tracking = repository / "stages/tracking/record.py"
     tracking.write_text(tracking.read_text().replace('{"distill", "seed"}', '{"corpus", "prepare", "sequence_tokens"}'))
     words = ("-m", "corpus={source:files,paths:[texts/*.txt]}", "prepare.val_share=0.1,0.2")
     done = typed(repository, *words, stage="prepare")

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stages import scoring
-from stages.artifacts import Refusal
-from stages.models import build_student, build_teacher
-from stages.resuming import Interruption, ResumeState
+from stages.files.artifacts import Refusal
+from stages.files.resuming import Interruption, ResumeState
+from stages.measure import scoring
+from stages.model.hub import build_student, build_teacher
 
 
 def fake_table(bits, bytes_per_document=1000, seed=0, spread=0.2):

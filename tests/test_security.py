@@ -20,14 +20,16 @@ from hypothesis import strategies as st
 from test_shards import BPE, folder_of
 from test_student import SHAPE
 
-from stages import models, records, scoring
-from stages.artifacts import ROOT, Refusal, read_json, sha256_of, write_json
-from stages.checkpoints import Checkpoint
-from stages.composing import compose
-from stages.resuming import ResumeState
-from stages.runs import _resolved
-from stages.settings import validate
-from stages.shards import Tokens, load_tokenizer, read_card, write_card
+from stages.data.shards import Tokens, load_tokenizer, read_card, write_card
+from stages.files.artifacts import ROOT, Refusal, read_json, sha256_of, write_json
+from stages.files.resuming import ResumeState
+from stages.measure import scoring
+from stages.model import hub as models
+from stages.run.entry import _resolved
+from stages.settings.compose import compose
+from stages.settings.schema import validate
+from stages.tracking import records
+from stages.training.checkpoints import Checkpoint
 
 
 class Trap:
@@ -216,7 +218,7 @@ def test_whatever_stands_in_sent_json_is_states_by_store_or_nothing(anything):
 def test_a_served_model(model, data, trap, marker):
     from types import SimpleNamespace
 
-    from stages.served_model import ServedModel
+    from stages.tracking.served_model import ServedModel
 
     (model / "model.safetensors").write_bytes(trap)
     context = SimpleNamespace(artifacts={"model": str(model), "tokenizer": str(data)})
@@ -247,7 +249,7 @@ def test_the_audit_counts_what_it_found_and_names_what_it_could_not_audit():
 
 def calls():
     """(where, dotted name, call) of every call under stages/."""
-    for path in sorted((ROOT / "stages").glob("*.py")):
+    for path in sorted((ROOT / "stages").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 yield f"{path.name}:{node.lineno}", ast.unparse(node.func), node
@@ -274,7 +276,7 @@ def test_arrays_and_checkpoints_are_read_as_data_only():
 
 def test_no_source_imports_a_pickler():
     picklers = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
-    for path in (ROOT / "stages").glob("*.py"):
+    for path in (ROOT / "stages").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []

@@ -15,9 +15,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from stages import generation, mirror, models, shards, tracking
-from stages.artifacts import ROOT, sha256_of
-from stages.student import StudentShape
+from stages.data import shards
+from stages.files.artifacts import ROOT, sha256_of
+from stages.model import generation
+from stages.model import hub as models
+from stages.model.student import StudentShape
+from stages.tracking import mirror
+from stages.tracking import record as tracking
 
 mlflow = pytest.importorskip("mlflow")
 LIMIT_S = 8  # of a request

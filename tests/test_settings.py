@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
 
-from stages.artifacts import ROOT, Refusal, read_json, sha256_of, write_json
-from stages.composing import compose, explain
-from stages.settings import SECTIONS, Settings, as_yaml, leaves, refuse_uneven_batches, validate
+from stages.files.artifacts import ROOT, Refusal, read_json, sha256_of, write_json
+from stages.settings.compose import compose, explain
+from stages.settings.schema import SECTIONS, Settings, as_yaml, leaves, refuse_uneven_batches, validate
 
 SCALES = sorted(file.stem for file in (ROOT / "conf/scale").glob("*.yaml"))
 CORPORA = sorted(file.stem for file in (ROOT / "conf/corpus").glob("*.yaml"))

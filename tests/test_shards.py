@@ -9,9 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.artifacts import Refusal, sha256_of, write_atomically
-from stages.prepare import train_tokenizer
-from stages.shards import (
+from stages.data.shards import (
     END_OF_TEXT,
     SPLITS,
     BytesTokenizer,
@@ -23,6 +21,8 @@ from stages.shards import (
     write_card,
     write_split,
 )
+from stages.files.artifacts import Refusal, sha256_of, write_atomically
+from stages.prepare import train_tokenizer
 
 TEXTS = ["def first():\n    return 1\n", "zweiter Text, kürzer", "", "x = 3\n" * 40, "x = 4\n" * 40]
 BPE = train_tokenizer("bpe", 300, TEXTS)

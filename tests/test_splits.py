@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.artifacts import Refusal
-from stages.composing import compose
-from stages.settings import validate
-from stages.splits import FEWEST, Document, moved, refuse_few, refuse_short, split_documents
+from stages.data.splits import FEWEST, Document, moved, refuse_few, refuse_short, split_documents
+from stages.files.artifacts import Refusal
+from stages.settings.compose import compose
+from stages.settings.schema import validate
 
 SHARES = (0.04, 0.10)
 

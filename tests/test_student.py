@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stages.models import new_model
-from stages.student import StudentShape
+from stages.model.hub import new_model
+from stages.model.student import StudentShape
 
 SHAPE = StudentShape(
     vocab_size=40,

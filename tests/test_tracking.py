@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from stages import identity, launching, mirror, records, redaction, servers, tracking
-from stages.artifacts import ROOT, sha256_of
+from stages.files.artifacts import ROOT, sha256_of
+from stages.tracking import identity, mirror, records, redaction, servers
+from stages.tracking import record as tracking
+from stages.training import launch as launching
 
 mlflow = pytest.importorskip("mlflow")
 SECRET = "hunter2"
@@ -314,7 +316,7 @@ def test_the_mirror_that_a_stage_starts_fills_the_store(made):
 
 def test_a_killed_stage_is_sent_as_killed_with_what_it_had_said(made):
     script = (
-        "import sys, os, signal; from pathlib import Path; from stages.tracking import start_run\n"
+        "import sys, os, signal; from pathlib import Path; from stages.tracking.record import start_run\n"
         "root = Path(sys.argv[1])\n"
         "with start_run('distill', {'seed': 1}, root, root) as run:\n"
         "    run.metrics({'loss': 3.0}, step=1)\n"
@@ -370,8 +372,10 @@ def test_mirrors_at_once_on_one_new_store_lose_nothing(tmp_path, no_mirror):
 
 
 def test_the_logged_model_generates_the_text_that_the_saved_one_does(made, no_mirror, monkeypatch):
-    from stages import generation, models, shards
-    from stages.student import StudentShape
+    from stages.data import shards
+    from stages.model import generation
+    from stages.model import hub as models
+    from stages.model.student import StudentShape
 
     tokenizer = shards.BytesTokenizer()
     data, folder = made / "artifacts/data", made / "artifacts/student"

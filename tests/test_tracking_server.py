@@ -25,9 +25,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from stages import mirror, models, records, shards, store, tracking
-from stages.artifacts import ROOT, sha256_of
-from stages.student import StudentShape
+from stages.data import shards
+from stages.files.artifacts import ROOT, sha256_of
+from stages.model import hub as models
+from stages.model.student import StudentShape
+from stages.tracking import mirror, records, store
+from stages.tracking import record as tracking
 
 mlflow = pytest.importorskip("mlflow")
 STEPS = 300  # of two numbers: more than one batch
@@ -452,7 +455,7 @@ def watch(event, arguments):
     if event.startswith("socket."):
         os.write(1, f"the stage itself: {event}".encode())
 sys.addaudithook(watch)
-from stages import tracking
+from stages.tracking import record as tracking
 root = Path(sys.argv[1])
 sweep = root / "multirun/distill/1" if len(sys.argv) > 2 else None
 out = sweep / sys.argv[2] if sweep else root
@@ -509,7 +512,7 @@ def test_a_server_that_never_answers_holds_the_mirror_for_a_while_and_the_stage_
 TRAINING = """
 import sys, time
 from pathlib import Path
-from stages import tracking
+from stages.tracking import record as tracking
 root = Path(sys.argv[1])
 with tracking.start_run("distill", {"seed": 1}, root, root) as run:
     run.follow()

@@ -1,0 +1,279 @@
+"""Warm start of the dense student from the mixture-of-experts teacher.
+
+    copied = initialise_student(student, teacher, calibration_batches)
+
+A narrower student keeps the strongest directions of the teacher's residual stream, the same everywhere (as
+SliceGPT does, Ashkboos et al. 2024); at equal width it keeps the channels as they are. Embedding and head
+follow. Each MLP is filled with the neurons that add most to the stream, out of the teacher's dense MLP or of
+its shared and routed experts, the latter scaled by their mean gate (the marginal scale of Kim et al. 2026,
+2605.28207). Latent attention becomes grouped heads, the most important ones, where the sizes allow.
+
+Shape legend: N tokens, D teacher width, S student width, H student heads, G its groups, m heads of a group,
+d student head, P and R unrotated and rotated dimensions of a teacher's head, U its value head, F neurons,
+E experts, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stages.compress.pruning import column_norms, expert_sums, importance, most_important
+from stages.files.artifacts import Refusal
+from stages.model.experts import MoE
+from stages.model.layers import RMSNorm, SwiGLU
+from stages.model.student import GroupedQueryAttention, Student
+from stages.model.teacher import LatentAttention, Teacher
+
+
+@torch.no_grad()
+def initialise_student(student: Student, teacher: Teacher, calibration_batches: Iterable[Tensor]) -> dict:
+    """Fills the student in place from token batches [B, T+1] and says what came from the teacher.
+
+    What does not fit stays as it was. Everything is a function of the weights and the batches.
+    """
+    _refuse_misfits(student, teacher)
+    batches = list(calibration_batches)
+    seen = _norm_inputs(teacher, batches)
+    stream_DS = _strongest_directions(seen, student.shape.width)
+    student.embedding.weight.copy_(teacher.embedding.weight @ stream_DS)
+    read_DS = _set_norm(student.norm, teacher.norm, seen["norm"], stream_DS)
+    student.head.weight.copy_(teacher.head.weight @ read_DS)
+
+    heads = importance(teacher, batches).heads
+    copied = {"width": student.shape.width, "blocks": 0, "queries_and_keys": 0, "values_and_outputs": 0}
+    neurons = {"mlp": 0, "shared": 0, "experts": 0}
+    sources = layer_sources(student.shape.layers, teacher.shape.layers)
+    for new, source in zip(student.blocks, sources, strict=False):
+        old, name = teacher.blocks[source], f"blocks.{source}"
+        x_ND = seen[f"{name}.attention_norm"]
+        _set_norm(new.attention_norm, old.attention_norm, x_ND, stream_DS)
+        new_in_NS, old_in_ND = new.attention_norm(x_ND @ stream_DS), old.attention_norm(x_ND)
+        same_rope = student.shape.rope_theta == teacher.shape.rope_theta
+        attention = new.attention, old.attention, heads[source], same_rope
+        for part in _set_attention(*attention, new_in_NS, old_in_ND, stream_DS):
+            copied[part] += 1
+        x_ND = seen[f"{name}.mlp_norm"]
+        read_DS = _set_norm(new.mlp_norm, old.mlp_norm, x_ND, stream_DS)
+        for part, count in _set_mlp(new.mlp, old.mlp, old.mlp_norm(x_ND), read_DS, stream_DS).items():
+            neurons[part] += count
+        copied["blocks"] += 1
+    return {**copied, "neurons": neurons}
+
+
+def _refuse_misfits(student: Student, teacher: Teacher) -> None:
+    ours, theirs = student.shape, teacher.shape
+    if ours.vocab_size != theirs.vocab_size:
+        raise Refusal(
+            f"distill.init = teacher: the student speaks a vocabulary of {ours.vocab_size}, the teacher of"
+            f" {theirs.vocab_size}: prepare once for both, or set distill.init to random"
+        )
+    if ours.width > theirs.width:
+        raise Refusal(
+            f"distill.init = teacher: student.width ({ours.width}) exceeds teacher.width ({theirs.width}):"
+            " make it smaller, or set distill.init to random"
+        )
+
+
+def layer_sources(student_layers: int, teacher_layers: int) -> list[int]:
+    """The teacher's layer for each of the student's, evenly from first to last; surplus ones get none."""
+    if student_layers >= teacher_layers:
+        return list(range(teacher_layers))
+    return [round(i * (teacher_layers - 1) / max(student_layers - 1, 1)) for i in range(student_layers)]
+
+
+# ---- the residual stream ---------------------------------------------------------------------------------
+
+
+def _norm_inputs(teacher: Teacher, batches: list[Tensor]) -> dict[str, Tensor]:
+    """The residual stream as each norm of width D meets it, [N, D]."""
+    seen: dict[str, list[Tensor]] = {}
+    hooks = []
+    for name, module in teacher.named_modules():
+        if isinstance(module, RMSNorm) and not name.endswith("latent_norm"):
+            keep = seen.setdefault(name, []).append
+            hooks.append(module.register_forward_pre_hook(lambda _, x, keep=keep: keep(x[0].flatten(0, 1))))
+    was_training = teacher.training
+    teacher.eval()
+    try:
+        for tokens_BT1 in batches:
+            teacher.features(tokens_BT1[:, :-1].to(teacher.head.weight.device))
+    finally:
+        teacher.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    if not seen["norm"]:
+        raise Refusal("distill.init = teacher: no calibration batch was given")
+    return {name: torch.cat(parts).float() for name, parts in seen.items()}
+
+
+def _strongest_directions(seen: dict[str, Tensor], width: int) -> Tensor:
+    """Orthonormal columns [D, S]: principal directions of the normalised stream, all norms alike."""
+    first = next(iter(seen.values()))
+    if width == first.shape[1]:
+        return torch.eye(width, device=first.device)
+    moment_DD = sum(_moment(F.rms_norm(x_ND, x_ND.shape[1:])) / len(x_ND) for x_ND in seen.values())
+    return torch.linalg.eigh(moment_DD).eigenvectors.flip(1)[:, :width].to(first)
+
+
+def _moment(x_NO: Tensor) -> Tensor:
+    return x_NO.double().T @ x_NO.double()
+
+
+def _set_norm(new: RMSNorm, old: RMSNorm, x_ND: Tensor, stream_DS: Tensor) -> Tensor:
+    """Sets the student's norm; returns [D, S], which rebuilds what the teacher reads from what it gives.
+
+    The teacher's norm weights act on channels that the student no longer has: they move into the matrices
+    that read. The student's norm divides by the rms of fewer dimensions; one number makes up for the ratio.
+    """
+    x_NS = x_ND @ stream_DS
+    new.weight.fill_(x_NS.square().mean().sqrt() / x_ND.square().mean().sqrt())
+    prior_DS = old.weight[:, None] * stream_DS
+    return least_squares(new(x_NS), old(x_ND), prior_DS)
+
+
+def least_squares(x_NS: Tensor, y_NO: Tensor, prior_OS: Tensor | None = None) -> Tensor:
+    """The weight [O, S] that makes y of x, drawn to the prior (or to zero) where x says little."""
+    x_NS, rest_NO = x_NS.double(), y_NO.double()
+    if prior_OS is not None:
+        rest_NO = rest_NO - x_NS @ prior_OS.double().T
+    gram_SS = _moment(x_NS)
+    gram_SS.diagonal().add_(1e-4 * gram_SS.diagonal().mean())
+    weight_OS = torch.linalg.solve(gram_SS, x_NS.T @ rest_NO).T
+    return (weight_OS if prior_OS is None else weight_OS + prior_OS).float()
+
+
+# ---- experts to one MLP ----------------------------------------------------------------------------------
+
+
+def _set_mlp(
+    new: SwiGLU, old: SwiGLU | MoE, x_ND: Tensor, read_DS: Tensor, stream_DS: Tensor
+) -> dict[str, int]:
+    names, score_F, gate_FD, up_FD, down_DF = _candidates(old, x_ND)
+    kept_F = most_important(score_F, new.down.in_features)
+    count, names = len(kept_F), [names[j] for j in kept_F.tolist()]
+    kept_F = kept_F.to(x_ND.device)
+    gate_FS, up_FS = new.gate_up.weight.chunk(2, dim=0)
+    gate_FS[:count] = gate_FD[kept_F] @ read_DS
+    up_FS[:count] = up_FD[kept_F] @ read_DS
+    new.down.weight[:, :count] = stream_DS.T @ down_DF[:, kept_F]
+    new.down.weight[:, count:] = 0  # neurons beyond the teacher's: silent, but ready to learn
+    return {name: names.count(name) for name in set(names)}
+
+
+def _candidates(mlp: SwiGLU | MoE, x_ND: Tensor) -> tuple[list[str], Tensor, Tensor, Tensor, Tensor]:
+    """All neurons of an MLP side by side: origin, mean contribution E|g a_j| * ||down_j||, gate, up, down."""
+    if isinstance(mlp, SwiGLU):
+        gate_FD, up_FD = mlp.gate_up.weight.chunk(2, dim=0)
+        a_NF = F.silu(x_ND @ gate_FD.T) * (x_ND @ up_FD.T)
+        score_F = a_NF.double().abs().mean(dim=0).cpu() * column_norms(mlp.down.weight)
+        return ["mlp"] * len(score_F), score_F, gate_FD, up_FD, mlp.down.weight
+    sums = expert_sums(mlp, x_ND)
+    score_F = (sums.gated_activation_EF / len(x_ND) * column_norms(mlp.down)).flatten()
+    gate_FD, up_FD = (part.flatten(0, 1) for part in mlp.gate_up.chunk(2, dim=1))
+    mean_gate_E = (sums.gate_E / len(x_ND)).to(mlp.down)  # 0 where not chosen; route_scale included
+    down_DF = (mlp.down * mean_gate_E[:, None, None]).transpose(0, 1).flatten(1)
+    names = ["experts"] * len(score_F)
+    if mlp.shared is not None:
+        _, score, gate, up, down = _candidates(mlp.shared, x_ND)
+        names = ["shared"] * len(score) + names
+        score_F, gate_FD, up_FD = (torch.cat(p) for p in ((score, score_F), (gate, gate_FD), (up, up_FD)))
+        down_DF = torch.cat([down, down_DF], dim=1)
+    return names, score_F, gate_FD, up_FD, down_DF
+
+
+# ---- latent attention to grouped heads -------------------------------------------------------------------
+
+
+def _set_attention(
+    new: GroupedQueryAttention, old: LatentAttention, score_H: Tensor, same_rope: bool,
+    x_NS: Tensor, old_in_ND: Tensor, stream_DS: Tensor,
+) -> list[str]:
+    """Translates values with outputs, and queries with keys, where sizes allow; returns which of them."""
+    if new.heads > old.heads:
+        return []
+    heads_H = most_important(score_H, new.heads).to(x_NS.device)
+    per_group = new.heads // new.kv_heads
+    query_HNd, key_HNd, value_HNU = (part[heads_H] for part in _plain_heads(old, old_in_ND))
+    copied = []
+    if new.head_dim <= per_group * old.value_dim:
+        output_HDU = old.output.weight.unflatten(1, (old.heads, -1)).transpose(0, 1)[heads_H]
+        value_GNd, back_HUd = shared_parts(value_HNU, output_HDU, new.kv_heads, new.head_dim)
+        new.value.weight.copy_(least_squares(x_NS, value_GNd.transpose(0, 1).flatten(1)))
+        new.output.weight.copy_(stream_DS.T @ (output_HDU @ back_HUd).transpose(0, 1).flatten(1))
+        copied.append("values_and_outputs")
+    free = new.head_dim - old.rope_dim  # dimensions left for what the teacher does not rotate
+    if same_rope and new.head_dim % old.rope_dim == 0 and 0 <= free <= per_group * old.nope:
+        _set_queries_and_keys(new, old, query_HNd, key_HNd, x_NS)
+        copied.append("queries_and_keys")
+    return copied
+
+
+def _plain_heads(old: LatentAttention, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys (both [P unrotated, R to be rotated], before rotation) and values, [heads, N, ...]."""
+    query_NHd = old.query(x_ND).unflatten(1, (old.heads, -1))
+    latent_NC, key_rope_NR = old.latent_down(x_ND).split([old.latent_width, old.rope_dim], dim=1)
+    up_NHd = old.latent_up(old.latent_norm(latent_NC)).unflatten(1, (old.heads, -1))
+    key_NHP, value_NHU = up_NHd.split([old.nope, old.value_dim], dim=2)
+    key_rope_NHR = key_rope_NR.unsqueeze(1).expand(-1, old.heads, -1)
+    key_NHd = torch.cat([key_NHP, key_rope_NHR], dim=2)
+    return query_NHd.transpose(0, 1), key_NHd.transpose(0, 1), value_NHU.transpose(0, 1)
+
+
+def shared_parts(part_HNP: Tensor, reader_HOP: Tensor, groups: int, size: int) -> tuple[Tensor, Tensor]:
+    """One part for all heads of a group, [G, N, size], and each head's way back to its own, [H, P, size].
+
+    The parts of a group's heads, side by side, are cut to their principal directions, strongest first, where
+    a direction counts by what its head's reader (output matrix, or queries) makes of it.
+    """
+    moment_HPP = reader_HOP.double().mT @ reader_HOP.double()
+    value_HP, vector_HPP = torch.linalg.eigh(moment_HPP)
+    root_HP = value_HP.clamp(min=1e-6 * value_HP.amax(dim=1, keepdim=True)).clamp(min=1e-30).sqrt()
+    weighted_HNP = part_HNP.double() @ vector_HPP * root_HP[:, None]
+    side_by_side_GNM = weighted_HNP.unflatten(0, (groups, -1)).transpose(1, 2).flatten(2)
+    moment_GMM = side_by_side_GNM.mT @ side_by_side_GNM
+    basis_GMd = torch.linalg.eigh(moment_GMM).eigenvectors.flip(2)[:, :, :size]
+    basis_HPd = basis_GMd.unflatten(1, (-1, part_HNP.shape[2])).flatten(0, 1)
+    back_HPd = vector_HPP / root_HP[:, None] @ basis_HPd
+    return (side_by_side_GNM @ basis_GMd).float(), back_HPd.float()
+
+
+def _set_queries_and_keys(
+    new: GroupedQueryAttention, old: LatentAttention, query_HNd: Tensor, key_HNd: Tensor, x_NS: Tensor
+) -> None:
+    """All heads share the teacher's rotated key: only the unrotated part must be cut down to the group's."""
+    query_HNP, query_HNR = query_HNd.split([old.nope, old.rope_dim], dim=2)
+    key_HNP, key_HNR = key_HNd.split([old.nope, old.rope_dim], dim=2)
+    free = new.head_dim - old.rope_dim
+    key_GNf, back_HPf = shared_parts(key_HNP, query_HNP, new.kv_heads, free)
+    query_HNf = query_HNP @ back_HPf
+    # the norms below see both parts together: give the cut one its old share of the query
+    scale = query_HNP.norm() / query_HNf.norm().clamp(min=1e-30) if free else 1.0
+    query_HNd = torch.cat([query_HNf * scale, query_HNR], dim=2)
+    key_GNd = torch.cat([key_GNf / scale, key_HNR[: new.kv_heads]], dim=2)
+    order_d = rope_order(free, old.rope_dim)
+    parts = (new.query, new.query_norm, query_HNd), (new.key, new.key_norm, key_GNd)
+    for linear, norm, part_HNd in parts:
+        linear.weight.copy_(least_squares(x_NS, part_HNd[:, :, order_d].transpose(0, 1).flatten(1)))
+        norm.weight.fill_(linear(x_NS).square().mean().sqrt())  # gives back the size that it divides away
+    new.query_norm.weight.mul_((new.head_dim / (old.nope + old.rope_dim)) ** 0.5)  # softmax scales differ
+
+
+def rope_order(free: int, rotated: int) -> list[int]:
+    """Which dimension of [unrotated, strongest first; rotated] stands at each place of a student's head.
+
+    The student rotates all d dimensions, its pair j by theta^(-2j/d) per token; the teacher's pair i turns by
+    theta^(-2i/R). So pair i finds its very frequency at j = i d/R. The unrotated dimensions take the pairs in
+    between, the strongest the slowest ones, which hardly turn.
+    """
+    half, step = (free + rotated) // 2, (free + rotated) // rotated
+    order = [-1] * (free + rotated)
+    for i in range(rotated // 2):
+        order[i * step], order[i * step + half] = free + i, free + i + rotated // 2
+    between = [j for j in reversed(range(half)) if order[j] < 0]
+    for i, j in enumerate(between):
+        order[j], order[j + half] = 2 * i, 2 * i + 1
+    return order

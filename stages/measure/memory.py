@@ -1,0 +1,223 @@
+"""Activation checkpointing: less memory for a training step, paid with a second forward pass of some blocks.
+
+A policy is applied from outside, to the blocks of a model that knows nothing of it:
+
+    none               keep every activation that the backward pass wants
+    every_k            recompute the first of every k blocks: every_1 all of them, every_4 one in four
+    all_but_last       recompute every block but the last: its backward pass comes first, while all else is
+                       still kept, so recomputing it costs time and spares only the loss's temporaries
+    selective          keep what matrices, attention and top-k gave; recompute the elementwise rest
+
+    with checkpointed(model, "every_2"):
+        loss(model).backward()
+
+Recomputing a router could send tokens elsewhere, were anything random or stateful: nothing is, and the tests
+hold the gradients equal.
+"""
+
+import functools
+import re
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from stages.measure.flops import ATTENTION_FORWARD, GROUPED_MATMUL, Counter
+
+aten = torch.ops.aten
+# Dear to compute, or a choice of experts. Matmuls into a given output (aten.mm.out, the experts' loop on CPU)
+# cannot be kept by torch's selective checkpointing, which forbids writing to what it keeps: they run again.
+KEPT_OPERATIONS = {
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.topk.default,
+    *(kernel.default for kernel in ATTENTION_FORWARD + GROUPED_MATMUL),
+}
+
+
+def policies(every_blocks: tuple[int, ...], layers: int) -> list[str]:
+    """The policies worth measuring: those that checkpoint a block at all."""
+    return ["none", *(f"every_{k}" for k in every_blocks if k <= layers), "all_but_last", "selective"]
+
+
+@contextmanager
+def checkpointed(model: nn.Module, policy: str, around: Callable = nullcontext) -> Iterator[None]:
+    """The model's blocks under a policy, and as they were afterwards.
+
+    Each block's forward, the repeated one too, runs inside `around()`.
+    """
+    wrap, chosen = _wrapper(policy), _chosen(policy, len(model.blocks))
+    try:
+        for index, block in enumerate(model.blocks):
+            original = _within(block.forward, around)
+            block.forward = wrap(original) if index in chosen else original
+        yield
+    finally:
+        for block in model.blocks:
+            block.__dict__.pop("forward", None)
+
+
+def _chosen(policy: str, layers: int) -> range:
+    """Which blocks are wrapped. Early ones spare most: what they keep would live until the very end."""
+    if policy.startswith("every_"):
+        return range(0, layers, int(policy.removeprefix("every_")))
+    return range(layers - 1) if policy == "all_but_last" else range(layers)
+
+
+def _within(function, around):
+    def run(*arguments):
+        with around():
+            return function(*arguments)
+
+    return run
+
+
+def _wrapper(policy: str):
+    if policy == "none":
+        return lambda forward: forward
+    # No randomness in a block: the generator's state need not be kept. Non-reentrant, as PyTorch advises.
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if policy == "selective":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_or_recompute)
+    elif not re.fullmatch(r"every_[1-9]\d*|all_but_last", policy):
+        known = "none, every_<k>, all_but_last or selective"
+        raise ValueError(f"checkpointing policy {policy!r}: it must be {known}")
+    return lambda forward: functools.partial(checkpoint, forward, **options)
+
+
+def _keep_or_recompute(context, operation, *arguments, **named):
+    return CheckpointPolicy.MUST_SAVE if operation in KEPT_OPERATIONS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# ---- what a step keeps, computes and gives
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that the forward pass made and something still holds.
+
+    `now`; `peak`, at most at any moment; `activations`, at most when the forward pass, a block of it, or its
+    repetition has ended: by then its temporaries are gone and what lives is kept for the backward pass.
+    On any device, by identity of storage: views and in-place results count once, parameters never. Only what
+    is made inside `record` counts, which leaves the gradients and temporaries of the backward pass out.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.recording = 0
+        self.now = self.peak = self.activations = 0
+        self._known: dict[int, weakref.ref | None] = {}
+        for tensor in [*model.parameters(), *model.buffers()]:
+            self._known[tensor.untyped_storage()._cdata] = None
+
+    @contextmanager
+    def record(self):
+        self.recording += 1
+        try:
+            yield
+        finally:
+            self.recording -= 1
+            self.activations = max(self.activations, self.now)
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        result = function(*arguments, **(named or {}))
+        if self.recording:
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, Tensor):
+                    self._meet(leaf.untyped_storage())
+        return result
+
+    def _meet(self, storage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+
+        def gone(_):
+            self.now -= size
+            del self._known[key]
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def saved_bytes(model: nn.Module, loss_of: Callable[[], Tensor]) -> int:
+    """Bytes of the storages that autograd saves for the backward pass, parameters apart, each once."""
+    own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
+    sizes = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            sizes[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = loss_of()
+    del loss
+    return sum(sizes.values())
+
+
+class Step(NamedTuple):
+    """One training step, looked at from inside. Bytes count what a recomputed block brings back to life."""
+
+    activation_bytes: int  # kept for the backward pass, at most
+    peak_bytes: int  # the same with the temporaries of forward passes
+    forward_flops: int
+    flops: int  # forward, repeated and backward
+    gradients: list[Tensor]
+
+
+def watched_step(model: nn.Module, policy: str, loss_of: Callable[[], Tensor]) -> Step:
+    model.zero_grad(set_to_none=True)
+    live = LiveBytes(model)
+    with live, checkpointed(model, policy, around=live.record):
+        with live.record():
+            loss = loss_of()
+        loss.backward()
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    # Counted in a step of its own: the counter's hooks hold tensors, which would count as kept.
+    with Counter() as counter, checkpointed(model, policy):
+        loss = loss_of()
+        forward_flops = counter.get_total_flops()
+        loss.backward()
+    model.zero_grad(set_to_none=True)
+    return Step(live.activations, live.peak, forward_flops, counter.get_total_flops(), gradients)
+
+
+def device_peak_bytes(model: nn.Module, policy: str, loss_of: Callable[[], Tensor]) -> int:
+    """The CUDA allocator's peak of one training step, above what stood before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with checkpointed(model, policy):
+        loss_of().backward()
+    torch.cuda.synchronize()
+    model.zero_grad(set_to_none=True)
+    return torch.cuda.max_memory_allocated() - before
+
+
+def compare_policies(model: nn.Module, names: list[str], loss_of: Callable[[], Tensor]) -> list[dict]:
+    """What each policy keeps, recomputes and changes, against none; nothing here hangs on the clock."""
+    plain = watched_step(model, "none", loss_of)
+    rows = []
+    for name in names:
+        step = plain if name == "none" else watched_step(model, name, loss_of)
+        rows.append(
+            {
+                "policy": name,
+                "activation_bytes": step.activation_bytes,
+                "peak_bytes": step.peak_bytes,
+                "memory_saved": 1 - step.activation_bytes / plain.activation_bytes,
+                "recomputed_flops_share": (step.flops - plain.flops) / plain.forward_flops,
+                "gradients_equal": all(map(torch.equal, plain.gradients, step.gradients)),
+            }
+        )
+    return rows

@@ -1,0 +1,48 @@
+"""The models of the pipeline that evaluate and profile measure, and the training step that both measure of them."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from stages.files.artifacts import Refusal
+from stages.model import hub as models
+from stages.model.losses import next_token
+
+MODELS = (
+    "teacher", "student", "control",
+    "sparse_teacher", "sparse_student", "continued_teacher", "continued_student",
+)  # fmt: skip
+
+
+def load_models(artifacts: Path, vocab_size: int) -> dict[str, nn.Module]:
+    """Each model in its folder under `artifacts`, on the GPU where there is one; all must know one vocabulary."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = {}
+    for name in MODELS:
+        model = models.load(artifacts / name)
+        if model.shape.vocab_size != vocab_size:
+            raise Refusal(
+                f"artifacts/{name} has a vocabulary of {model.shape.vocab_size} tokens, artifacts/data of"
+                f" {vocab_size}: they come from different runs; run dvc repro"
+            )
+        loaded[name] = model.to(device)
+    return loaded
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def training_loss(model: nn.Module, tokens: np.ndarray, batch_sequences: int, sequence_tokens: int):
+    """A function that gives the loss of a training step, as in pretraining, on the first of these tokens [N]."""
+    needed = batch_sequences * (sequence_tokens + 1)
+    tokens_BT1 = torch.from_numpy(np.resize(tokens, needed).reshape(batch_sequences, -1))
+    tokens_BT1 = tokens_BT1.to(next(model.parameters()).device)
+
+    def loss_of():
+        x_BTD, _ = model.features(tokens_BT1[:, :-1])
+        return next_token(x_BTD.flatten(0, 1), model.head.weight, tokens_BT1[:, 1:].reshape(-1))
+
+    return loss_of

@@ -1,0 +1,115 @@
+"""The student: a small dense transformer that any runtime can serve (it exports as Qwen3).
+
+Decoder-only, pre-norm, grouped-query attention with normed query and key heads, rotary positions, SwiGLU.
+
+Shape legend: B sequences, T tokens, D width, H query heads, G key/value heads, d head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from stages.model.experts import Routing
+from stages.model.layers import (
+    LayerCache,
+    RMSNorm,
+    Rope,
+    SwiGLU,
+    attend,
+    for_matmuls,
+    past_tokens,
+    rope_table,
+    rotate,
+)
+
+
+@dataclass(frozen=True)
+class StudentShape:
+    """Everything that fixes the student's tensors; after pruning heads * head_dim may differ from width."""
+
+    vocab_size: int
+    sequence_tokens: int
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    rope_theta: float
+
+
+class GroupedQueryAttention(nn.Module):
+    def __init__(self, shape: StudentShape):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
+        self.query = nn.Linear(shape.width, shape.heads * shape.head_dim, bias=False)
+        self.key = nn.Linear(shape.width, shape.kv_heads * shape.head_dim, bias=False)
+        self.value = nn.Linear(shape.width, shape.kv_heads * shape.head_dim, bias=False)
+        self.output = nn.Linear(shape.heads * shape.head_dim, shape.width, bias=False)
+        self.query_norm = RMSNorm(shape.head_dim)
+        self.key_norm = RMSNorm(shape.head_dim)
+
+    def forward(self, x_BTD: Tensor, rope: Rope, cache: LayerCache | None = None) -> Tensor:
+        B, T, _ = x_BTD.shape
+        x_BTD = for_matmuls(x_BTD)
+        query_BTHd = self.query(x_BTD).view(B, T, self.heads, self.head_dim)
+        key_BTGd = self.key(x_BTD).view(B, T, self.kv_heads, self.head_dim)
+        value_BTGd = self.value(x_BTD).view(B, T, self.kv_heads, self.head_dim)
+        # back to the projection's dtype: the norms work in float32, attention in what autocast chose
+        query_BTHd = rotate(self.query_norm(query_BTHd).to(value_BTGd.dtype), rope)
+        key_BTGd = rotate(self.key_norm(key_BTGd).to(value_BTGd.dtype), rope)
+        if cache is not None:
+            key_BTGd, value_BTGd = (part.to(query_BTHd.dtype) for part in cache.append(key_BTGd, value_BTGd))
+        per_group = self.heads // self.kv_heads
+        if per_group > 1:
+            key_BTGd = key_BTGd.repeat_interleave(per_group, dim=2)
+            value_BTGd = value_BTGd.repeat_interleave(per_group, dim=2)
+        query, key, value = (part.transpose(1, 2) for part in (query_BTHd, key_BTGd, value_BTGd))
+        out_BHTd = attend(query, key, value, self.head_dim**-0.5, cache.seen_S if cache else None)
+        return self.output(out_BHTd.transpose(1, 2).reshape(B, T, self.heads * self.head_dim))
+
+
+class Block(nn.Module):
+    def __init__(self, shape: StudentShape):
+        super().__init__()
+        self.attention_norm = RMSNorm(shape.width)
+        self.attention = GroupedQueryAttention(shape)
+        self.mlp_norm = RMSNorm(shape.width)
+        self.mlp = SwiGLU(shape.width, shape.mlp_width)
+
+    def forward(self, x_BTD: Tensor, rope: Rope, cache: LayerCache | None = None) -> tuple[Tensor, None]:
+        """The second value stands where the teacher's block has its routing: callers treat both alike."""
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, cache)
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), None
+
+
+class Student(nn.Module):
+    def __init__(self, shape: StudentShape):
+        super().__init__()
+        self.shape = shape
+        self.embedding = nn.Embedding(shape.vocab_size, shape.width)
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.norm = RMSNorm(shape.width)
+        self.head = nn.Linear(shape.width, shape.vocab_size, bias=False)
+
+    def features(
+        self, tokens_BT: Tensor, cache: list[LayerCache] | None = None
+    ) -> tuple[Tensor, list[Routing]]:
+        """Hidden state after the final norm, and no routings."""
+        x_BTD = self.embedding(tokens_BT)
+        rope = rope_table(
+            past_tokens(cache), tokens_BT.shape[1], self.shape.head_dim, self.shape.rope_theta, x_BTD.device
+        )
+        for layer, block in enumerate(self.blocks):
+            x_BTD, _ = block(x_BTD, rope, cache[layer] if cache else None)
+        return self.norm(x_BTD), []
+
+    def forward(self, tokens_BT: Tensor, cache: list[LayerCache] | None = None) -> Tensor:
+        return self.head(self.features(tokens_BT, cache)[0])
+
+    def new_cache(self, batch: int, tokens: int) -> list[LayerCache]:
+        size = (batch, tokens, self.shape.kv_heads, self.shape.head_dim)
+        weight = self.head.weight
+        return [LayerCache(weight.new_zeros(size), weight.new_zeros(size)) for _ in self.blocks]

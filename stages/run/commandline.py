@@ -1,0 +1,117 @@
+"""What may be typed after a stage's name: checked before a folder is made or a job starts."""
+
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stages.files.artifacts import ROOT, Refusal
+from stages.settings.compose import one_line_errors, preset_groups, preset_of
+from stages.settings.reading import refuse_unknown
+from stages.settings.schema import SECTIONS
+
+IGNORED_ALONE = ("hydra/launcher", "hydra/sweeper", "hydra.launcher", "hydra.sweeper", "hydra.sweep")
+
+
+def refuse_arguments(arguments: list[str], stage: str, sections: tuple[str, ...]) -> None:
+    """Composes every job as Hydra will; refuses what would write outside the project or change nothing."""
+    from hydra import compose, initialize_config_dir
+    from hydra._internal.utils import get_args_parser
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    options = get_args_parser().parse_args(arguments)
+    for option in ("config_path", "config_name", "config_dir", "experimental_rerun"):  # the last reads a pickle
+        if getattr(options, option):
+            raise Refusal(f"--{option.replace('_', '-')}: settings come from params.yaml and conf/ only")
+    with one_line_errors(Exception), initialize_config_dir(str(ROOT / "conf"), version_base="1.3", job_name=stage):
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+        overrides = parser.parse_overrides(options.overrides)
+        refuse_without_effect(overrides, stage, sections)
+        _refuse_ignored(overrides, options.multirun)
+        choices: list[list[Any]] = [
+            [f"{word.get_key_element()}={value}" for value in word.sweep_string_iterator()]
+            if word.is_discrete_sweep()
+            else [word.input_line]
+            for word in overrides
+            if word.is_discrete_sweep() or not word.is_sweep_override()  # an interval, of Optuna's, is numbers
+        ]
+        if not any("hydra" in word for word in options.overrides):
+            choices = [values[:1] for values in choices]  # by default a job's folder is its number
+        for words in itertools.product(*choices):
+            cfg = compose("config", [*words, "hydra.job.num=0", "hydra.job.id=0"], return_hydra_config=True)
+            HydraConfig.instance().set_config(cfg)
+            _refuse_folders(cfg.hydra)
+
+
+def _refuse_folders(hydra_cfg):
+    from omegaconf import read_write
+
+    sweep = hydra_cfg.sweep.dir
+    for folder in (hydra_cfg.run.dir, sweep, os.path.join(sweep, hydra_cfg.sweep.subdir)):
+        refuse_unless_inside(folder)
+        refuse_unless_inside(os.path.join(folder, hydra_cfg.output_subdir or ".hydra"))
+        with read_write(hydra_cfg.runtime):
+            hydra_cfg.runtime.output_dir = folder
+        for logging in (hydra_cfg.job_logging, hydra_cfg.hydra_logging):
+            for handler in logging.get("handlers", {}).values():
+                refuse_unless_inside(handler.get("filename", folder))
+
+
+def refuse_unless_inside(path: str | Path) -> None:
+    """Reading may be from anywhere. A symbolic link under the project is its owner's will, `..` behind it is not."""
+    plainly = ".." not in Path(path).parts and Path(os.path.abspath(path)).is_relative_to(ROOT)
+    if not plainly and not Path(path).resolve().is_relative_to(ROOT):
+        raise Refusal(f"{path}: a run writes inside {ROOT} only; for another disk put a symbolic link there")
+    if Path(path).resolve() == ROOT:
+        raise Refusal(f"{path}: a run by hand would overwrite DVC's outs here; name a folder such as outputs/mine")
+
+
+def refuse_without_effect(overrides: list[Any], stage: str, sections: tuple[str, ...]) -> None:
+    """An override of what the stage does not read would be accepted, recorded, and change nothing."""
+    groups = preset_groups()
+    for override in overrides:
+        key = override.key_or_group
+        section = key.split(".")[0]
+        if section == "hydra" or section.startswith("hydra/") or override.is_delete():
+            continue
+        touched = {section}
+        if key in groups:
+            swept = override.is_discrete_sweep()
+            words = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
+            files = [ROOT / "conf" / key / f"{word}.yaml" for word in words if word in groups[key]]
+            touched = {name for file in files for name in preset_of(file)}
+        else:
+            refuse_unknown(section, SECTIONS)
+        if touched.isdisjoint(sections):
+            raise Refusal(f"{key}: {stage} does not read it; {_readers(touched, stage)}")
+
+
+def _readers(sections, stage):
+    """Who reads these sections, and what the stage takes from them."""
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    read = {
+        name: {section for params in entry.get("params", []) for section in params["resolved.yaml"]}
+        for name, entry in stages.items()
+        if name != "config"
+    }
+    readers = [name for name, own in read.items() if not own.isdisjoint(sections)]
+    outs = {out if isinstance(out, str) else next(iter(out)) for name in readers for out in stages[name]["outs"]}
+    taken = [path for path in stages[stage]["deps"] if path in outs and path.startswith("artifacts/")]
+    names = " and ".join([", ".join(readers[:-1]), readers[-1]] if readers[1:] else readers)
+    through = f" ({stage} takes {' and '.join(taken)} from there)" if taken else ""
+    return f"{names} {'does' if len(readers) == 1 else 'do'}{through}"
+
+
+def _refuse_ignored(overrides, multirun):
+    """Hydra accepts settings of a sweep in a single run, and those of a single run in a sweep."""
+    keys = [override.key_or_group for override in overrides]
+    multirun = multirun or "hydra.mode" in keys
+    for key in keys:
+        if not multirun and key.startswith(IGNORED_ALONE):
+            raise Refusal(f"{key}: only a sweep reads it; add --multirun (-m)")
+        if multirun and key == "hydra.run.dir":
+            raise Refusal(f"{key}: a sweep does not read it; set hydra.sweep.dir")

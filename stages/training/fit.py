@@ -1,0 +1,137 @@
+"""What a training stage asks of its ranks: fits, one after another, each a model, an objective and a recipe.
+
+Plain torch, no Lightning here: stages build `Fit`s, `stages.training.rank` runs them under the Lightning Trainer.
+Shapes: B sequences, T tokens, N = B*T, E experts.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from stages.model.layers import can_compile
+from stages.model.losses import distillation, next_token
+
+
+@dataclass
+class Outcome:
+    """One forward pass: the loss to descend, its parts to log, and the load [E] of every MoE layer."""
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+    loads: list[Tensor] = field(default_factory=list)
+
+
+Objective = Callable[[nn.Module, Tensor], Outcome]
+
+
+@dataclass
+class Fit:
+    """One training run. `out` is the folder, relative to the place, that receives the model."""
+
+    name: str
+    model: nn.Module
+    objective: Objective
+    steps: int
+    batch_sequences: int  # of all ranks together
+    learning_rate_scale: float
+    validate_every_steps: int
+    validation_sequences: int
+    out: str
+    bias_update_rate: float = 0.0  # of the auxiliary-loss-free balancing (MoE only)
+    notes: dict = field(default_factory=dict)  # figures known before the fit, kept with its results
+
+
+def split_targets(tokens_BT1: Tensor) -> tuple[Tensor, Tensor]:
+    return tokens_BT1[:, :-1], tokens_BT1[:, 1:].reshape(-1)
+
+
+class NextToken:
+    """Cross-entropy on the data, plus the weighted balance loss of a mixture of experts."""
+
+    def __init__(self, balance_loss_weight: float = 0.0):
+        self.balance_loss_weight = balance_loss_weight
+
+    def __call__(self, model: nn.Module, tokens_BT1: Tensor) -> Outcome:
+        inputs_BT, targets_N = split_targets(tokens_BT1)
+        x_BTD, routings = model.features(inputs_BT)
+        cross_entropy = next_token(x_BTD.flatten(0, 1), model.head.weight, targets_N)
+        loss, parts = add_balance_loss(cross_entropy, routings, self.balance_loss_weight)
+        return Outcome(loss, {"cross_entropy": cross_entropy.detach()} | parts, [r.load_E for r in routings])
+
+
+class Distillation:
+    """Soft targets of a frozen teacher at a temperature, mixed with cross-entropy on the data."""
+
+    def __init__(self, teacher, temperature, soft_weight, chunk_tokens, balance_loss_weight: float = 0.0):
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.temperature, self.soft_weight, self.chunk_tokens = temperature, soft_weight, chunk_tokens
+        self.balance_loss_weight = balance_loss_weight
+
+    def __call__(self, model: nn.Module, tokens_BT1: Tensor) -> Outcome:
+        inputs_BT, targets_N = split_targets(tokens_BT1)
+        with torch.no_grad():
+            teacher_x_BTD, _ = self.teacher.features(inputs_BT)
+        x_BTD, routings = model.features(inputs_BT)
+        loss, parts = distillation(
+            x_BTD.flatten(0, 1),
+            model.head.weight,
+            teacher_x_BTD.flatten(0, 1),
+            self.teacher.head.weight,
+            targets_N,
+            self.temperature,
+            self.soft_weight,
+            self.chunk_tokens,
+        )
+        loss, balance = add_balance_loss(loss, routings, self.balance_loss_weight)
+        return Outcome(loss, parts | balance, [r.load_E for r in routings])
+
+
+def add_balance_loss(loss: Tensor, routings: list, weight: float) -> tuple[Tensor, dict[str, Tensor]]:
+    if not routings:
+        return loss, {}
+    balance_loss = torch.stack([r.balance_loss for r in routings]).mean()
+    return loss + weight * balance_loss, {"balance_loss": balance_loss.detach()}
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Fuses what lies between a block's matrix products, for GPUs: a third of a step, for half a minute once.
+
+    One graph for all blocks of a kind, compiled when they first run.
+    """
+    if can_compile():
+        for block in model.blocks:
+            block.compile(dynamic=False)
+
+
+def settle_cublas_workspaces() -> None:
+    """Takes CUBLAS_WORKSPACE_CONFIG from the environment once PyTorch has seen that it is there.
+
+    Deterministic algorithms demand it, and are content with having seen it once; left there it is parsed anew, by a
+    regular expression, for each matrix product, which takes longer than launching it. The workspaces stay fixed
+    without it: PyTorch hands each cuBLAS handle one of its own.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    square = torch.zeros(16, 16, device="cuda")
+    square @ square
+    torch.use_deterministic_algorithms(before)
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+@torch.no_grad()
+def validation_nats(model: nn.Module, batches: list[Tensor]) -> Tensor:
+    """Sum of next-token losses in nats over the batches [B, T+1], as a float64 scalar."""
+    total = torch.zeros((), dtype=torch.float64)
+    for tokens_BT1 in batches:
+        inputs_BT, targets_N = split_targets(tokens_BT1.to(model.head.weight.device))
+        x_BTD, _ = model.features(inputs_BT)
+        total += next_token(x_BTD.flatten(0, 1), model.head.weight, targets_N).double().cpu() * targets_N.numel()
+    return total
+
+
+def max_violation(load_E: Tensor) -> float:
+    """Largest load over the mean load, minus one; 0 is perfect balance (Wang et al. 2024, MaxVio)."""
+    return (load_E.max() / load_E.mean() - 1).item()
