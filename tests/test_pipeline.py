@@ -16,6 +16,7 @@ import yaml
 from benchmarks.checkout import DVC, checkout, environment, outs_of
 from stages import distill
 from stages.files.artifacts import Refusal
+from stages.run import sweeps
 from stages.run.entry import Place
 from tests import faults
 
@@ -89,6 +90,12 @@ def test_the_report_is_there_and_states_the_metrics(tree):
     metrics = json.loads((tree / "artifacts" / "evaluation.json").read_text())
     for name, model in metrics["models"].items():
         assert f"{model['bits_per_byte']:.4f}" in page, name
+
+
+@pytest.mark.parametrize("stage", sweeps.COLUMNS)
+def test_the_columns_of_a_sweeps_table_are_metrics_of_the_stage(tree, stage):
+    missing = set(sweeps.COLUMNS[stage]) - set(sweeps.numbers_of(tree / f"metrics/{stage}.json"))
+    assert missing <= {"gap_closed"}, "which is left out where the gap is not real"
 
 
 def test_sparse_models_are_physically_smaller(tree):

@@ -69,7 +69,8 @@ def repository(tmp_path):
     (tmp_path / "artifacts/made").mkdir(parents=True)
     (tmp_path / "measurements").mkdir()
     (tmp_path / "stages").mkdir()
-    for name in ("stages/make.py", "stages/use.py", "artifacts/made/one.txt", "artifacts/used.txt", "measurements/make.json"):
+    code, data = ("stages/make.py", "stages/use.py"), ("artifacts/made/one.txt", "artifacts/used.txt")
+    for name in (*code, *data, "measurements/make.json"):
         (tmp_path / name).write_text(name)
     write_json(tmp_path / "metrics/use.json", {"models": {"student": {"bits_per_byte": 1.5, "parameters": 7}}})
     return tmp_path

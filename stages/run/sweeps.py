@@ -28,13 +28,7 @@ COLUMNS = {
         "continued_student_validation_bits_per_byte",
         "continued_teacher_validation_bits_per_byte",
     ),
-    "evaluate": (
-        "models.teacher.bits_per_byte",
-        "models.student.bits_per_byte",
-        "comparisons.student.quality_kept",
-        "comparisons.student.gap_closed",
-        "test.documents",
-    ),
+    "evaluate": ("teacher_bits_per_byte", "student_bits_per_byte", "quality_kept", "gap_closed", "test_documents"),
 }
 # Those whose mean ranks the jobs; the lower the better. The other stages do not make models better or worse.
 SCORED = {
