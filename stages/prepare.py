@@ -91,7 +91,7 @@ def main(settings, place, run):
             write_json(place.write("measurements/prepare.json"), measurements_of(watch, corpus.bytes, parts))
     run.metrics(metrics)
     run.artifact(folder / "CORPUS.md")
-    print(f"prepare: {summary(card)}", file=sys.stderr)
+    print(f"prepare: {summary(card, unused, knobs.max_documents)}", file=sys.stderr)
     digests = sorted(document.digest for document in documents)
     return {"inputs": {"corpus": hashlib.sha256(b"".join(digests)).hexdigest()}}
 
@@ -297,12 +297,13 @@ class Stopwatch:
         self.seconds[name] = max(time.perf_counter() - begun, 1e-9)
 
 
-def summary(card):
+def summary(card, unused, max_documents):
     train = card["splits"]["train"]
     documents = sum(part["documents"] for part in card["splits"].values())
+    limit = f" (prepare.max_documents = {max_documents} left out {unused:,})" if unused else ""
     return (
-        f"{documents} documents of {card['corpus']['name']}, {train['tokens']:,} training tokens of "
-        f"{train['bytes_per_token']:.2f} bytes, vocabulary {card['vocab_size']}"
+        f"{documents:,} documents{limit} from {card['corpus']['name']}, {train['tokens']:,} training tokens of "
+        f"{train['bytes_per_token']:.2f} bytes, vocabulary {card['vocab_size']:,}"
     )
 
 
@@ -334,7 +335,8 @@ def corpus_card(card, knobs):
     if corpus["reached_max_bytes"]:
         notes.append("Reading stopped at `corpus.max_bytes`: the source holds more.")
     if knobs.max_documents:
-        notes.append(f"Of the rest, `prepare.max_documents` ({knobs.max_documents}) were chosen by checksum.")
+        limit = f"`prepare.max_documents` ({knobs.max_documents})"
+        notes.append(f"Of the rest, each split took its share of {limit} by checksum.")
     count = card["documents_moved_to_fill_splits"]
     filled = f" So that each split has enough, {count:,} went to the one next to theirs." if count else ""
     return "\n".join(

@@ -72,7 +72,8 @@ def short(count, size, unused=0, tokens=20, split="val", max_documents=0):
 
 def test_the_limit_that_left_documents_out_is_named_with_its_value():
     message = short(60, 20, unused=4940, max_documents=60)
-    assert "prepare.max_documents is 60 and left out 4,940 documents: set prepare.max_documents=0" in message
+    assert "prepare.max_documents is 60 and left out 4,940 documents" in message
+    assert "write prepare: {max_documents: 0} (all) into params.yaml" in message
     assert "give more text" not in message and "share" not in message
 
 

@@ -132,7 +132,7 @@ class Corpus:
         if self.source == "stdlib":
             return f"the standard library of Python {platform.python_version()}"
         if self.source == "files":
-            return f"{len(self.files)} files"
+            return f"{len(self.files)} file{'s' * (len(self.files) != 1)}"
         given = str(self.dataset)
         return Path(given).name if (self.root / given).is_dir() else given
 

@@ -76,7 +76,7 @@ def refuse_short(split: str, parts: dict[str, Any], splits: Splits, unused: int,
     cures = ["give more text"]
     if unused:
         limit = f"prepare.max_documents is {knobs.max_documents} and left out {unused:,} documents"
-        cures = [f"{limit}: set prepare.max_documents=0 (all) on the command line or in conf/scale/"]
+        cures = [f"{limit}: write prepare: {{max_documents: 0}} (all) into params.yaml"]
     elif share := share_that_helps(split, parts, splits, knobs, sequence):
         cures.append(f"set prepare.{split}_share={share:g}")
     raise Refusal(
