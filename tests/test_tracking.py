@@ -78,6 +78,15 @@ def runs_in(root):
     return client, {run.data.tags["offramp.kind"]: run for run in runs}, runs
 
 
+def test_a_name_that_is_not_utf8_loses_no_event(tmp_path, no_mirror):
+    settings = {"corpus": {"paths": ["texts/caf\udce9.txt"]}}
+    with tracking.start_run("prepare", settings, tmp_path, tmp_path):
+        pass
+    (folder,) = (tmp_path / records.RECORDS).iterdir()
+    start = records.read_lines(folder / "events.jsonl")[0]
+    assert start["kind"] == "start" and "texts/caf" in start["params"]["corpus.paths"]
+
+
 def test_a_run_reaches_the_local_store_whole_and_a_second_sync_adds_nothing(tmp_path, no_mirror):
     folder = record(tmp_path)
     first = sync(tmp_path)

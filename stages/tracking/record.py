@@ -108,6 +108,7 @@ class Run:
             if kind != "metrics":  # numbers hold no secret
                 fields = redacted_within(fields)
             line = json.dumps({"kind": kind, "time": time.time(), **fields}, ensure_ascii=False, default=str)
+            line = line.encode("utf-8", "surrogatepass").decode("utf-8", "replace")  # bytes of a name that is not UTF-8
             # After a line cut short by a full disk the next one starts afresh.
             line, self._torn = ("\n" if self._torn else "") + line + "\n", True
             self._file.write(line)
