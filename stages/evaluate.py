@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from stages.data.shards import Tokens, load_tokenizer
-from stages.files.artifacts import write_atomically, write_json
+from stages.files.artifacts import rounded, write_atomically, write_json
 from stages.files.resuming import Interruption, ResumeState, resume_key
 from stages.measure import flops as cost
 from stages.measure import memory, scoring
@@ -71,11 +71,11 @@ def main(settings, place: Place, run) -> dict:
             state.save("counted", kept)
         metrics, texts = json.loads(kept)
         write_json(place.write("artifacts/samples.json"), texts)
-        write_json(place.write("metrics/evaluate.json"), headline(metrics))
-        write_json(place.write("artifacts/evaluation.json"), metrics)
+        write_json(place.write("metrics/evaluate.json"), rounded(headline(metrics)))
+        write_json(place.write("artifacts/evaluation.json"), rounded(metrics))
         write_atomically(place.write("plots/quality.csv"), quality_csv(metrics))
         seconds = {"scoring": scored - started, "counting": time.perf_counter() - scored}
-        write_json(place.write("measurements/evaluate.json"), {"seconds": seconds})
+        write_json(place.write("measurements/evaluate.json"), {"seconds": rounded(seconds)})
     run.metrics(headline(metrics))
     for name, text in texts.items():
         run.text(f"samples/{name}.txt", text)
@@ -176,7 +176,7 @@ def quality_csv(metrics: dict) -> str:
     documents = str(metrics["test"]["documents"])  # behind each interval
     for name, model in metrics["models"].items():
         numbers = [model[key] for key in ("bits_per_byte", "bits_per_byte_low", "bits_per_byte_high")]
-        shown = ["" if number is None or np.isnan(number) else f"{number:.6g}" for number in numbers]
+        shown = ["" if number is None else f"{number:.6g}" for number in numbers]
         lines.append(",".join([name, f"{model['flops_per_token']:.0f}", *shown, documents]))
     return "\n".join(lines) + "\n"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from stages.files.artifacts import Refusal, read_json, write_atomically, write_json
+from stages.files.artifacts import Refusal, read_json, rounded, write_atomically, write_json
 from stages.reporting.claims import claims_as_markdown, make_claims
 from stages.reporting.page import make_page
 from stages.run.entry import run_stage
@@ -41,7 +41,7 @@ def main(settings, place, run) -> None:
     made = {stage: record["conditions"] for stage, record in records.items()}
 
     claims = make_claims(metrics, timings)
-    write_json(place.write("report/claims.json"), {"claims": [claim._asdict() for claim in claims]})
+    write_json(place.write("report/claims.json"), {"claims": [rounded(claim._asdict()) for claim in claims]})
     write_atomically(place.write("report/claims.md"), claims_as_markdown(claims))
     page = place.write("report/index.html")
     write_atomically(page, make_page(claims, metrics, curves, texts, card, timings, made, settings.seed))
