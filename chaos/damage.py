@@ -118,7 +118,7 @@ def damaged_progress(bench: Bench, row: Row) -> None:
             kill_everything(tree)
             row.tried += 1
             change(Path(saved()[0]), bench.random(name))
-            row.message = line_with("is damaged: what it held is done again", bench.finish(tree, row))
+            row.message = line_with("is damaged: its work is done again", bench.finish(tree, row))
             row.survived += 1
 
 

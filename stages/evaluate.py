@@ -11,8 +11,8 @@ process; its progress is saved, and an interrupted evaluation ends with the same
 
 import io
 import json
+import math
 import os
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from stages.data.shards import Tokens, load_tokenizer
 from stages.files.artifacts import rounded, write_atomically, write_json
@@ -56,9 +57,11 @@ def main(settings, place: Place, run) -> dict:
 
     key = state_key(settings, conditions, place)
     with Interruption("evaluate") as interruption, ResumeState(place.root, "evaluate", key) as state:
-        tables = scoring.score(
-            loaded, stream, T, e.batch_sequences, "teacher", state, interruption, on_batch=tell_progress
-        )
+        windows = math.ceil(n_tokens / T)
+        with tqdm(desc="evaluate", unit="window", total=windows, disable=None) as bar:  # None: only on a terminal
+            tables = scoring.score(
+                loaded, stream, T, e.batch_sequences, "teacher", state, interruption, lambda n, _: bar.update(n - bar.n)
+            )
         for name, table in tables.items():
             save_table(place.write(f"artifacts/scores/{name}.npy"), table)
             print(f"evaluate: {name} {scoring.bits_per_byte(table):.4f} bits per byte", flush=True)
@@ -80,11 +83,6 @@ def main(settings, place: Place, run) -> dict:
     for name, text in texts.items():
         run.text(f"samples/{name}.txt", text)
     return {"conditions": conditions}
-
-
-def tell_progress(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\revaluate: window {done:,} of {total:,}", end="" if done < total else "\n", file=sys.stderr)
 
 
 def state_key(settings, conditions: dict, place: Place) -> str:

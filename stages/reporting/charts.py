@@ -7,6 +7,8 @@ accessible title and description, and each mark a <title>, which browsers show a
 import math
 from html import escape
 
+from markupsafe import Markup
+
 from stages.reporting import drawing
 from stages.reporting.drawing import Frame, Line
 from stages.reporting.wording import number
@@ -26,16 +28,7 @@ svg.chart .halo{stroke:var(--card);stroke-width:3;paint-order:stroke;stroke-line
 
 
 def scatter(
-    title,
-    points,
-    x_label,
-    y_label,
-    log_x=False,
-    x_format=number,
-    y_format=number,
-    links=(),
-    width=960,
-    height=440,
+    title, points, x_label, y_label, log_x=False, x_format=number, y_format=number, links=(), width=960, height=440
 ):
     """Marks with vertical error bars and their names beside them; links joins pairs of points by label."""
     points = [point for point in points if drawing.finite(point.x, point.y) and (point.x > 0 or not log_x)]
@@ -56,16 +49,7 @@ def scatter(
 
 
 def curves(
-    title,
-    lines,
-    x_label,
-    y_label,
-    x_format=number,
-    y_format=number,
-    width=560,
-    height=320,
-    points_kept=300,
-    log=False,
+    title, lines, x_label, y_label, x_format=number, y_format=number, width=560, height=320, points_kept=300, log=False
 ):
     """Lines over a common axis with a legend; each is thinned to what the eye can see. `log` is of both axes."""
     lines = [
@@ -172,13 +156,10 @@ def interval_bar(low, value, high, axis, label):
     ]
     if drawing.finite(low, high):
         body.append(
-            f'<line x1="{x(low):.1f}" x2="{x(high):.1f}" y1="11" y2="11" stroke="var(--series-0)" '
-            'stroke-width="3"/>'
+            f'<line x1="{x(low):.1f}" x2="{x(high):.1f}" y1="11" y2="11" stroke="var(--series-0)" stroke-width="3"/>'
         )
-    body.append(
-        f'<circle cx="{x(value):.1f}" cy="11" r="3.6" fill="var(--series-0)"><title>measured</title></circle>'
-    )
-    return (
+    body.append(f'<circle cx="{x(value):.1f}" cy="11" r="3.6" fill="var(--series-0)"><title>measured</title></circle>')
+    return Markup(
         f'<svg class="chart strip" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">'
         f"{''.join(body)}</svg>"
     )

@@ -93,9 +93,7 @@ def distillation_claim(evaluated: dict, distilled: dict, lacking: tuple[str, str
     )
 
 
-def distillation_verdict(
-    share: float, kept: Interval, gap: Interval | None, control: float
-) -> tuple[str, str]:
+def distillation_verdict(share: float, kept: Interval, gap: Interval | None, control: float) -> tuple[str, str]:
     helped = gap is not None and gap.low is not None and gap.low > 0
     if share > 0.5:
         return NOT_TESTABLE, f"The student has {percent(share)} of the teacher's parameters, not half."
@@ -145,9 +143,7 @@ def checkpointing_claim(policies: list[dict], measured: dict) -> Claim:
     claim = "Checkpointing every 4th layer saves 30% of activation memory for 25% more time"
     tried = [row for row in policies if row["policy"] != "none" and row["gradients_equal"]]
     if not tried:
-        return Claim(
-            "checkpointing", claim, "no policy kept the gradients", "–", "fails", "All were wrong.", {}
-        )
+        return Claim("checkpointing", claim, "no policy kept the gradients", "–", "fails", "All were wrong.", {})
     repetitions = min(measured[row["policy"]]["repetitions"] for row in tried)
     slower = {row["policy"]: more_time(measured[row["policy"]]) for row in tried}
     best = best_policy(tried, slower)
@@ -235,9 +231,7 @@ def claims_as_markdown(claims: list[Claim]) -> str:
     lines = ["| claim in circulation | measured here | 95% interval | verdict |", "| --- | --- | --- | --- |"]
     for claim in claims:
         cells = (claim.claim, claim.measured, claim.interval, f"**{claim.verdict}**. {claim.why}")
-        lines.append(
-            "| " + " | ".join(cell.strip().replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-        )
+        lines.append("| " + " | ".join(cell.strip().replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -5,6 +5,8 @@ import re
 from dataclasses import dataclass, field
 from html import escape
 
+from markupsafe import Markup
+
 COLOURS = 8  # --series-0 … --series-7; Okabe and Ito's order, distinguishable without red-green vision
 
 
@@ -58,22 +60,19 @@ def ticks(low, high, count=5):
     """Round numbers (1, 2, 2.5 or 5 times a power of ten) that cover [low, high]."""
     step = _nice_step(high - low, count)
     return [
-        round(index * step, 12)
-        for index in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+        round(index * step, 12) for index in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
     ]
 
 
 def log_ticks(low, high):
     """1, 2 and 5 times powers of ten inside [low, high]."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [
-        digit * 10.0**power for power in powers for digit in (1, 2, 5) if low <= digit * 10.0**power <= high
-    ]
+    return [digit * 10.0**power for power in powers for digit in (1, 2, 5) if low <= digit * 10.0**power <= high]
 
 
 def svg(title, description, body, width, height):
     name = "chart-" + re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
-    return (
+    return Markup(
         f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" '
         f'aria-labelledby="{name}-title {name}-desc"><title id="{name}-title">{escape(title)}</title>'
         f'<desc id="{name}-desc">{escape(description)}</desc>{"".join(body)}</svg>'
@@ -103,12 +102,10 @@ def axes(frame, x_label, y_label, x_format, y_format):
     parts.append(f'<line class="axis" x1="{frame.left}" x2="{right}" y1="{floor}" y2="{floor}"/>')
     middle = (frame.top + floor) / 2
     parts.append(
-        f'<text x="{(frame.left + right) / 2:.1f}" y="{frame.height - 8}" text-anchor="middle">'
-        f"{escape(x_label)}</text>"
+        f'<text x="{(frame.left + right) / 2:.1f}" y="{frame.height - 8}" text-anchor="middle">{escape(x_label)}</text>'
     )
     parts.append(
-        f'<text transform="translate(14 {middle:.1f}) rotate(-90)" text-anchor="middle">'
-        f"{escape(y_label)}</text>"
+        f'<text transform="translate(14 {middle:.1f}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
     )
     return "".join(parts)
 
@@ -165,24 +162,17 @@ def names(frame, points):
     for point in sorted(points, key=lambda point: (point.y, point.x)):
         x, y, wide = frame.x(point.x), frame.y(point.y), 7.1 * len(point.label)
         places = [(x + 12, y + 4), (x - 12 - wide, y + 4), (x - wide / 2, y - 13), (x - wide / 2, y + 21)]
-        places += [
-            (x + side, y + 4 + shift) for shift in (-18, 20, -34, 36, -50, 52) for side in (12, -12 - wide)
-        ]
+        places += [(x + side, y + 4 + shift) for shift in (-18, 20, -34, 36, -50, 52) for side in (12, -12 - wide)]
         boxes = [(left, low - 12, left + wide, low + 4) for left, low in places]
         inside = [
             box
             for box in boxes
-            if box[0] > frame.left
-            and box[2] < frame.width - 2
-            and box[1] > 0
-            and box[3] < frame.height - frame.bottom
+            if box[0] > frame.left and box[2] < frame.width - 2 and box[1] > 0 and box[3] < frame.height - frame.bottom
         ]
         free = [box for box in inside if not any(_overlap(box, other) for other in taken)]
         box = (free or inside or boxes)[0]
         taken.append(box)
-        names.append(
-            f'<text class="name halo" x="{box[0]:.1f}" y="{box[3] - 4:.1f}">{escape(point.label)}</text>'
-        )
+        names.append(f'<text class="name halo" x="{box[0]:.1f}" y="{box[3] - 4:.1f}">{escape(point.label)}</text>')
     return names
 
 

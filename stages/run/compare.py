@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from tabulate import tabulate
 
 from stages.files.artifacts import ROOT, Refusal, read_json
 from stages.run.provenance import RECORDS, record_path
@@ -48,7 +49,7 @@ def compare(theirs: dict, ours: dict) -> Comparison:
 
 
 def sentence(stage: str, found: Comparison, other: str = "the committed run") -> str:
-    """What a person should know of it; nothing where settings, code or inputs explain a difference."""
+    """The comparison in one line; empty where settings, code or inputs explain a difference."""
     if found.broken:
         return (
             f"WARNING: {stage}: {', '.join(found.outs)}: other bytes than those of {other}, from the same settings,"
@@ -122,9 +123,8 @@ def table(found: dict[str, Comparison]) -> str:
         rows.append([stage, recipe, *counts, moved])
         for name, pair in one.conditions.items():
             stages_with.setdefault(change(name, pair), []).append(stage)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines + [f"{told} ({', '.join(stages)})" for told, stages in stages_with.items()])
+    drawn = tabulate(rows, headers="firstrow", tablefmt="plain", disable_numparse=True)
+    return "\n".join([drawn, *(f"{changed} ({', '.join(stages)})" for changed, stages in stages_with.items())])
 
 
 def main(words: list[str]) -> int:
