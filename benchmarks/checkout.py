@@ -15,11 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import yaml
-
 from benchmarks.table import ROOT
 from stages.files.artifacts import sha256_of
-from stages.run.provenance import is_reproducible
 
 DVC = (sys.executable, "-m", "dvc")
 
@@ -57,6 +54,10 @@ def checkout(folder: Path, scale: str = "", edits: dict[str, dict[str, str]] | N
 
 def outs_of(root: Path) -> dict[str, str]:
     """SHA-256 of each reproducible out, and what dvc.lock says of them (not its bytes: it keeps the order of runs)."""
+    import yaml  # late, as the next: a GPU machine with nothing but torch runs the other benchmarks
+
+    from stages.run.provenance import is_reproducible
+
     stages = yaml.safe_load((root / "dvc.lock").read_text())["stages"]
     for stage in stages.values():
         for kind in ("deps", "outs"):
