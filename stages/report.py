@@ -1,4 +1,4 @@
-"""Writes the report: circulated claims beside what this machine measured, pictures first, readable offline.
+"""Writes the report, an HTML page that can be read offline: published claims beside what this machine measured.
 
     dvc repro report
     python -m stages.report            # by hand, into outputs/
@@ -51,7 +51,7 @@ def main(settings, place, run) -> None:
 
 
 def refuse_altered(root: Path) -> None:
-    """What stands on the page is what DVC recorded: JSON and CSV carry no checksum of their own."""
+    """Refuse files that differ from dvc.lock, because JSON and CSV have no checksum of their own."""
     if not (root / "dvc.lock").exists():
         return
     try:

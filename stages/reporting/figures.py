@@ -1,4 +1,4 @@
-"""What the page shows below its claims: pictures and tables from the figures in metrics/, plots/ and measurements/."""
+"""The page's pictures and tables below the claims, from the figures in metrics/, plots/ and measurements/."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -210,6 +210,6 @@ def conditions_table(made: dict[str, dict]) -> Table:
 
 
 def in_order(by_name: dict, order: Iterable[str] = MODELS) -> list[tuple]:
-    """The items in reading order; one that the page does not know comes last."""
+    """The items in reading order; unknown ones come last."""
     known = [name for name in order if name in by_name]
     return [(name, by_name[name]) for name in known + sorted(set(by_name) - set(known))]

@@ -1,11 +1,11 @@
-"""Compares the records of what made these outs (provenance/) with those of a commit (provenance.json) or a checkout.
+"""Compares how these outs were made (provenance/) with the records of a commit (provenance.json) or of a checkout.
 
     python -m stages.run.compare                # with the last commit
     python -m stages.run.compare v0.1.0         # with a tag or any other revision of git
     python -m stages.run.compare ../elsewhere   # with a checkout that another machine has run
 
-Same settings and code under the same conditions make the same bytes: where they do not, this says so and ends with
-code 1. Under other conditions bytes may differ, and it says by how much the metrics did.
+The same settings and code under the same conditions give the same bytes; if not, this prints a warning and exits with
+code 1. Under other conditions bytes may differ; then it prints by how much the metrics differ.
 """
 
 import json
@@ -106,7 +106,7 @@ def in_folder(root: Path, stage: str) -> dict | None:
 
 
 def _record(content) -> dict | None:
-    """None for what another version wrote in another form."""
+    """None if another version wrote it in another form."""
     return content if isinstance(content, dict) and PARTS <= content.keys() else None
 
 
