@@ -43,7 +43,7 @@ test: .venv/.develop
 	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 chaos: .venv/.develop
-	python -m tests.faults
+	python -m chaos
 
 bench: .venv/.develop
 	python -m benchmarks

@@ -46,40 +46,22 @@ HEADER = ("", "what", "ours", "against", "theirs", "unit", "ratio", "quartiles",
 
 
 def rendered(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table, aligned so that a terminal shows it as well."""
-    cells = [HEADER]
-    group = ""
+    """The rows as a Markdown table, aligned so that a terminal shows it as well; a group is named in its first row."""
+    cells, group = [HEADER], ""
     for row in rows:
         form = (lambda x: f"{x:.0%}") if row.of_ceiling else (lambda x: f"{x:.2f}x")
-        cells.append(
-            (
-                row.group if row.group != group else "",
-                row.what,
-                _number(row.ours),
-                row.against,
-                _number(row.theirs),
-                row.unit,
-                form(row.ratio),
-                f"{form(row.low)} to {form(row.high)}",
-                str(row.rounds),
-            )
-        )
-        group = row.group
-    widths = [max(len(line[column]) for line in cells) for column in range(len(HEADER))]
-    right = {"ours", "theirs", "ratio", "rounds"}
-
-    def line(values):
-        padded = (
-            value.rjust(width) if name in right else value.ljust(width)
-            for name, value, width in zip(HEADER, values, widths, strict=True)
-        )
-        return f"| {' | '.join(padded)} |"
-
-    dashes = [
-        "-" * (width - 1) + ":" if name in right else "-" * width
-        for name, width in zip(HEADER, widths, strict=True)
+        name, group = row.group if row.group != group else "", row.group
+        quartiles = f"{form(row.low)} to {form(row.high)}"
+        ours, theirs = _number(row.ours), _number(row.theirs)
+        cells.append((name, row.what, ours, row.against, theirs, row.unit, form(row.ratio), quartiles, str(row.rounds)))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]  # not tabulate: a GPU machine lacks it
+    right = [name in ("ours", "theirs", "ratio", "rounds") for name in HEADER]
+    lines = [
+        [cell.rjust(width) if to else cell.ljust(width) for cell, width, to in zip(line, widths, right, strict=True)]
+        for line in cells
     ]
-    return "\n".join([line(cells[0]), line(dashes), *map(line, cells[1:])])
+    lines.insert(1, ["-" * (width - to) + ":" * to for width, to in zip(widths, right, strict=True)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _number(value: float) -> str:

@@ -9,7 +9,7 @@ scaled by T², mixed with cross-entropy on the data.
 
 from collections.abc import Callable, Iterator
 
-from stages.files.artifacts import Refusal, read_json, write_json
+from stages.files.artifacts import Refusal, read_json, rounded, write_json
 from stages.run.entry import Place, run_stage
 from stages.training.launch import launch, write_curves
 
@@ -73,7 +73,7 @@ def main(settings, place: Place, run) -> dict:
         "tokens": settings.distill.steps * settings.distill.batch_sequences * settings.sequence_tokens,
         "copied_from_teacher": result["student"]["notes"]["copied"],
     }
-    write_json(place.write("metrics/distill.json"), metrics)
+    write_json(place.write("metrics/distill.json"), rounded(metrics))
     run.metrics({k: v for k, v in metrics.items() if k.endswith("bits_per_byte")})
     run.model(place.write("artifacts/student"))
     return {"conditions": conditions}

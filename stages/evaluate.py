@@ -11,8 +11,8 @@ process; its progress is saved, and an interrupted evaluation ends with the same
 
 import io
 import json
+import math
 import os
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -22,9 +22,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from stages.data.shards import Tokens, load_tokenizer
-from stages.files.artifacts import write_atomically, write_json
+from stages.files.artifacts import rounded, write_atomically, write_json
 from stages.files.resuming import Interruption, ResumeState, resume_key
 from stages.measure import flops as cost
 from stages.measure import memory, scoring
@@ -56,9 +57,11 @@ def main(settings, place: Place, run) -> dict:
 
     key = state_key(settings, conditions, place)
     with Interruption("evaluate") as interruption, ResumeState(place.root, "evaluate", key) as state:
-        tables = scoring.score(
-            loaded, stream, T, e.batch_sequences, "teacher", state, interruption, on_batch=tell_progress
-        )
+        windows = math.ceil(n_tokens / T)
+        with tqdm(desc="evaluate", unit="window", total=windows, disable=None) as bar:  # None: only on a terminal
+            tables = scoring.score(
+                loaded, stream, T, e.batch_sequences, "teacher", state, interruption, lambda n, _: bar.update(n - bar.n)
+            )
         for name, table in tables.items():
             save_table(place.write(f"artifacts/scores/{name}.npy"), table)
             print(f"evaluate: {name} {scoring.bits_per_byte(table):.4f} bits per byte", flush=True)
@@ -71,20 +74,15 @@ def main(settings, place: Place, run) -> dict:
             state.save("counted", kept)
         metrics, texts = json.loads(kept)
         write_json(place.write("artifacts/samples.json"), texts)
-        write_json(place.write("metrics/evaluate.json"), headline(metrics))
-        write_json(place.write("artifacts/evaluation.json"), metrics)
+        write_json(place.write("metrics/evaluate.json"), rounded(headline(metrics)))
+        write_json(place.write("artifacts/evaluation.json"), rounded(metrics))
         write_atomically(place.write("plots/quality.csv"), quality_csv(metrics))
         seconds = {"scoring": scored - started, "counting": time.perf_counter() - scored}
-        write_json(place.write("measurements/evaluate.json"), {"seconds": seconds})
+        write_json(place.write("measurements/evaluate.json"), {"seconds": rounded(seconds)})
     run.metrics(headline(metrics))
     for name, text in texts.items():
         run.text(f"samples/{name}.txt", text)
     return {"conditions": conditions}
-
-
-def tell_progress(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\revaluate: window {done:,} of {total:,}", end="" if done < total else "\n", file=sys.stderr)
 
 
 def state_key(settings, conditions: dict, place: Place) -> str:
@@ -176,7 +174,7 @@ def quality_csv(metrics: dict) -> str:
     documents = str(metrics["test"]["documents"])  # behind each interval
     for name, model in metrics["models"].items():
         numbers = [model[key] for key in ("bits_per_byte", "bits_per_byte_low", "bits_per_byte_high")]
-        shown = ["" if number is None or np.isnan(number) else f"{number:.6g}" for number in numbers]
+        shown = ["" if number is None else f"{number:.6g}" for number in numbers]
         lines.append(",".join([name, f"{model['flops_per_token']:.0f}", *shown, documents]))
     return "\n".join(lines) + "\n"
 

@@ -32,7 +32,7 @@ from stages.data.shards import (
     write_split,
 )
 from stages.data.splits import Document, choose, moved, refuse_few, refuse_short, split_documents
-from stages.files.artifacts import Refusal, link_or_copy, sha256_of, write_atomically, write_json
+from stages.files.artifacts import Refusal, link_or_copy, rounded, sha256_of, write_atomically, write_json
 from stages.files.resuming import Interruption, ResumeState, resume_key
 from stages.run.entry import run_stage
 from stages.tracking.identity import machine
@@ -84,11 +84,12 @@ def main(settings, place, run):
                 "corpus": corpus.describe(),
             }
             write_atomically(folder / "CORPUS.md", corpus_card(card, knobs))
-            write_card(folder, card)
+            write_card(folder, rounded(card))
 
             metrics = metrics_of(card, splits)
-            write_json(place.write("metrics/prepare.json"), metrics)
-            write_json(place.write("measurements/prepare.json"), measurements_of(watch, corpus.bytes, parts))
+            write_json(place.write("metrics/prepare.json"), rounded(metrics))
+            measured = measurements_of(watch, corpus.bytes, parts)
+            write_json(place.write("measurements/prepare.json"), rounded(measured))
     run.metrics(metrics)
     run.artifact(folder / "CORPUS.md")
     print(f"prepare: {summary(card, unused, knobs.max_documents)}", file=sys.stderr)

@@ -7,7 +7,7 @@ python -m stages.pretrain -m optimizer.muon_learning_rate=0.01,0.02
 
 from collections.abc import Iterator
 
-from stages.files.artifacts import write_json
+from stages.files.artifacts import rounded, write_json
 from stages.run.entry import Place, run_stage
 from stages.training.launch import launch, write_curves
 
@@ -42,7 +42,7 @@ def main(settings, place: Place, run) -> dict:
     teacher = result["teacher"]
     metrics = {k: teacher[k] for k in ("validation_bits_per_byte", "expert_load", "max_violation")}
     metrics["tokens"] = settings.pretrain.steps * settings.pretrain.batch_sequences * settings.sequence_tokens
-    write_json(place.write("metrics/pretrain.json"), metrics)
+    write_json(place.write("metrics/pretrain.json"), rounded(metrics))
     run.metrics({"validation_bits_per_byte": teacher["validation_bits_per_byte"]})
     run.model(place.write("artifacts/teacher"))
     return {"conditions": conditions}

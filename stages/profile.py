@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from stages.data.shards import Tokens
-from stages.files.artifacts import write_json
+from stages.files.artifacts import rounded, write_json
 from stages.measure import flops as cost
 from stages.measure import memory
 from stages.measure.scoring import Estimate
@@ -56,7 +56,7 @@ def main(settings, place: Place, run) -> dict:
         ),
         "machine": {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": device_name()},
     }
-    write_json(place.write("measurements/profile.json"), measurements)
+    write_json(place.write("measurements/profile.json"), rounded(measurements))
     return {"conditions": conditions}
 
 

@@ -1,4 +1,4 @@
-"""Writes the report: circulated claims beside what this machine measured, pictures first, readable offline.
+"""Writes the report, an HTML page that can be read offline: published claims beside what this machine measured.
 
     dvc repro report
     python -m stages.report            # by hand, into outputs/
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from stages.files.artifacts import Refusal, read_json, write_atomically, write_json
+from stages.files.artifacts import Refusal, read_json, rounded, write_atomically, write_json
 from stages.reporting.claims import claims_as_markdown, make_claims
 from stages.reporting.page import make_page
 from stages.run.entry import run_stage
@@ -41,7 +41,7 @@ def main(settings, place, run) -> None:
     made = {stage: record["conditions"] for stage, record in records.items()}
 
     claims = make_claims(metrics, timings)
-    write_json(place.write("report/claims.json"), {"claims": [claim._asdict() for claim in claims]})
+    write_json(place.write("report/claims.json"), {"claims": [rounded(claim._asdict()) for claim in claims]})
     write_atomically(place.write("report/claims.md"), claims_as_markdown(claims))
     page = place.write("report/index.html")
     write_atomically(page, make_page(claims, metrics, curves, texts, card, timings, made, settings.seed))
@@ -51,7 +51,7 @@ def main(settings, place, run) -> None:
 
 
 def refuse_altered(root: Path) -> None:
-    """What stands on the page is what DVC recorded: JSON and CSV carry no checksum of their own."""
+    """Refuse files that differ from dvc.lock, because JSON and CSV have no checksum of their own."""
     if not (root / "dvc.lock").exists():
         return
     try:

@@ -10,7 +10,7 @@ the dense model trained on for the same extra tokens, since recovery alone also 
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from stages.files.artifacts import write_json
+from stages.files.artifacts import rounded, write_json
 from stages.run.entry import Place, run_stage
 from stages.training.launch import launch, write_curves
 
@@ -73,7 +73,7 @@ def main(settings, place: Place, run) -> dict:
     metrics = {f"{name}_validation_bits_per_byte": fit["validation_bits_per_byte"] for name, fit in result.items()}
     for name in ("sparse_teacher", "sparse_student"):
         metrics[f"{name}_one_shot_loss_ratio"] = result[name]["notes"]["one_shot_loss_ratio"]
-    write_json(place.write("metrics/sparsify.json"), metrics)
+    write_json(place.write("metrics/sparsify.json"), rounded(metrics))
     run.metrics(metrics)
     for name in ("sparse_teacher", "sparse_student"):
         run.model(place.write(f"artifacts/{name}"))

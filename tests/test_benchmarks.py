@@ -44,8 +44,8 @@ SHAPE = replace(
 
 # what a GPU machine with nothing but torch does not have
 ABSENT = (
-    "dvc", "filelock", "hydra", "lightning", "mlflow", "omegaconf", "safetensors", "tokenizers", "tqdm", "transformers",
-    "yaml",
+    "dvc", "filelock", "hydra", "lightning", "mlflow", "omegaconf", "safetensors", "tabulate", "tokenizers", "tqdm",
+    "transformers", "yaml",
 )  # fmt: skip
 
 

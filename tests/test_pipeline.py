@@ -14,11 +14,13 @@ import pytest
 import yaml
 
 from benchmarks.checkout import DVC, checkout, environment, outs_of
+from chaos.bench import Bench, run
+from chaos.damage import damaged_settings, damaged_tokenizer
+from chaos.kills import kill9_prepare
 from stages import distill
 from stages.files.artifacts import Refusal
 from stages.run import sweeps
 from stages.run.entry import Place
-from tests import faults
 
 
 def user_types(tree: Path, *command: str, check: bool = True, umask: int = -1, **variables: str):
@@ -265,26 +267,26 @@ def test_another_folder_and_another_persons_environment_give_identical_bytes(tre
     assert [path for path in outs if theirs[path] != outs[path]] == []
 
 
-# The short form of the fault test: the cheap cases of tests/faults.py, once each. Left to `make chaos`, because each
+# The short form of the fault test: the cheap cases of chaos/, once each. Left to `make chaos`, because each
 # trains again and again or needs a server or root: kills of the whole pipeline, of a rank and by signals, full and
 # read-only disks, damaged models, metrics and checkpoints, failing MLflow servers.
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory, tree) -> faults.Bench:
-    return faults.Bench(tmp_path_factory.mktemp("faults"), finished=tree)
+def bench(tmp_path_factory, tree) -> Bench:
+    return Bench(tmp_path_factory.mktemp("faults"), finished=tree)
 
 
 @pytest.mark.parametrize(
     ("case", "how"),
     [
-        (faults.kill9_prepare, {"kills": 1}),
-        (faults.damaged_tokenizer, {}),
-        (faults.damaged_settings, {}),
+        (kill9_prepare, {"kills": 1}),
+        (damaged_tokenizer, {}),
+        (damaged_settings, {}),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_nothing_is_lost_or_silently_wrong(bench, case, how):
-    row = faults.run(bench, case, **how)
+    row = run(bench, case, **how)
     assert not row.failure, row.failure
     assert row.tried == row.survived > 0 and row.compared > 0 and row.message

@@ -1,4 +1,4 @@
-"""The report says what the metrics say, escapes what models wrote, loads nothing, bears missing timings."""
+"""The report shows the metrics' numbers, escapes what models wrote, loads nothing, refuses missing files by name."""
 
 import hashlib
 import json
@@ -294,7 +294,7 @@ def test_a_missing_file_is_refused_by_name(measured):
         (measured / path).write_bytes(content)
 
 
-def test_a_gap_that_is_not_real_is_told_with_its_reason(measured):
+def test_a_gap_inside_its_noise_is_not_stated_and_the_reason_is(measured):
     evaluated = evaluation()
     reason = "control - teacher is not more than two standard errors"
     for key in ("gap_closed", "gap_closed_low", "gap_closed_high"):
@@ -366,7 +366,7 @@ def test_routers_are_compared_by_ratio(low, high, verdict):
     assert claims.router_claim(router((low + high) / 2, low, high)).verdict == verdict
 
 
-def test_the_temperature_used_is_told_where_it_is_not_the_claims():
+def test_a_temperature_other_than_the_claims_is_stated():
     assert "T = 1, not T = 2" in claims.distillation_claim(evaluation(), {"temperature": 1.0}, None).why
     assert "T = 2" not in claims.distillation_claim(evaluation(), {"temperature": 2.0}, None).why
 
@@ -480,7 +480,7 @@ def test_charts_survive_empty_single_and_unbounded_data():
     ):
         assert "no data" in drawn
     alone = drawing.Point("alone", 3.0, 0.0)
-    assert "nan" not in charts.scatter("a", [alone, drawing.Point("bad", 1.0, nothing)], "x", "y", log_x=True)
+    assert "nan" not in charts.scatter("a", [alone, drawing.Point("bad", 1.0, nothing)], "x", "y")
     assert "nan" not in charts.curves("b", [drawing.Line("flat", [(1, 2.0), (1, nothing)])], "x", "y")
     assert "nan" not in charts.bars("c", [("zero", 0.0)], "y")
     assert "nan" not in charts.curves("d", [drawing.Line("one", [(3, 2.0), (0, 1.0), (1, -1.0)])], "x", "y", log=True)

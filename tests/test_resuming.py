@@ -1,4 +1,4 @@
-"""Kept work comes back whole or not at all, under the hash of what it was made from, to one process at a time."""
+"""Saved work is loaded whole or not at all, by the hash of what it was made from, by one process at a time."""
 
 import hashlib
 import os
@@ -22,7 +22,7 @@ from stages.run.entry import Place
 from stages.training.checkpoints import made_once
 
 
-def test_what_was_saved_comes_back_until_the_work_ends_well(tmp_path):
+def test_saved_work_can_be_loaded_until_the_work_succeeds(tmp_path):
     with pytest.raises(ZeroDivisionError), ResumeState(tmp_path, "evaluate", "key") as state:
         state.save("sums", b"kept")
         raise ZeroDivisionError
@@ -55,12 +55,13 @@ def test_under_dvc_finished_work_is_kept_until_dvc_has_saved_the_outs(tmp_path, 
     with ResumeState(tmp_path, "evaluate", "key"):
         remove_recorded(tmp_path)
         assert state.folder.exists(), "another process works there"
+    write_lock(tmp_path, "of this run")  # DVC writes it after the stage, and the time counts
     remove_recorded(tmp_path)
     assert not state.folder.exists()
 
 
 @pytest.mark.parametrize("place", [0, 31, 32, -1])
-def test_one_altered_bit_anywhere_is_noticed_and_named(tmp_path, place, capsys):
+def test_one_altered_bit_anywhere_is_found_and_named(tmp_path, place, capsys):
     with ResumeState(tmp_path, "evaluate", "key") as state:
         state.save("sums", b"0123456789")
         content = bytearray((state.folder / "sums").read_bytes())
@@ -91,9 +92,9 @@ def test_the_same_work_is_done_by_one_process_at_a_time(tmp_path, monkeypatch, c
 
 
 def test_the_key_changes_with_settings_inputs_code_and_libraries(tmp_path, monkeypatch):
-    room, text = tmp_path / "stages/data/room.py", tmp_path / "input.txt"
-    room.parent.mkdir(parents=True)
-    room.write_text("x = 1\n")
+    module, text = tmp_path / "stages/data/module.py", tmp_path / "input.txt"
+    module.parent.mkdir(parents=True)
+    module.write_text("x = 1\n")
     text.write_text("one")
     monkeypatch.setattr(resuming, "ROOT", tmp_path)
 
@@ -103,7 +104,7 @@ def test_the_key_changes_with_settings_inputs_code_and_libraries(tmp_path, monke
     keys = [key(), key(settings=2)]
     text.write_text("two")
     keys.append(key())
-    room.write_text("x = 2\n")
+    module.write_text("x = 2\n")
     keys.append(key())
     monkeypatch.setattr(resuming.metadata, "version", lambda name: "0")
     keys.append(key())
@@ -169,4 +170,4 @@ def test_warm_start_and_calibration_are_made_once_and_are_the_same_whenever_made
             assert all(torch.equal(part, runs[0][name][1][key]) for key, part in weights.items()), name
     (state / f"{once[0]}-0.pt").write_bytes(b"damaged")
     starts(rank=0, seed=4)
-    assert made == once * 2 + once[:1], "damage is not believed"
+    assert made == once * 2 + once[:1], "damaged state is made again"

@@ -1,6 +1,7 @@
 """Scores belong to documents, add up to the plain loss, survive interruption, and bear honest intervals."""
 
 import contextlib
+import json
 import math
 import os
 import signal
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from stages import evaluate
 from stages.files.artifacts import Refusal
 from stages.files.resuming import Interruption, ResumeState
 from stages.measure import scoring
@@ -200,5 +202,12 @@ def test_quality_lost_is_relative_to_the_dense_model():
 def test_one_document_has_no_interval():
     table = fake_table(2.0)[:1]
     found = scoring.estimate(2.0, scoring.Bootstrap(1, 50, 1).bits_per_byte(table))
-    assert math.isnan(found.low) and math.isnan(found.high)
-    assert scoring.gap_closed(scoring.Bootstrap(1, 50, 1), table * 0.5, table, table)[0].value is None
+    assert found.low is None and found.high is None
+    closed, reason = scoring.gap_closed(scoring.Bootstrap(1, 50, 1), table * 0.5, table, table)
+    assert closed.value is None and reason == "one test document gives no standard error"
+    tables = dict.fromkeys(("teacher", "student", "control"), table)
+    tables |= {f"{kind}_{name}": table for kind in ("sparse", "continued") for name in ("teacher", "student")}
+    figures = dict.fromkeys(tables, {"parameters": 1, "flops_per_token": 1})
+    found = evaluate.comparisons(scoring.Bootstrap(1, 50, 1), tables, figures)
+    assert found["teacher_over_control"]["standard_error"] is None
+    assert "NaN" not in json.dumps(found)

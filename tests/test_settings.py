@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
 
-from stages.files.artifacts import ROOT, Refusal, read_json, sha256_of, write_json
+from stages.files.artifacts import ROOT, Refusal, sha256_of
 from stages.settings.compose import compose, explain
 from stages.settings.schema import SECTIONS, Settings, as_yaml, leaves, refuse_uneven_batches, validate
 
@@ -419,27 +419,3 @@ def test_the_config_stage_by_hand_only_prints():
 def test_the_config_stage_imports_no_torch():
     code = "import sys, stages.config; stages.config.main(); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
-
-
-def test_json_is_canonical_whole_and_rounded(tmp_path):
-    write_json(tmp_path / "a.json", {"b": 1 / 3, "a": [1e-9 / 7, True, None], "n": float("nan")})
-    write_json(tmp_path / "b.json", {"n": float("nan"), "a": (1e-9 / 7, True, None), "b": 0.33333299})
-    assert sha256_of(tmp_path / "a.json") == sha256_of(tmp_path / "b.json")
-    assert read_json(tmp_path / "a.json")["b"] == 0.333333
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "b.json"]
-
-
-def test_the_checksum_of_a_folder_depends_on_names_and_contents(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a/x").write_text("1")
-    first = sha256_of(tmp_path / "a")
-    (tmp_path / "a/x").rename(tmp_path / "a/y")
-    assert sha256_of(tmp_path / "a") != first
-
-
-def test_damaged_json_is_refused(tmp_path):
-    (tmp_path / "a.json").write_text("{")
-    with pytest.raises(Refusal, match="not JSON"):
-        read_json(tmp_path / "a.json")
-    with pytest.raises(Refusal, match="missing"):
-        read_json(tmp_path / "b.json")

@@ -30,8 +30,6 @@ TOKENIZER, CARD = "tokenizer.json", "card.json"
 
 def write_card(folder, card):
     """The card goes last: a folder without one is unfinished. It vouches for every file, and for itself."""
-    write_json(Path(folder) / CARD, card)
-    card = read_json(Path(folder) / CARD)  # as rounded, so that the reader's checksum is of the same numbers
     write_json(Path(folder) / CARD, card | {"sha256": _card_sha256(card)})
 
 

@@ -1,18 +1,17 @@
 """What a stage keeps of unfinished work, so that a killed one continues and ends with the same bytes.
 
     with Interruption("evaluate") as interruption, ResumeState(root, "evaluate", resume_key("evaluate", read)) as state:
-        content = state.load("scores")             # None: not there, or damaged, which is said in a line
-        state.save("scores", content)              # whole or not at all, under its checksum
+        content = state.load("scores")             # None if it is missing or damaged (one line says so)
+        state.save("scores", content)              # written whole or not at all, with its checksum
         interruption.check("scoring")              # ends the stage here after SIGTERM or Ctrl-C
 
-The state lies in .runs/resume, because DVC deletes the outs of a stage before it runs it again, under the hash of
-all that the stage reads: changed settings, code or inputs find nothing to resume from. A run by hand that ends well
-removes its state. Under DVC it is removed only when dvc.lock records the outs: where DVC could not save them, the
-same command finds the finished work. What an abandoned run leaves behind may be deleted at any time.
+The state is in .runs/resume, because DVC deletes the outs of a stage before it runs the stage again. Its name has the
+hash of all that the stage reads: with other settings, code or inputs nothing is resumed. A run by hand removes its
+state when it succeeds. Under DVC the state is removed only when dvc.lock records the outs: if DVC could not save them,
+the same command finds the finished work. The state of an abandoned run may be deleted at any time.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -20,47 +19,46 @@ import platform
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
 import yaml
+from filelock import FileLock, Timeout
 
 from stages.files.artifacts import ROOT, Refusal, sha256_of, write_atomically
 
-LIBRARIES = ("torch", "lightning", "numpy", "tokenizers")  # those whose version can move a byte
+LIBRARIES = ("torch", "lightning", "numpy", "tokenizers")  # their versions can change bytes
 SHA256_BYTES = 32
 LOCK_SECONDS = 30  # processes of a stage that was killed need a moment to end
 STATES = Path(".runs/resume")
-FINISHED = "finished"  # in the folder of work that ended well and whose outs DVC has yet to save
+FINISHED = "finished"  # marks work that succeeded and whose outs DVC has not saved yet
 
 
 @contextlib.contextmanager
 def only_holder(path: Path, name: str, refusal: str) -> Iterator[None]:
     """Holds the lock of this file, after waiting LOCK_SECONDS at most; the kernel frees it however a process ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as lock:
-        deadline, said = time.monotonic() + LOCK_SECONDS, False
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise Refusal(refusal) from None
-                if not said:
-                    said = True
-                    text = f"offramp: {name}: another process is still running; waiting up to {LOCK_SECONDS} s for it"
-                    print(text, file=sys.stderr, flush=True)
-                time.sleep(0.2)
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        text = f"offramp: {name}: another process is still running; waiting up to {LOCK_SECONDS} s for it"
+        print(text, file=sys.stderr, flush=True)
+        try:
+            lock.acquire(timeout=LOCK_SECONDS)
+        except Timeout:
+            raise Refusal(refusal) from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def resume_key(stage: str, read: list, inputs: tuple | list = ()) -> str:
     """Hash of all that a stage reads: plain values such as its settings, its input files, the code and libraries.
 
-    The code is every room: one that this stage does not import costs a restart, a forgotten one the result.
+    The code is all of stages/: an unrelated edit costs a restart, but a forgotten module would cost the result.
     """
     versions = [platform.python_version(), *map(metadata.version, LIBRARIES)]
     digest = hashlib.sha256(json.dumps([stage, read, versions], sort_keys=True).encode())
@@ -71,7 +69,7 @@ def resume_key(stage: str, read: list, inputs: tuple | list = ()) -> str:
 
 
 class ResumeState:
-    """The folder of one unfinished piece of work, which no other process enters while this one holds it."""
+    """The folder of one unfinished piece of work; a lock keeps other processes out."""
 
     def __init__(self, root: Path, stage: str, key: str):
         self.stage, self.folder = stage, root / STATES / f"{stage}-{key}"
@@ -96,7 +94,7 @@ class ResumeState:
         write_atomically(self.folder / name, hashlib.sha256(content).digest() + content)
 
     def load(self, name: str) -> bytes | None:
-        """What was saved; damage costs its work again, never the result."""
+        """What was saved; None if it is missing or damaged, so that the work is done again."""
         try:
             saved = (self.folder / name).read_bytes()
         except FileNotFoundError:
@@ -108,14 +106,13 @@ class ResumeState:
         return None
 
     def say_damaged(self, name: str) -> None:
-        print(f"{self.stage}: {self.folder / name} is damaged: what it held is done again", file=sys.stderr, flush=True)
+        print(f"{self.stage}: {self.folder / name} is damaged: its work is done again", file=sys.stderr, flush=True)
 
 
 def remove_recorded(root: Path) -> None:
     """Removes the state of finished work whose outs DVC has saved."""
     for finished in sorted((root / STATES).glob(f"*/{FINISHED}")):
-        with open(finished.with_name("lock"), "a") as lock, contextlib.suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(Timeout), FileLock(finished.with_name("lock"), blocking=False):
             if _is_saved(root, finished):
                 shutil.rmtree(finished.parent, ignore_errors=True)
 
@@ -123,8 +120,8 @@ def remove_recorded(root: Path) -> None:
 def _is_saved(root: Path, finished: Path) -> bool:
     """Was dvc.lock, which DVC writes when a stage's outs are in its cache, written since, and does it name these outs?
 
-    The record in provenance/ stands for them all, for it holds their checksums. The time matters in a new clone, whose
-    dvc.lock may name the same outs while DVC's cache is empty.
+    The record in provenance/ holds the checksums of all outs, so one comparison is enough. The time matters in a new
+    clone: its dvc.lock may name the same outs while DVC's cache is empty.
     """
     stage, lock = finished.parent.name.rpartition("-")[0], root / "dvc.lock"
     record = f"provenance/{stage}.json"
@@ -139,7 +136,7 @@ def _is_saved(root: Path, finished: Path) -> bool:
 
 
 class Interruption:
-    """SIGTERM and Ctrl-C are noted, and the stage stops where it can save most. A second one ends it at once."""
+    """Notes SIGTERM and Ctrl-C, so that the stage stops at its next check. A second signal ends it at once."""
 
     def __init__(self, stage: str):
         self.stage, self.requested, self.doing = stage, False, ""
@@ -163,6 +160,6 @@ class Interruption:
             raise KeyboardInterrupt(f"{self.stage}: interrupted while {doing}; the same command continues there")
 
     def at_once(self, doing: str) -> None:
-        """From here on nothing would be saved by going on: a signal ends the stage where it meets it."""
+        """From here on a signal ends the stage immediately, because waiting would save no progress."""
         self.doing = doing
         self.check(doing)

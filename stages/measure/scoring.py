@@ -202,7 +202,9 @@ class Estimate(NamedTuple):
 
 
 def estimate(value: float, resampled_R: np.ndarray) -> Estimate:
-    """With the central 95% of the resampled values."""
+    """With the central 95% of the resampled values; without an interval where they are NaN (one document)."""
+    if np.isnan(resampled_R).any():
+        return Estimate(float(value))
     low, high = np.quantile(resampled_R, [0.025, 0.975])
     return Estimate(float(value), float(low), float(high))
 
@@ -223,11 +225,12 @@ def quality_lost(bootstrap: Bootstrap, dense: np.ndarray, sparse: np.ndarray) ->
     )
 
 
-def difference(bootstrap: Bootstrap, worse: np.ndarray, better: np.ndarray) -> tuple[Estimate, float]:
-    """Paired difference in bits per byte, and its standard error."""
+def difference(bootstrap: Bootstrap, worse: np.ndarray, better: np.ndarray) -> tuple[Estimate, float | None]:
+    """Paired difference in bits per byte, and its standard error (None with one document)."""
     resampled_R = bootstrap.bits_per_byte(worse) - bootstrap.bits_per_byte(better)
     value = bits_per_byte(worse) - bits_per_byte(better)
-    return estimate(value, resampled_R), float(resampled_R.std(ddof=1))
+    error = float(resampled_R.std(ddof=1))
+    return estimate(value, resampled_R), None if math.isnan(error) else error
 
 
 def gap_closed(
@@ -236,7 +239,9 @@ def gap_closed(
     """(control - student) / (control - teacher), or why that has no meaning: a gap inside its own noise."""
     _, error = difference(bootstrap, control, teacher)
     gap = bits_per_byte(control) - bits_per_byte(teacher)
-    if not gap > 2 * error:  # so written, one document (a standard error of NaN) has no gap
+    if error is None:
+        return Estimate(None), "one test document gives no standard error"
+    if gap <= 2 * error:
         return Estimate(None), (
             f"control - teacher = {gap:.4f} bits per byte is not more than two standard errors"
             f" ({error:.4f} each)"

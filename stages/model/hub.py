@@ -133,8 +133,6 @@ def save(
         "weights_sha256": sha256_of(folder / WEIGHTS),
         "tokenizer_sha256": tokenizer_sha256,
     }
-    write_json(folder / CONFIG, config)
-    config = read_json(folder / CONFIG)  # as rounded, so that the reader's checksum is of the same numbers
     write_json(folder / CONFIG, config | {"config_sha256": _config_sha256(config)})
 
 

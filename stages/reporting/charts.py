@@ -5,12 +5,17 @@ accessible title and description, and each mark a <title>, which browsers show a
 """
 
 import math
+from collections.abc import Iterable
 from html import escape
 
+from markupsafe import Markup
+
 from stages.reporting import drawing
-from stages.reporting.drawing import Frame, Line
+from stages.reporting.drawing import Format, Frame, Line, Point
 from stages.reporting.wording import number
 
+SCATTER, BARS = (960, 440), (560, 220)  # width and height
+POINTS_KEPT = 300  # of a curve, which is at most some 500 pixels wide
 STYLE = """
 :root{--ink:#17202a;--muted:#5d6875;--line:#d9dee4;--grid:#e9edf1;--paper:#f6f7f9;--card:#ffffff;
 --series-0:#0868ac;--series-1:#c8501e;--series-2:#6b7785;--series-3:#00876c;--series-4:#a8417f;
@@ -26,24 +31,21 @@ svg.chart .halo{stroke:var(--card);stroke-width:3;paint-order:stroke;stroke-line
 
 
 def scatter(
-    title,
-    points,
-    x_label,
-    y_label,
-    log_x=False,
-    x_format=number,
-    y_format=number,
-    links=(),
-    width=960,
-    height=440,
-):
+    title: str,
+    points: list[Point],
+    x_label: str,
+    y_label: str,
+    x_format: Format = number,
+    y_format: Format = number,
+    links: Iterable[tuple[str, str]] = (),
+) -> Markup:
     """Marks with vertical error bars and their names beside them; links joins pairs of points by label."""
-    points = [point for point in points if drawing.finite(point.x, point.y) and (point.x > 0 or not log_x)]
+    points = [point for point in points if drawing.finite(point.x, point.y)]
     if not points:
-        return drawing.empty(title, width, height)
+        return drawing.empty(title, *SCATTER)
     xs = [point.x for point in points]
-    ys = [end for point in points for end in (point.y, point.low, point.high) if drawing.finite(end)]
-    frame = Frame(width, height, drawing.padded(xs, 0.12, log_x), drawing.padded(ys, 0.12), log_x)
+    ys = [end for point in points for end in (point.y, *(point.interval or ()))]
+    frame = Frame(*SCATTER, drawing.padded(xs, 0.12), drawing.padded(ys, 0.12))
     by_label = {point.label: point for point in points}
     body = [drawing.axes(frame, x_label, y_label, x_format, y_format)]
     for start, end in links:
@@ -52,22 +54,13 @@ def scatter(
     body += [drawing.mark(frame, point, x_format, y_format) for point in points]
     body += drawing.names(frame, points)
     described = "; ".join(f"{point.label}: {x_format(point.x)}, {y_format(point.y)}" for point in points)
-    return drawing.svg(title, f"{x_label} against {y_label}. {described}", body, width, height)
+    return drawing.svg(title, f"{x_label} against {y_label}. {described}", body, *SCATTER)
 
 
 def curves(
-    title,
-    lines,
-    x_label,
-    y_label,
-    x_format=number,
-    y_format=number,
-    width=560,
-    height=320,
-    points_kept=300,
-    log=False,
-):
-    """Lines over a common axis with a legend; each is thinned to what the eye can see. `log` is of both axes."""
+    title: str, lines: list[Line], x_label: str, y_label: str, width: int = 560, height: int = 320, log: bool = False
+) -> Markup:
+    """Lines over a common axis with a legend; each keeps about POINTS_KEPT points. `log` is of both axes."""
     lines = [
         Line(
             line.label,
@@ -85,12 +78,12 @@ def curves(
     rows, _ = drawing.legend_rows(lines, width)
     x_range = drawing.padded(xs, 0.04, log) if log else drawing.widened(min(xs), max(xs))
     frame = Frame(width, height, x_range, drawing.padded(ys, 0.06, log), log, log, top=14 + 18 * rows)
-    body = [drawing.axes(frame, x_label, y_label, x_format, y_format), drawing.legend(frame, lines)]
+    body = [drawing.axes(frame, x_label, y_label, number, number), drawing.legend(frame, lines)]
     for line in lines:
-        kept = drawing.thinned(line.points, points_kept)
+        kept = drawing.thinned(line.points, POINTS_KEPT)
         path = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in kept)
         dash = ' stroke-dasharray="5 4"' if line.dashed else ""
-        last = f"{line.label}: {y_format(kept[-1][1])} at {x_format(kept[-1][0])}"
+        last = f"{line.label}: {number(kept[-1][1])} at {number(kept[-1][0])}"
         body.append(
             f'<polyline points="{path}" fill="none" stroke="{drawing.colour_of(line.series)}" stroke-width="2" '
             f'stroke-linejoin="round"{dash}><title>{escape(last)}</title></polyline>'
@@ -98,41 +91,39 @@ def curves(
         if len(kept) <= 24:  # few enough measurements to show each
             body += [
                 f'<circle cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="2.6" fill="{drawing.colour_of(line.series)}">'
-                f"<title>{escape(f'{line.label}: {y_format(y)} at {x_format(x)}')}</title></circle>"
+                f"<title>{escape(f'{line.label}: {number(y)} at {number(x)}')}</title></circle>"
                 for x, y in kept
             ]
-    described = "; ".join(f"{line.label} ends at {y_format(line.points[-1][1])}" for line in lines)
+    described = "; ".join(f"{line.label} ends at {number(line.points[-1][1])}" for line in lines)
     return drawing.svg(title, f"{y_label} by {x_label}. {described}", body, width, height)
 
 
 def bars(
-    title,
-    values,
-    y_label,
-    reference=None,
-    reference_label="",
-    y_format=number,
-    series=0,
-    x_label="",
-    width=560,
-    height=220,
-    highest=None,
-):
+    title: str,
+    values: Iterable[tuple[object, float]],
+    y_label: str,
+    reference: float | None = None,
+    reference_label: str = "",
+    y_format: Format = number,
+    x_label: str = "",
+    highest: float | None = None,
+) -> Markup:
     """One bar per (label, value) from zero, with an optional dashed reference line across."""
-    values = [(str(label), value) for label, value in values if drawing.finite(value)]
-    if not values:
-        return drawing.empty(title, width, height)
-    top = highest or max([value for _, value in values] + [reference or 0.0]) * 1.12 or 1.0
-    frame = Frame(width, height, (0, len(values)), (0.0, top), right=66 if reference_label else 18)
-    slot = (width - frame.left - frame.right) / len(values)
+    bars = [(str(label), value) for label, value in values if drawing.finite(value)]
+    if not bars:
+        return drawing.empty(title, *BARS)
+    width, height = BARS
+    top = highest or max([value for _, value in bars] + [reference or 0.0]) * 1.12 or 1.0
+    frame = Frame(width, height, (0, len(bars)), (0.0, top), right=66 if reference_label else 18)
+    slot = (width - frame.left - frame.right) / len(bars)
     gap = min(6.0, slot * 0.25)
     body = [drawing.axes(frame, x_label, y_label, None, y_format)]
-    every = math.ceil(len(values) * 18 / (width - frame.left - frame.right))  # so that labels do not touch
-    for index, (label, value) in enumerate(values):
+    every = math.ceil(len(bars) * 18 / (width - frame.left - frame.right))  # so that labels do not touch
+    for index, (label, value) in enumerate(bars):
         left, upper = frame.x(index) + gap / 2, frame.y(value)
         body.append(
             f'<rect x="{left:.1f}" y="{upper:.1f}" width="{slot - gap:.1f}" '
-            f'height="{max(0.0, frame.y(0) - upper):.1f}" rx="1.5" fill="{drawing.colour_of(series)}">'
+            f'height="{max(0.0, frame.y(0) - upper):.1f}" rx="1.5" fill="{drawing.colour_of(0)}">'
             f"<title>{escape(f'{label}: {y_format(value)}')}</title></rect>"
         )
         if index % every == 0:
@@ -148,19 +139,19 @@ def bars(
             f'<text x="{width - frame.right + 6}" y="{y + 4:.1f}" font-size="10.5">'
             f"{escape(reference_label)}</text>"
         )
-    described = "; ".join(f"{label}: {y_format(value)}" for label, value in values)
+    described = "; ".join(f"{label}: {y_format(value)}" for label, value in bars)
     return drawing.svg(title, f"{y_label}. {described}", body, width, height)
 
 
-def interval_bar(low, value, high, axis, label):
+def interval_bar(low: float | None, value: float, high: float | None, axis: tuple[float, ...], label: str) -> Markup:
     """A strip for a table cell: the claim as a band, the measurement as a dot with its interval.
 
-    `axis` is where the claim begins and ends and where the axis does.
+    `axis`: where the claim begins and ends, where the axis begins and ends.
     """
     claim_low, claim_high, lowest, highest = axis
     width, height = 150, 22
 
-    def x(position):
+    def x(position: float) -> float:
         inside = min(max(position, lowest), highest)
         return 6 + (inside - lowest) / (highest - lowest) * (width - 12)
 
@@ -170,22 +161,19 @@ def interval_bar(low, value, high, axis, label):
         'height="14" '
         'rx="2" fill="var(--series-2)" opacity="0.35"><title>the claim</title></rect>',
     ]
-    if drawing.finite(low, high):
+    if low is not None and high is not None:
         body.append(
-            f'<line x1="{x(low):.1f}" x2="{x(high):.1f}" y1="11" y2="11" stroke="var(--series-0)" '
-            'stroke-width="3"/>'
+            f'<line x1="{x(low):.1f}" x2="{x(high):.1f}" y1="11" y2="11" stroke="var(--series-0)" stroke-width="3"/>'
         )
-    body.append(
-        f'<circle cx="{x(value):.1f}" cy="11" r="3.6" fill="var(--series-0)"><title>measured</title></circle>'
-    )
-    return (
+    body.append(f'<circle cx="{x(value):.1f}" cy="11" r="3.6" fill="var(--series-0)"><title>measured</title></circle>')
+    return Markup(
         f'<svg class="chart strip" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">'
         f"{''.join(body)}</svg>"
     )
 
 
-def sheet(title, drawings, columns, width, height):
-    """Drawings of one size, row by row, as a file of its own: it brings the colours that a page would give."""
+def sheet(title: str, drawings: list[Markup], columns: int, width: int, height: int) -> str:
+    """Drawings of one size, row by row, as a file of its own: with the style that a page would give."""
     below = height + 16
     cells = "".join(
         f'<svg x="{index % columns * width}" y="{index // columns * below}" width="{width}" height="{height}">'

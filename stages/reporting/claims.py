@@ -1,4 +1,4 @@
-"""The circulated claims beside what was measured: each a row with its figures, their interval and a verdict."""
+"""Published claims beside what was measured: one row each, with figures, their 95% interval and a verdict."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,17 +8,17 @@ from stages.reporting.wording import count, number, percent, policy_words, signe
 NOT_TESTABLE = "not testable here"
 TOO_SMALL = "too small to claim anything"
 TOO_FEW_DOCUMENTS, TOO_FEW_REPETITIONS = "too few documents", "too few repetitions"
-# What a verdict needs. Of fewer documents a 95% interval misses the truth more than twice as often as it says, of 3 in
-# one case of four. Intervals of repetitions are right from 5 on, but a busy machine disturbs neighbours alike, so twice
-# that (benchmarks/coverage.py). Of fewer tokens, as at scale tiny (10,240; demo: 819,200), a model has learned hardly
-# anything.
+# A verdict needs these. With fewer documents a 95% interval misses the true value more than twice as often as it should
+# (with 3, in one case of four). Intervals of repetitions are right from 5 on; twice that, because a busy machine
+# disturbs neighbouring repetitions alike (benchmarks/coverage.py). A model trained on fewer tokens (scale tiny: 10,240;
+# demo: 819,200) has learned very little.
 MIN_DOCUMENTS, MIN_REPETITIONS, MIN_TRAINING_TOKENS = 20, 10, 100_000
 CHECKPOINTING_SAVES, CHECKPOINTING_COSTS = 0.3, 0.25  # of the activations' memory, and of a step's time
 ROUTER_RATIO = 3.2 / 1.1  # milliseconds before and after; only their ratio travels between machines
 
 
 class Interval(NamedTuple):
-    """A figure and the ends of its 95% interval, each a float or None where it could not be had."""
+    """A figure and the ends of its 95% interval; None where one is not known."""
 
     value: Any
     low: Any = None
@@ -38,7 +38,7 @@ class Claim(NamedTuple):
 
 
 def make_claims(metrics: dict, timings: dict) -> list[Claim]:
-    """Each circulated claim beside what was measured."""
+    """Each published claim beside what was measured."""
     evaluated = metrics["evaluate"]
     lacking = lack_of_evidence(metrics["pretrain"]["tokens"], evaluated["test"]["documents"])
     return [
@@ -51,7 +51,7 @@ def make_claims(metrics: dict, timings: dict) -> list[Claim]:
 
 
 def lack_of_evidence(training_tokens: int, documents: int) -> tuple[str, str] | None:
-    """The verdict, and why, where there is too little for any other."""
+    """The verdict and the reason if there is too little evidence for any other; else None."""
     if training_tokens < MIN_TRAINING_TOKENS:
         needed = f"a verdict needs {MIN_TRAINING_TOKENS:,}."
         return TOO_SMALL, f"The teacher was trained on {training_tokens:,} tokens; {needed}"
@@ -61,7 +61,7 @@ def lack_of_evidence(training_tokens: int, documents: int) -> tuple[str, str] | 
 
 
 def distillation_claim(evaluated: dict, distilled: dict, lacking: tuple[str, str] | None) -> Claim:
-    """The ratio of losses flatters: the control's figure and the share of the gap closed stand beside it."""
+    """The ratio of losses alone flatters, so it comes with the control's figure and the share of the gap closed."""
     models, compared = evaluated["models"], evaluated["comparisons"]["student"]
     share = models["student"]["parameters"] / models["teacher"]["parameters"]
     kept, gap = interval_of(compared, "quality_kept"), interval_of(compared, "gap_closed")
@@ -93,16 +93,14 @@ def distillation_claim(evaluated: dict, distilled: dict, lacking: tuple[str, str
     )
 
 
-def distillation_verdict(
-    share: float, kept: Interval, gap: Interval | None, control: float
-) -> tuple[str, str]:
+def distillation_verdict(share: float, kept: Interval, gap: Interval | None, control: float) -> tuple[str, str]:
     helped = gap is not None and gap.low is not None and gap.low > 0
     if share > 0.5:
         return NOT_TESTABLE, f"The student has {percent(share)} of the teacher's parameters, not half."
     if kept.high < 0.9:
         return "fails", f"Below 90% beyond its interval; the control keeps {percent(control)}."
     if kept.low < 0.9:
-        return NOT_TESTABLE, "The interval straddles 90%: more test documents would settle it."
+        return NOT_TESTABLE, "The interval includes 90%: more test documents would settle it."
     why = f"But 90% alone says little: the control, trained without the teacher, keeps {percent(control)}."
     if gap is not None and not helped:
         why += " The student is not better than it beyond the interval."
@@ -134,7 +132,7 @@ def sparsity_verdict(cut: float, lost: Interval) -> tuple[str, str]:
         verdict = "beaten" if lost.high < 0.05 else "holds"
         return verdict, "Structures left the tensors, nothing is merely zeroed; recovered by distillation."
     if lost.low <= 0.08:
-        return NOT_TESTABLE, "The interval straddles 8%: more test documents would settle it."
+        return NOT_TESTABLE, "The interval includes 8%: more test documents would settle it."
     if cut > 0.4:
         return NOT_TESTABLE, "More than 8% is lost, but more than the claim's 40% was cut."
     return "fails", "More than 8% is lost, beyond the interval."
@@ -145,9 +143,7 @@ def checkpointing_claim(policies: list[dict], measured: dict) -> Claim:
     claim = "Checkpointing every 4th layer saves 30% of activation memory for 25% more time"
     tried = [row for row in policies if row["policy"] != "none" and row["gradients_equal"]]
     if not tried:
-        return Claim(
-            "checkpointing", claim, "no policy kept the gradients", "–", "fails", "All were wrong.", {}
-        )
+        return Claim("checkpointing", claim, "no policy kept the gradients", "–", "fails", "All were wrong.", {})
     repetitions = min(measured[row["policy"]]["repetitions"] for row in tried)
     slower = {row["policy"]: more_time(measured[row["policy"]]) for row in tried}
     best = best_policy(tried, slower)
@@ -161,7 +157,7 @@ def checkpointing_claim(policies: list[dict], measured: dict) -> Claim:
         better = saved > CHECKPOINTING_SAVES and upper_end(time) < CHECKPOINTING_COSTS
         verdict = "beaten" if better else "holds"
     else:
-        verdict, why = NOT_TESTABLE, why + " Its interval straddles 25% more time: more repetitions would settle it."
+        verdict, why = NOT_TESTABLE, why + " Its interval includes 25% more time: more repetitions would settle it."
     literal = next((row for row in policies if row["policy"] == "every_4"), None)
     why += " One block in four can save at most a quarter of what blocks keep"
     why += f"; here it saves {percent(literal['memory_saved'])}." if literal else "."
@@ -182,7 +178,11 @@ def too_few(repetitions: int) -> tuple[str, str]:
 
 
 def best_policy(policies: list[dict], slower: dict[str, Interval]) -> dict:
-    """That which saves most: of those surely within the claim's time that save enough, else of those perhaps within."""
+    """The policy that saves most memory.
+
+    Candidates: policies that save enough and whose whole interval is within the claim's time; else those whose
+    interval reaches into that time; else all.
+    """
 
     def within(end: Callable) -> list[dict]:
         return [row for row in policies if end(slower[row["policy"]]) <= CHECKPOINTING_COSTS]
@@ -211,7 +211,7 @@ def router_claim(measured: dict) -> Claim:
     claim = "An optimised router takes 1.1 ms in place of 3.2 ms (2.9×)"
     ratio, repetitions = interval_of(measured, "ratio"), measured["repetitions"]
     low, high = lower_end(ratio), upper_end(ratio)
-    verdict, why = NOT_TESTABLE, f"The interval straddles {number(ROUTER_RATIO)}×: more repetitions would settle it."
+    verdict, why = NOT_TESTABLE, f"The interval includes {number(ROUTER_RATIO)}×: more repetitions would settle it."
     if repetitions < MIN_REPETITIONS:
         verdict, why = too_few(repetitions)
     elif high < ROUTER_RATIO:
@@ -235,9 +235,7 @@ def claims_as_markdown(claims: list[Claim]) -> str:
     lines = ["| claim in circulation | measured here | 95% interval | verdict |", "| --- | --- | --- | --- |"]
     for claim in claims:
         cells = (claim.claim, claim.measured, claim.interval, f"**{claim.verdict}**. {claim.why}")
-        lines.append(
-            "| " + " | ".join(cell.strip().replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-        )
+        lines.append("| " + " | ".join(cell.strip().replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -2,9 +2,13 @@
 
 import math
 import re
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from html import escape
 
+from markupsafe import Markup
+
+Format = Callable[[float], str]  # of a number, for people
 COLOURS = 8  # --series-0 … --series-7; Okabe and Ito's order, distinguishable without red-green vision
 
 
@@ -20,6 +24,12 @@ class Point:
     series: int = 0
     hollow: bool = False
     note: str = ""
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        if self.low is None or self.high is None or not finite(self.low, self.high):
+            return None
+        return self.low, self.high
 
 
 @dataclass(frozen=True)
@@ -44,48 +54,46 @@ class Frame:
     right: int = 18
     top: int = 14
     bottom: int = 46
-    legend: list[tuple[str, int, bool]] = field(default_factory=list)
 
-    def x(self, value):
+    def x(self, value: float) -> float:
         return self.left + _share(value, self.x_range, self.log_x) * (self.width - self.left - self.right)
 
-    def y(self, value):
+    def y(self, value: float) -> float:
         share = _share(value, self.y_range, self.log_y)
         return self.height - self.bottom - share * (self.height - self.top - self.bottom)
 
 
-def ticks(low, high, count=5):
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers (1, 2, 2.5 or 5 times a power of ten) that cover [low, high]."""
     step = _nice_step(high - low, count)
     return [
-        round(index * step, 12)
-        for index in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+        round(index * step, 12) for index in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
     ]
 
 
-def log_ticks(low, high):
+def log_ticks(low: float, high: float) -> list[float]:
     """1, 2 and 5 times powers of ten inside [low, high]."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [
-        digit * 10.0**power for power in powers for digit in (1, 2, 5) if low <= digit * 10.0**power <= high
-    ]
+    return [digit * 10.0**power for power in powers for digit in (1, 2, 5) if low <= digit * 10.0**power <= high]
 
 
-def svg(title, description, body, width, height):
+def svg(title: str, description: str, body: Iterable[str], width: int, height: int) -> Markup:
+    """The drawing with an accessible name and description; `body` is markup, the texts are escaped here."""
     name = "chart-" + re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
-    return (
+    return Markup(
         f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" '
         f'aria-labelledby="{name}-title {name}-desc"><title id="{name}-title">{escape(title)}</title>'
         f'<desc id="{name}-desc">{escape(description)}</desc>{"".join(body)}</svg>'
     )
 
 
-def empty(title, width, height):
+def empty(title: str, width: int, height: int) -> Markup:
     text = f'<text x="{width / 2}" y="{height / 2}" text-anchor="middle">no data</text>'
     return svg(title, "no data", [text], width, height)
 
 
-def axes(frame, x_label, y_label, x_format, y_format):
+def axes(frame: Frame, x_label: str, y_label: str, x_format: Format | None, y_format: Format) -> str:
+    """Both axes with ticks and labels; without `x_format` the x axis has no ticks."""
     right, floor = frame.width - frame.right, frame.height - frame.bottom
     parts = []
     for value in _axis_ticks(frame.y_range, frame.log_y, 5):
@@ -94,21 +102,20 @@ def axes(frame, x_label, y_label, x_format, y_format):
             f'<line class="grid" x1="{frame.left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
             f'<text x="{frame.left - 7}" y="{y + 4:.1f}" text-anchor="end">{escape(y_format(value))}</text>'
         )
-    for value in _axis_ticks(frame.x_range, frame.log_x, 6) if x_format else ():
-        x = frame.x(value)
-        parts.append(
-            f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{floor}" y2="{floor + 5}"/>'
-            f'<text x="{x:.1f}" y="{floor + 18}" text-anchor="middle">{escape(x_format(value))}</text>'
-        )
+    if x_format:
+        for value in _axis_ticks(frame.x_range, frame.log_x, 6):
+            x = frame.x(value)
+            parts.append(
+                f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{floor}" y2="{floor + 5}"/>'
+                f'<text x="{x:.1f}" y="{floor + 18}" text-anchor="middle">{escape(x_format(value))}</text>'
+            )
     parts.append(f'<line class="axis" x1="{frame.left}" x2="{right}" y1="{floor}" y2="{floor}"/>')
     middle = (frame.top + floor) / 2
     parts.append(
-        f'<text x="{(frame.left + right) / 2:.1f}" y="{frame.height - 8}" text-anchor="middle">'
-        f"{escape(x_label)}</text>"
+        f'<text x="{(frame.left + right) / 2:.1f}" y="{frame.height - 8}" text-anchor="middle">{escape(x_label)}</text>'
     )
     parts.append(
-        f'<text transform="translate(14 {middle:.1f}) rotate(-90)" text-anchor="middle">'
-        f"{escape(y_label)}</text>"
+        f'<text transform="translate(14 {middle:.1f}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
     )
     return "".join(parts)
 
@@ -124,17 +131,17 @@ def _share(value, ends, log):
     return (value - low) / (high - low)
 
 
-def mark(frame, point, x_format, y_format):
+def mark(frame: Frame, point: Point, x_format: Format, y_format: Format) -> str:
     x, y, colour = frame.x(point.x), frame.y(point.y), colour_of(point.series)
-    bar = ""
-    if finite(point.low, point.high):
-        low, high = frame.y(point.low), frame.y(point.high)
+    bar = between = ""
+    if point.interval:
+        between = f" [{', '.join(map(y_format, point.interval))}]"
+        low, high = map(frame.y, point.interval)
         bar = (
             f'<path d="M{x:.1f} {low:.1f}V{high:.1f}M{x - 5:.1f} {low:.1f}h10M{x - 5:.1f} {high:.1f}h10" '
             f'stroke="{colour}" stroke-width="1.6" fill="none"/>'
         )
     fill = "var(--card)" if point.hollow else colour
-    between = f" [{y_format(point.low)}, {y_format(point.high)}]" if bar else ""
     tip = f"{point.label}: {y_format(point.y)}{between} at {x_format(point.x)}. {point.note}".rstrip(". ")
     return (
         f'<g><title>{escape(tip)}</title>{bar}<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="{fill}" '
@@ -142,7 +149,7 @@ def mark(frame, point, x_format, y_format):
     )
 
 
-def link(frame, start, end):
+def link(frame: Frame, start: Point, end: Point) -> str:
     return (
         f'<line x1="{frame.x(start.x):.1f}" y1="{frame.y(start.y):.1f}" x2="{frame.x(end.x):.1f}" '
         f'y2="{frame.y(end.y):.1f}" stroke="{colour_of(start.series)}" stroke-width="1.4" '
@@ -150,39 +157,27 @@ def link(frame, start, end):
     )
 
 
-def names(frame, points):
-    """Each name where it covers no mark and no other name: right, left, above, below, then further out."""
-    taken = [
-        (
-            frame.x(point.x) - 8,
-            frame.y(point.high if finite(point.high) else point.y) - 8,
-            frame.x(point.x) + 8,
-            frame.y(point.low if finite(point.low) else point.y) + 8,
-        )
-        for point in points
-    ]
+def names(frame: Frame, points: list[Point]) -> list[str]:
+    """The labels of the points, placed so that they cover no mark and no other label where there is room."""
+    taken = []
+    for point in points:
+        x, (low, high) = frame.x(point.x), map(frame.y, point.interval or (point.y, point.y))
+        taken.append((x - 8, high - 8, x + 8, low + 8))
     names = []
     for point in sorted(points, key=lambda point: (point.y, point.x)):
         x, y, wide = frame.x(point.x), frame.y(point.y), 7.1 * len(point.label)
         places = [(x + 12, y + 4), (x - 12 - wide, y + 4), (x - wide / 2, y - 13), (x - wide / 2, y + 21)]
-        places += [
-            (x + side, y + 4 + shift) for shift in (-18, 20, -34, 36, -50, 52) for side in (12, -12 - wide)
-        ]
+        places += [(x + side, y + 4 + shift) for shift in (-18, 20, -34, 36, -50, 52) for side in (12, -12 - wide)]
         boxes = [(left, low - 12, left + wide, low + 4) for left, low in places]
         inside = [
             box
             for box in boxes
-            if box[0] > frame.left
-            and box[2] < frame.width - 2
-            and box[1] > 0
-            and box[3] < frame.height - frame.bottom
+            if box[0] > frame.left and box[2] < frame.width - 2 and box[1] > 0 and box[3] < frame.height - frame.bottom
         ]
         free = [box for box in inside if not any(_overlap(box, other) for other in taken)]
         box = (free or inside or boxes)[0]
         taken.append(box)
-        names.append(
-            f'<text class="name halo" x="{box[0]:.1f}" y="{box[3] - 4:.1f}">{escape(point.label)}</text>'
-        )
+        names.append(f'<text class="name halo" x="{box[0]:.1f}" y="{box[3] - 4:.1f}">{escape(point.label)}</text>')
     return names
 
 
@@ -190,7 +185,7 @@ def _overlap(one, other):
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
-def legend_rows(lines, width):
+def legend_rows(lines: list[Line], width: int) -> tuple[int, list[tuple[float, int]]]:
     """How many rows the legend takes, and the (x, row) of each entry."""
     x, row, places = 62.0, 0, []
     for line in lines:
@@ -202,7 +197,7 @@ def legend_rows(lines, width):
     return row + 1, places
 
 
-def legend(frame, lines):
+def legend(frame: Frame, lines: list[Line]) -> str:
     parts = []
     for line, (x, row) in zip(lines, legend_rows(lines, frame.width)[1], strict=True):
         y = 14 + 18 * row
@@ -215,11 +210,11 @@ def legend(frame, lines):
     return "".join(parts)
 
 
-def colour_of(series):
+def colour_of(series: int) -> str:
     return f"var(--series-{series % COLOURS})"
 
 
-def finite(*values):
+def finite(*values: float | None) -> bool:
     return all(value is not None and math.isfinite(value) for value in values)
 
 
@@ -229,11 +224,11 @@ def _nice_step(span, count):
     return next(digit * power for digit in (1, 2, 2.5, 5, 10) if digit * power >= rough * (1 - 1e-9))
 
 
-def widened(low, high):
+def widened(low: float, high: float) -> tuple[float, float]:
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
-def padded(values, share, log=False):
+def padded(values: list[float], share: float, log: bool = False) -> tuple[float, float]:
     """The range of the values with a margin on both sides; a single value still gets a range."""
     low, high = min(values), max(values)
     if log:
@@ -243,7 +238,7 @@ def padded(values, share, log=False):
     return (10**low, 10**high) if log else (low, high)
 
 
-def thinned(points, kept):
+def thinned(points: list, kept: int) -> list:
     """At most about `kept` points, the last always among them."""
     stride = max(1, math.ceil(len(points) / kept))
     return [*points[:-1:stride], points[-1]]

@@ -1,4 +1,4 @@
-"""Numbers and names as people read them, in the claims, on the page and on the axes of its charts."""
+"""Numbers and names as text for people: in the claims, on the page, on the axes of charts."""
 
 import math
 

@@ -1,11 +1,11 @@
-"""Compares the records of what made these outs (provenance/) with those of a commit (provenance.json) or a checkout.
+"""Compares how these outs were made (provenance/) with the records of a commit (provenance.json) or of a checkout.
 
     python -m stages.run.compare                # with the last commit
     python -m stages.run.compare v0.1.0         # with a tag or any other revision of git
     python -m stages.run.compare ../elsewhere   # with a checkout that another machine has run
 
-Same settings and code under the same conditions make the same bytes: where they do not, this says so and ends with
-code 1. Under other conditions bytes may differ, and it says by how much the metrics did.
+The same settings and code under the same conditions give the same bytes; if not, this prints a warning and exits with
+code 1. Under other conditions bytes may differ; then it prints by how much the metrics differ.
 """
 
 import json
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from tabulate import tabulate
 
 from stages.files.artifacts import ROOT, Refusal, read_json
 from stages.run.provenance import RECORDS, record_path
@@ -48,7 +49,7 @@ def compare(theirs: dict, ours: dict) -> Comparison:
 
 
 def sentence(stage: str, found: Comparison, other: str = "the committed run") -> str:
-    """What a person should know of it; nothing where settings, code or inputs explain a difference."""
+    """The comparison in one line; empty where settings, code or inputs explain a difference."""
     if found.broken:
         return (
             f"WARNING: {stage}: {', '.join(found.outs)}: other bytes than those of {other}, from the same settings,"
@@ -105,7 +106,7 @@ def in_folder(root: Path, stage: str) -> dict | None:
 
 
 def _record(content) -> dict | None:
-    """None for what another version wrote in another form."""
+    """None if another version wrote it in another form."""
     return content if isinstance(content, dict) and PARTS <= content.keys() else None
 
 
@@ -122,9 +123,8 @@ def table(found: dict[str, Comparison]) -> str:
         rows.append([stage, recipe, *counts, moved])
         for name, pair in one.conditions.items():
             stages_with.setdefault(change(name, pair), []).append(stage)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines + [f"{told} ({', '.join(stages)})" for told, stages in stages_with.items()])
+    drawn = tabulate(rows, headers="firstrow", tablefmt="plain", disable_numparse=True)
+    return "\n".join([drawn, *(f"{changed} ({', '.join(stages)})" for changed, stages in stages_with.items())])
 
 
 def main(words: list[str]) -> int:

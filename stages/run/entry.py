@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import yaml
 
-from stages.files.artifacts import ROOT, Refusal, read_json, write_atomically, write_json
+from stages.files.artifacts import ROOT, Refusal, write_atomically, write_json
 from stages.files.resuming import only_holder, remove_recorded
 from stages.settings.schema import as_yaml, parse, validate
 
@@ -119,7 +119,6 @@ def _leave_record(name, own, place):
         return
     record = provenance.record(name, own, place.root)
     write_json(place.write(provenance.record_path(name)), record)
-    record = read_json(place.read(provenance.record_path(name)))  # as written: numbers are rounded
     committed = compare.committed(place.root, name)
     told = committed and compare.sentence(name, compare.compare(committed, record))
     if told:

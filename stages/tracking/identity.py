@@ -1,4 +1,4 @@
-"""What a run is called, under which parent it stands, and what it ran on, as known when its stage starts."""
+"""A run's name, its parent and its machine, as known when its stage starts."""
 
 import contextlib
 import importlib.metadata
@@ -27,7 +27,7 @@ def identity(stage, settings, out, root, sweep, deps):
         key, parent = f"sweep-{stage}-{sweep.name}", f"sweep {stage} {sweep.name}"
     elif os.environ.get("DVC_EXP_NAME"):
         key = parent = os.environ["DVC_EXP_NAME"]
-    elif out.resolve() == root.resolve():  # dvc repro; a run by hand stands alone
+    elif out.resolve() == root.resolve():  # dvc repro; a run by hand has no parent
         key = f"repro-{commit[:12]}-{resolved[:12]}"
         parent = " ".join(filter(None, ["repro", *_sheet_words(root), commit[:8]]))
     # Only what a person edits: DVC itself rewrites dvc.lock and metrics while the pipeline runs.
@@ -123,7 +123,7 @@ def dataset(root):
 
 
 def _corpus_name(corpus):
-    """As a column of a table has room for it."""
+    """The corpus in at most 60 characters, for a table column."""
     if not isinstance(corpus, dict):
         return redacted_line(corpus or "corpus", 60)
     if corpus.get("source") == "stdlib":

@@ -14,7 +14,7 @@ from stages.tracking.servers import complaint, require_connection, tracking_uri
 from stages.tracking.store import Store, stall_guard
 
 QUEUE_S = 120.0  # how long to wait for another mirror that is sending
-FOLLOW_S = 5.0  # between two looks at what a running stage has said since
+FOLLOW_S = 5.0  # between two reads of a running stage's record
 RETRY_S = 30.0  # between two tries while a stage runs and the server does not answer
 KEPT = "the run is kept; send it later with: python -m stages.tracking sync"
 
@@ -58,7 +58,7 @@ def send(root, folder=None, backlog=True, quiet=False, sender=None):
                 elif not quiet:
                     print(f"sent {waiting[0].name}" + (" so far: its stage is running" if sent[waiting[0]] else ""))
             _tell(root / FAILURE, refusals)
-    except Timeout:  # whoever holds the lock is sending, and takes this record too
+    except Timeout:  # the process that holds the lock sends this record too
         if not quiet:
             say(f"another process has been sending for {QUEUE_S:.0f} s: repeat this when it has ended")
         return 1
@@ -71,7 +71,7 @@ def send(root, folder=None, backlog=True, quiet=False, sender=None):
 
 
 def follow(root, folder):
-    """Send what a running stage says every few seconds, and at its end all that is left, and the backlog."""
+    """Send a running stage's record every few seconds; after its end send the rest and the backlog."""
     sender, seen = Sender(root), 0
     while is_alive(folder):
         size, pause = (folder / "events.jsonl").stat().st_size, FOLLOW_S
@@ -82,7 +82,7 @@ def follow(root, folder):
                 seen = size
             except Timeout:  # another process is sending: it takes this record, too, or this one does later
                 pass
-            except Exception:  # said at the end, when it is still so
+            except Exception:  # reported at the end, if it still fails
                 pause = RETRY_S
         _await_end(folder, pause)
     return send(root, folder, quiet=True, sender=sender)

@@ -38,7 +38,7 @@ BY_HAND_WAIT_S = 10.0  # a run by hand on the local store is in MLflow when the 
 
 
 class Run:
-    """What a stage says about itself. Nothing here raises; a record that fails says so once."""
+    """What a stage records about itself. Nothing here raises; a failing record prints one line."""
 
     def __init__(self, folder=None, root=None):
         self.folder, self.root = folder, root  # folder None: the null run, which accepts everything
@@ -82,7 +82,7 @@ class Run:
                             folder=str(Path(folder).resolve()), tokenizer=str(tokenizer.resolve()))
 
     def follow(self):
-        """Have the mirror send what is said while the stage runs, not at its end only."""
+        """Makes the mirror send while the stage runs, not only at its end."""
         with self._quietly():
             if self._file is not None:
                 self._mirror = _start_mirror(self.folder, checkout_root(self.root))

@@ -1,6 +1,6 @@
 """The folder `.runs/tracking/` of run records: what each holds, whether its stage still runs, what was sent of it.
 
-    events.jsonl   what the stage said, a line of JSON each
+    events.jsonl   what the stage recorded, one JSON object per line
     files/         copies of the files and folders that the lines name
     alive          locked by the stage while it runs
     mirror         locked by the process that sends the record, while it runs

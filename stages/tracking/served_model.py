@@ -114,7 +114,7 @@ def _time_limit():
 
 
 def _server_is_ending():
-    """uvicorn, told to end, waits for its requests; whether it was told, the owner of its signal handler knows."""
+    """On a signal uvicorn waits for its requests; the owner of its signal handler knows whether one came."""
     return getattr(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), "should_exit", False)
 
 

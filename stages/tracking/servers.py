@@ -80,9 +80,9 @@ def reason(error):
 
 def _http_status(error):
     """MLflow's exceptions know the status of the answer, or only write it."""
-    told = re.search(r"failed with error code (\d{3})", str(error))
-    if told:
-        return int(told[1])
+    found = re.search(r"failed with error code (\d{3})", str(error))
+    if found:
+        return int(found[1])
     with contextlib.suppress(AttributeError):
         return error.get_http_status_code()
     return None

@@ -68,7 +68,7 @@ class Store:
         """The id of the experiment with this name, made where it is not there yet."""
         found = self.client.get_experiment_by_name(name)
         if found is None:
-            # Named outright: MLflow's own default is the working folder of whoever came first.
+            # Explicit, because MLflow's default is the working folder of the process that created the store.
             place = None
             if self.uri.startswith("sqlite:///"):
                 place = (Path(self.uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
@@ -97,7 +97,7 @@ class Store:
 
     def send(self, folder):
         """Send what the store has not seen of one record, and remember each step; is its stage running?"""
-        alive = is_alive(folder)  # asked before reading: whoever is dead then writes nothing more
+        alive = is_alive(folder)  # asked before reading: a process that has ended writes no more
         events = read_lines(folder / "events.jsonl")
         state = read_sent(folder).get(store_name(self.uri), {"events": 0, "done": False})
         if not events or events[0]["kind"] != "start":
@@ -108,7 +108,7 @@ class Store:
         position = state["events"] if run_id == state.get("run_id") else 0  # else that run was deleted
         while position < len(events):
             if alive and events[position]["kind"] == "model":
-                break  # its results, which stand beside it in MLflow, may be said after it
+                break  # its results, which are beside it in MLflow, may be recorded after it
             position += self._send_from(events, position, folder, run_id, parent_id, start)
             self._remember(folder, {"run_id": run_id, "events": position, "done": False})
             _restart_stall_clock()
@@ -210,7 +210,7 @@ class Store:
                     results.append(metrics[-1])
         for first in range(0, len(metrics), BATCH):
             self.client.log_batch(run_id, metrics=metrics[first:first + BATCH])
-        if summary_id:  # what evaluation found stands on the parent too: pipelines compare in one table
+        if summary_id:  # the evaluation's figures are also on the parent, so that one table compares pipelines
             for first in range(0, len(results), BATCH):
                 self.client.log_batch(summary_id, metrics=results[first:first + BATCH])
         return count

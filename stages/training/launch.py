@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from stages.files.artifacts import ROOT, Refusal, read_json, write_atomically, write_json
+from stages.files.artifacts import ROOT, Refusal, read_json, rounded, write_atomically, write_json
 from stages.files.resuming import ResumeState, resume_key
 from stages.run.entry import die_with_parent
 from stages.settings.schema import refuse_uneven_batches
@@ -113,7 +113,7 @@ def launch(stage: str, settings, place, inputs: list[str], run) -> tuple[dict, d
             result = read_json(state.folder / "result.json")
     clock = {"seconds": time.monotonic() - started, "ranks": conditions["ranks"]}
     clock |= {"accelerator": accelerator(conditions)}
-    write_json(place.write(f"measurements/{stage}.json"), clock | speeds)
+    write_json(place.write(f"measurements/{stage}.json"), rounded(clock | speeds))
     return result, conditions
 
 
@@ -130,7 +130,7 @@ def _write_job(stage: str, plain: dict, conditions: dict, place, state: Path) ->
     job |= {"precision": conditions["precision"]}
     job |= {"root": str(place.root), "out": str(place.out), "state": str(state)}
     path = state / "job.json"
-    write_atomically(path, json.dumps(job))  # not write_json, which rounds: ranks get the exact settings
+    write_json(path, job)
     return path
 
 
@@ -189,7 +189,7 @@ def write_curves(place, stage: str, result: dict) -> None:
 
     An empty field where a step was not validated.
     """
-    for name, fit in result.items():
+    for name, fit in rounded(result).items():
         lines = ["step,loss,validation_bits_per_byte"]
         for row in fit["curve"]:
             bits = "" if row["validation_bits_per_byte"] is None else row["validation_bits_per_byte"]
