@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from stages.compress.pruning import most_important, prune, pruned_shape
-from stages.compress.scores import importance
+from stages.compress.scores import SCORES, importance
 from stages.files.artifacts import Refusal
 from stages.model.families.deepseek_v3.model import DeepseekV3Shape as TeacherShape
 from stages.model.families.qwen3.model import Qwen3Shape as StudentShape
@@ -235,3 +235,44 @@ def test_importance_of_planted_scores_is_what_prune_obeys():
     assert torch.equal(few.key.weight, many.key.weight[8:])
     assert torch.equal(few.query.weight, many.query.weight[16:]), "two query heads go with their group"
     assert torch.equal(few.output.weight, many.output.weight[:, 16:])
+
+
+def test_magnitude_is_the_norm_of_all_weights_of_a_unit():
+    student, teacher = a_model(STUDENT), a_model(TEACHER)
+    found = importance(student, batches(1), dict.fromkeys(WORDS, "magnitude"))
+    attention, mlp = student.blocks[0].attention, student.blocks[0].mlp
+    rows = [attention.key.weight[8:16], attention.value.weight[8:16], attention.query.weight[16:32]]
+    weights = torch.cat([part.flatten() for part in (*rows, attention.output.weight[:, 16:32])])
+    assert found["blocks.0.attention.heads"][1].item() == pytest.approx(weights.norm().item(), rel=1e-5)
+    weights = torch.cat([mlp.gate_up.weight[3], mlp.gate_up.weight[43], mlp.down.weight[:, 3]])
+    assert found["blocks.0.mlp.neurons"][3].item() == pytest.approx(weights.norm().item(), rel=1e-5)
+    found = importance(teacher, batches(1), dict.fromkeys(WORDS, "magnitude"))
+    moe = teacher.blocks[1].mlp
+    weights = torch.cat([part[5].flatten() for part in (moe.gate_up, moe.down, moe.router_weight)])
+    assert found["blocks.1.mlp.experts"][5].item() == pytest.approx(weights.norm().item(), rel=1e-5)
+    weights = torch.cat([moe.gate_up[5, 2], moe.gate_up[5, 18], moe.down[5, :, 2]])
+    assert found["blocks.1.mlp.experts.neurons"][5, 2].item() == pytest.approx(weights.norm().item(), rel=1e-5)
+
+
+@SHAPES
+def test_the_contribution_of_heads_is_the_mean_norm_of_what_each_adds_to_the_stream(shape):
+    model, units, seen = a_model(shape), (4 if shape is TEACHER else 3), []
+    output, tokens = model.blocks[1].attention.output, batches(1)
+    hook = output.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1)))
+    with torch.no_grad():
+        model(tokens[0][:, :-1])
+    hook.remove()
+    found = importance(model, tokens, {"heads": "contribution"})["blocks.1.attention.heads"]
+    for unit, (x_Nd, weight_Dd) in enumerate(
+        zip(seen[0].chunk(units, dim=1), output.weight.detach().chunk(units, dim=1), strict=True)
+    ):
+        assert found[unit].item() == pytest.approx((x_Nd @ weight_Dd.T).norm(dim=1).mean().item(), rel=1e-4)
+
+
+@SHAPES
+@pytest.mark.parametrize(("kind", "word"), [(kind, word) for kind, words in SCORES.items() for word in words])
+def test_a_model_can_be_pruned_by_every_score(shape, kind, word):
+    model = a_model(shape)
+    scores = importance(model, batches(), WORDS | {kind: word})
+    assert all(score.dtype == torch.float64 and (score >= 0).all() for score in scores.values())
+    assert torch.isfinite(logits(prune(model, shares(shape), scores))).all()

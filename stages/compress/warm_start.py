@@ -5,8 +5,8 @@
 A narrower student keeps the strongest directions of the teacher's residual stream, the same everywhere (as
 SliceGPT does, Ashkboos et al. 2024); at equal width it keeps the channels as they are. Embedding and head
 follow. Each MLP is filled with the neurons that add most to the stream, out of the teacher's dense MLP or of
-its shared and routed experts. Attention becomes grouped heads, the most important ones, where the sizes allow. What a block of the
-teacher holds is read through the `dense_source` of its family.
+its shared and routed experts. Attention becomes grouped heads, the most important ones, where the sizes allow.
+What a block of the teacher holds is read through the `dense_source` of its family.
 
 Shape legend: N tokens, D teacher width, S student width, H student heads, G its groups, m heads of a group,
 d student head, P and R unrotated and rotated dimensions of a teacher's head, U its value head, F neurons, O outputs.
@@ -75,7 +75,7 @@ def _source_for(student: Any, teacher: Any) -> DenseSource:
         )
     if ours.vocab_size != theirs.vocab_size:
         raise Refusal(
-            f"distill.init = teacher: the student speaks a vocabulary of {ours.vocab_size}, the teacher of"
+            f"distill.init = teacher: the student has a vocabulary of {ours.vocab_size}, the teacher of"
             f" {theirs.vocab_size}: prepare once for both, or set distill.init to random"
         )
     if ours.width > theirs.width:

@@ -160,8 +160,9 @@ def _refuse_larger_than(tensors: dict[str, Tensor], shape: Any, path: Path) -> N
     numbers = sum(part.numel() for part in tensors.values())
     for field in fields(shape):
         most = len(tensors) if field.name in ("layers", "experts") else numbers
-        if field.type == "int" and field.name != "sequence_tokens" and getattr(shape, field.name) > most:
-            raise Refusal(f"{path}: {field.name} ({getattr(shape, field.name)}) is more than {WEIGHTS} can hold")
+        value = getattr(shape, field.name)
+        if isinstance(value, int) and field.name != "sequence_tokens" and value > most:
+            raise Refusal(f"{path}: {field.name} ({value}) is more than {WEIGHTS} can hold")
 
 
 def _check_weights(tensors: dict[str, Tensor], expected: dict[str, torch.Size], path: Path) -> None:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -54,12 +53,12 @@ def read_fields(kind: type, names: dict[str, str], fixed: dict[str, Any], config
         raise Refusal(f"{path}: scaled rotary positions are not supported, only rope_type 'default'")
     config = {"rope_theta": rope.get("rope_theta")} | config
     given: dict[str, Any] = {}
-    for field in fields(kind):
-        value = config.get(names[field.name])
-        wanted: Any = {"int": int, "float": (int, float), "str": str}[str(field.type)]
-        if not isinstance(value, wanted) or isinstance(value, bool) or value in (math.inf, -math.inf):
-            raise Refusal(f"{path}: {names[field.name]} is {value!r}, expected {field.type}: restore the file")
-        given[field.name] = float(value) if field.type == "float" else value
+    for name, wanted in get_type_hints(kind).items():
+        value = config.get(names[name])
+        allowed = (int, float) if wanted is float else wanted
+        if not isinstance(value, allowed) or isinstance(value, bool) or value in (math.inf, -math.inf):
+            raise Refusal(f"{path}: {names[name]} is {value!r}, expected {wanted.__name__}: restore the file")
+        given[name] = float(value) if wanted is float else value
     return kind(**given)
 
 
