@@ -17,9 +17,10 @@ from benchmarks.peers import EXPERTS_IMPLEMENTATIONS, INSTALL, batched_mm_bytes,
 from benchmarks.table import Row
 from benchmarks.timing import DEVICE, Action, Timings, heats_and_final, interleaved
 from benchmarks.training_step import REFERENCE, new_teacher
+from stages.model.families.deepseek_v3.model import DeepseekV3 as Teacher
+from stages.model.families.deepseek_v3.model import DeepseekV3Shape as TeacherShape
 from stages.model.generation import Reader
 from stages.model.layers import one_thread
-from stages.model.teacher import Teacher, TeacherShape
 
 WITHOUT_CACHE = "our own forward without a cache"
 

@@ -12,7 +12,7 @@ from benchmarks.ceiling import DTYPES
 from benchmarks.table import Row
 from benchmarks.timing import DEVICE, interleaved
 from benchmarks.training_step import BATCHES, SHAPE, Step, batches, new_teacher, teacher_step
-from stages.model.teacher import TeacherShape
+from stages.model.families.deepseek_v3.model import DeepseekV3Shape as TeacherShape
 
 
 def switched(step: Step, on: bool) -> Step:

@@ -23,7 +23,8 @@ from benchmarks.training_step import BALANCE_LOSS_WEIGHT, REFERENCE, new_teacher
 from stages.files.artifacts import write_atomically
 from stages.measure.flops import flops_per_token, total_parameters
 from stages.measure.memory import LiveBytes
-from stages.model.teacher import Teacher, TeacherShape
+from stages.model.families.deepseek_v3.model import DeepseekV3 as Teacher
+from stages.model.families.deepseek_v3.model import DeepseekV3Shape as TeacherShape
 from stages.reporting.charts import curves, sheet
 from stages.reporting.drawing import Line
 from stages.reporting.wording import number

@@ -18,8 +18,9 @@ from torch import nn
 
 from benchmarks.timing import DEVICE
 from stages.measure.flops import flops_per_token
-from stages.model.student import StudentShape
-from stages.model.teacher import Teacher, TeacherShape
+from stages.model.families.deepseek_v3.model import DeepseekV3 as Teacher
+from stages.model.families.deepseek_v3.model import DeepseekV3Shape as TeacherShape
+from stages.model.families.qwen3.model import Qwen3Shape as StudentShape
 
 EXPERTS_IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 Peer = tuple[str, Callable[[], nn.Module]]

@@ -18,7 +18,7 @@ from benchmarks.timing import Timings, interleaved
 # what it is -> (our import, the library that it is built on or that it spares the process)
 PAIRS = {
     "a rank that trains": ("stages.training.rank", "lightning"),
-    "teacher and losses": ("stages.model.teacher, stages.training.fit", "torch"),
+    "teacher and losses": ("stages.model.families.deepseek_v3.model, stages.training.fit", "torch"),
     "tracking, in the stage's process": ("stages.tracking", "mlflow"),
     "a stage before its own imports": ("stages.run.entry", "yaml"),
 }

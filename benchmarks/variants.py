@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from stages.measure.flops import flops_per_token
+from stages.model.families.deepseek_v3.model import Block, LatentAttention
+from stages.model.families.deepseek_v3.model import DeepseekV3 as Teacher
+from stages.model.families.deepseek_v3.model import DeepseekV3Shape as TeacherShape
 from stages.model.hub import build_teacher
 from stages.model.layers import RMSNorm, Rope, attend, for_matmuls, initialise, rope_table, rotate
 from stages.model.losses import next_token
-from stages.model.teacher import Block, LatentAttention, Teacher, TeacherShape
 from stages.settings.schema import Optimizer, Settings
 from stages.training import optimizers
 from stages.training.fit import NextToken, Outcome, add_balance_loss, split_targets

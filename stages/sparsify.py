@@ -19,7 +19,7 @@ INPUTS = ["artifacts/data", "artifacts/teacher", "artifacts/student"]
 
 
 def fits(settings, place: Place, keep: Callable) -> Iterator:
-    from stages.compress.pruning import Importance, prune
+    from stages.compress.pruning import prune
     from stages.data.shards import Tokens, Windows
     from stages.model import hub as models
     from stages.training.fit import Distillation, Fit, NextToken
@@ -36,9 +36,11 @@ def fits(settings, place: Place, keep: Callable) -> Iterator:
         "validation_sequences": recipe.validation_sequences,
     }
     for name in ("teacher", "student"):
-        shares, dense = getattr(settings.sparsify, name), models.load(place.read(f"artifacts/{name}"))
-        kept = keep(f"{name}_calibration", partial(calibrate, dense, shares, calibration, held_out))
-        sparse = prune(dense, shares, Importance(**kept["importance"]))
+        dense = models.load(place.read(f"artifacts/{name}"))
+        shares = {key.removeprefix("keep_"): share for key, share in vars(getattr(settings.sparsify, name)).items()}
+        words = vars(settings.sparsify.score)
+        kept = keep(f"{name}_calibration", partial(calibrate, dense, shares, words, calibration, held_out))
+        sparse = prune(dense, shares, kept["importance"])
         yield Fit(
             name=f"sparse_{name}",
             model=sparse,
@@ -56,15 +58,16 @@ def fits(settings, place: Place, keep: Callable) -> Iterator:
         )
 
 
-def calibrate(dense, shares, calibration: list, held_out: list) -> dict:
+def calibrate(dense, shares: dict[str, float], words: dict[str, str], calibration: list, held_out: list) -> dict:
     """What decides which structures go, and how much worse the model is right after they went."""
-    from stages.compress.pruning import importance, prune
+    from stages.compress.pruning import prune
+    from stages.compress.scores import importance
     from stages.training.fit import validation_nats
 
-    scores = importance(dense, calibration)
+    scores = importance(dense, calibration, words)
     sparse = prune(dense, shares, scores)
     before, after = (validation_nats(model, held_out).item() for model in (dense, sparse))
-    return {"importance": vars(scores), "one_shot_loss_ratio": after / before}
+    return {"importance": scores, "one_shot_loss_ratio": after / before}
 
 
 def main(settings, place: Place, run) -> dict:

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from stages.measure import flops as cost
+from stages.model.families.deepseek_v3.model import DeepseekV3Shape as TeacherShape
+from stages.model.families.qwen3.model import Qwen3Shape as StudentShape
 from stages.model.hub import new_model
-from stages.model.student import StudentShape
-from stages.model.teacher import TeacherShape
 
 TEACHER = TeacherShape(
     vocab_size=300, sequence_tokens=32, layers=3, dense_layers=1, width=48, heads=3, nope_head_dim=8,

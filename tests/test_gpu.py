@@ -14,10 +14,11 @@ from benchmarks.moe_layer import ScatterMoE, new_layer, run_layer
 from benchmarks.training_step import REFERENCE, batches, new_teacher, teacher_step
 from stages.model import experts, layers, losses, student, teacher
 from stages.model.experts import MoE
+from stages.model.families.deepseek_v3.model import DeepseekV3 as Teacher
+from stages.model.families.qwen3.model import Qwen3 as Student
+from stages.model.families.qwen3.model import Qwen3Shape as StudentShape
 from stages.model.generation import Reader
 from stages.model.layers import initialise
-from stages.model.student import Student, StudentShape
-from stages.model.teacher import Teacher
 from stages.training.fit import NextToken, compile_blocks, settle_cublas_workspaces
 
 SHAPE = replace(

@@ -113,11 +113,11 @@ def test_building_takes_the_shape_from_the_settings_and_ignores_training_knobs()
 @pytest.mark.parametrize(
     ("shape", "rule"),
     [
-        (replace(TEACHER, experts_per_token=7), r"experts_per_token \(7\) must not exceed experts \(6\)"),
+        (replace(TEACHER, experts_per_token=7), r"experts_per_token \(7\) must be at most experts \(6\)"),
         (replace(TEACHER, gating="tanh"), r"gating \('tanh'\) must be sigmoid or softmax"),
         (replace(TEACHER, rope_head_dim=3), r"rope_head_dim \(3\) must be even"),
         (replace(TEACHER, heads=0), r"heads \(0\) is too small"),
-        (replace(STUDENT, heads=3), r"heads \(3\) must be divisible by kv_heads \(2\)"),
+        (replace(STUDENT, heads=3), r"heads \(3\) must be a multiple of kv_heads \(2\)"),
     ],
 )
 def test_an_impossible_shape_is_refused(shape, rule):
@@ -202,13 +202,13 @@ def test_wrong_weights_are_refused_by_name(saved, change, told):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"model_type": "llama"}, "model_type 'llama' is neither"),
+        ({"model_type": "llama"}, "model_type 'llama' is not supported, only deepseek_v3"),
         ({"hidden_size": "wide"}, "hidden_size is 'wide', expected int"),
         ({"hidden_size": 48}, "config.json says"),
         ({"q_lora_rank": 8}, "q_lora_rank is 8, only None is supported"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "scaled rotary positions"),
-        ({"num_experts_per_tok": 99}, "must not exceed experts"),
+        ({"num_experts_per_tok": 99}, "must be at most experts"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(saved, changes, told):

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 from stages.compress.warm_start import initialise_student, layer_sources, rope_order, shared_parts
 from stages.files.artifacts import Refusal
+from stages.model.families.deepseek_v3.model import DeepseekV3Shape as TeacherShape
+from stages.model.families.qwen3.model import Qwen3Shape as StudentShape
 from stages.model.hub import new_model
-from stages.model.student import StudentShape
-from stages.model.teacher import TeacherShape
 
 TEACHER = TeacherShape(
     vocab_size=40, sequence_tokens=24, layers=3, dense_layers=1, width=32, heads=4, nope_head_dim=8,

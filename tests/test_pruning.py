@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stages.compress.pruning import Importance, Keep, importance, most_important, prune, pruned_shape
+from stages.compress.pruning import most_important, prune, pruned_shape
+from stages.compress.scores import SCORES, importance
 from stages.files.artifacts import Refusal
+from stages.model.families.deepseek_v3.model import DeepseekV3Shape as TeacherShape
+from stages.model.families.qwen3.model import Qwen3Shape as StudentShape
 from stages.model.hub import load, new_model, save
-from stages.model.student import StudentShape
-from stages.model.teacher import TeacherShape
 
 TEACHER = TeacherShape(
     vocab_size=61, sequence_tokens=16, layers=3, dense_layers=1, width=32, heads=4, nope_head_dim=6,
@@ -21,7 +22,13 @@ STUDENT = StudentShape(
     vocab_size=61, sequence_tokens=16, layers=2, width=32, heads=6, kv_heads=3, head_dim=8, mlp_width=40,
     rope_theta=10000.0,
 )
+WORDS = {"heads": "taylor", "neurons": "contribution", "experts": "reap"}
 SHAPES = pytest.mark.parametrize("shape", [TEACHER, STUDENT], ids=["teacher", "student"])
+
+
+def shares(shape):
+    own = {"heads": 0.67, "neurons": 0.5}
+    return own | {"experts": 0.5, "experts_per_token": 0.67} if shape is TEACHER else own
 
 
 def a_model(shape, seed=3):
@@ -47,6 +54,14 @@ def logits(model):
         return model(batches(1, seed=9)[0][:, :-1])
 
 
+def heads_of(scores):
+    return [score for name, score in scores.items() if name.endswith("attention.heads")]
+
+
+def experts_of(scores):
+    return [score for name, score in scores.items() if name.endswith("mlp.experts")]
+
+
 def parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -54,7 +69,7 @@ def parameters(model):
 @SHAPES
 def test_keeping_everything_gives_identical_logits_in_a_model_of_its_own(shape):
     model = a_model(shape)
-    kept = prune(model, Keep(), importance(model, batches()))
+    kept = prune(model, {}, importance(model, batches(), WORDS))
     assert torch.equal(logits(kept), logits(model))
     assert {p.data_ptr() for p in kept.parameters()}.isdisjoint(p.data_ptr() for p in model.parameters())
 
@@ -63,9 +78,9 @@ def test_keeping_everything_gives_identical_logits_in_a_model_of_its_own(shape):
 def test_a_pruned_model_is_physically_smaller_trains_and_survives_saving(shape, tmp_path):
     model = a_model(shape)
     before = logits(model)
-    smaller = prune(model, Keep(0.67, 0.5, 0.5, 0.67), importance(model, batches()))
+    smaller = prune(model, shares(shape), importance(model, batches(), WORDS))
     assert type(smaller) is type(model)
-    assert smaller.shape == pruned_shape(shape, Keep(0.67, 0.5, 0.5, 0.67))
+    assert smaller.shape == pruned_shape(shape, shares(shape))
     assert parameters(smaller) < 0.75 * parameters(model)
     smaller(batches(1)[0]).square().mean().backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in smaller.parameters())
@@ -75,24 +90,25 @@ def test_a_pruned_model_is_physically_smaller_trains_and_survives_saving(shape, 
 
 
 def test_teacher_shapes_shrink_uniformly_and_keep_their_invariants():
-    shape = pruned_shape(TEACHER, Keep(0.75, 0.6, 0.25, 1.0))
+    shape = pruned_shape(TEACHER, {"heads": 0.75, "neurons": 0.6, "experts": 0.25})
     assert (shape.heads, shape.experts, shape.experts_per_token) == (3, 2, 2), "k <= experts left"
     assert shape.dense_width == 32, "29 neurons, to a multiple of 8"
     assert shape.expert_width == 10, "small widths are not rounded"
-    assert pruned_shape(TEACHER, Keep(0.01, 0.01, 0.01, 0.01)).heads == 1, "never a whole layer"
-    student = pruned_shape(STUDENT, Keep(keep_heads=0.67, keep_neurons=0.5))
+    hardly_any = dict.fromkeys(("heads", "neurons", "experts", "experts_per_token"), 0.01)
+    assert pruned_shape(TEACHER, hardly_any).heads == 1, "never a whole layer"
+    student = pruned_shape(STUDENT, {"heads": 0.67, "neurons": 0.5})
     assert (student.kv_heads, student.heads, student.mlp_width) == (2, 4, 24)
 
 
 @pytest.mark.parametrize("share", [0.0, -0.5, 1.5])
 def test_an_impossible_share_is_refused_by_name(share):
     with pytest.raises(Refusal, match="keep_heads"):
-        pruned_shape(TEACHER, Keep(keep_heads=share))
+        pruned_shape(TEACHER, {"heads": share})
 
 
 def test_no_calibration_batch_is_refused():
     with pytest.raises(Refusal, match="calibration"):
-        importance(a_model(STUDENT), [])
+        importance(a_model(STUDENT), [], WORDS)
 
 
 @SHAPES
@@ -101,9 +117,9 @@ def test_a_head_that_writes_nothing_ranks_last_and_leaves_without_a_trace(shape)
     with torch.no_grad():
         for block in model.blocks:
             block.attention.output.weight.unflatten(1, (units, -1))[:, 1] = 0
-    scores = importance(model, batches())
-    assert all(score.argmin() == 1 and score[1] == 0 for score in scores.heads)
-    smaller = prune(model, Keep(keep_heads=(units - 1) / units), scores)
+    scores = importance(model, batches(), WORDS)
+    assert all(score.argmin() == 1 and score[1] == 0 for score in heads_of(scores))
+    smaller = prune(model, {"heads": (units - 1) / units}, scores)
     torch.testing.assert_close(logits(smaller), logits(model))
 
 
@@ -114,7 +130,7 @@ def test_neurons_that_write_nothing_leave_without_a_trace(shape):
         for name, weight in model.named_parameters():
             if name.endswith("down.weight") or name.endswith(".down"):
                 weight[..., ::2] = 0  # every second neuron of dense MLP, shared and routed experts
-    smaller = prune(model, Keep(keep_neurons=0.5), importance(model, batches()))
+    smaller = prune(model, {"neurons": 0.5}, importance(model, batches(), WORDS))
     assert parameters(smaller) < parameters(model)
     torch.testing.assert_close(logits(smaller), logits(model))
 
@@ -124,7 +140,7 @@ def test_a_silent_neuron_ranks_last_even_with_a_large_output_weight():
     with torch.no_grad():
         model.blocks[0].mlp.gate_up.weight[5] = 0
         model.blocks[0].mlp.down.weight[:, 5] = 100
-    assert importance(model, batches()).neurons[0]["mlp"].argmin() == 5
+    assert importance(model, batches(), WORDS)["blocks.0.mlp.neurons"].argmin() == 5
 
 
 @pytest.mark.parametrize("gating", ["sigmoid", "softmax"])
@@ -138,10 +154,10 @@ def test_an_expert_nobody_chooses_ranks_last_and_leaves_without_a_trace(gating):
                 model.embedding.weight[:, 0] = 50  # a constant channel that the router reads
                 block.mlp.router_weight[:, 0] = 0
                 block.mlp.router_weight[2, 0] = -50
-    scores = importance(model, batches())
-    assert all(score.argmin() == 2 and score[2] == 0 for score in scores.experts[1:])
-    assert scores.experts[0] is None
-    smaller = prune(model, Keep(keep_experts=7 / 8), scores)
+    scores = importance(model, batches(), WORDS)
+    assert all(score.argmin() == 2 and score[2] == 0 for score in experts_of(scores))
+    assert len(experts_of(scores)) == 2, "none in the dense block"
+    smaller = prune(model, {"experts": 7 / 8}, scores)
     assert smaller.blocks[1].mlp.router_weight.shape[0] == len(smaller.blocks[1].mlp.bias) == 7
     if gating == "sigmoid":
         assert torch.equal(smaller.blocks[1].mlp.bias, model.blocks[1].mlp.bias[[0, 1, 3, 4, 5, 6, 7]])
@@ -163,7 +179,7 @@ def test_expert_importance_equals_a_plain_loop_over_tokens():
             output_D = moe.down[expert] @ (F.silu(gate) * up)
             found[expert].append((g * output_D.norm()).item())
     expected = torch.tensor([sum(v) / max(len(v), 1) for v in found.values()], dtype=torch.float64)
-    torch.testing.assert_close(importance(model, tokens).experts[1], expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(importance(model, tokens, WORDS)["blocks.1.mlp.experts"], expected, rtol=1e-4, atol=1e-6)
 
 
 @SHAPES
@@ -175,11 +191,12 @@ def test_head_importance_equals_gradient_times_activation(shape):
         kept["x"] = inputs[0]
         inputs[0].retain_grad()
 
-    model.blocks[1].attention.output.register_forward_pre_hook(keep)
+    hook = model.blocks[1].attention.output.register_forward_pre_hook(keep)
     loss = F.cross_entropy(model(tokens_BT1[:, :-1]).flatten(0, 1), tokens_BT1[:, 1:].flatten())
     loss.backward()
+    hook.remove()
     taylor = (kept["x"] * kept["x"].grad).unflatten(-1, (units, -1)).sum(dim=(0, 1, 3)).abs().double()
-    found = importance(model, [tokens_BT1]).heads[1]
+    found = importance(model, [tokens_BT1], WORDS)["blocks.1.attention.heads"]
     torch.testing.assert_close(found, (taylor / taylor.norm()).detach(), rtol=1e-3, atol=1e-5)
 
 
@@ -187,9 +204,8 @@ def test_head_importance_equals_gradient_times_activation(shape):
 def test_measuring_twice_gives_the_same_bits_and_changes_nothing(shape):
     model = a_model(shape).train()
     before = {name: part.clone() for name, part in model.state_dict().items()}
-    first, second = importance(model, batches()), importance(model, batches())
-    assert all(torch.equal(a, b) for a, b in zip(first.heads, second.heads, strict=True))
-    assert all(torch.equal(a[k], b[k]) for a, b in zip(first.neurons, second.neurons, strict=True) for k in a)
+    first, second = importance(model, batches(), WORDS), importance(model, batches(), WORDS)
+    assert first.keys() == second.keys() and all(torch.equal(score, second[name]) for name, score in first.items())
     assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
     assert all(torch.equal(part, before[name]) for name, part in model.state_dict().items())
     assert not any(m._forward_pre_hooks for m in model.modules())
@@ -197,7 +213,7 @@ def test_measuring_twice_gives_the_same_bits_and_changes_nothing(shape):
 
 def test_fewer_experts_per_token_keep_the_first_choices_renormalised():
     model = a_model(TEACHER)
-    smaller = prune(model, Keep(keep_experts_per_token=0.67), importance(model, batches()))
+    smaller = prune(model, {"experts_per_token": 0.67}, importance(model, batches(), WORDS))
     x_ND = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     many, few = model.blocks[1].mlp.gates(x_ND), smaller.blocks[1].mlp.gates(x_ND)
     assert few.expert_index_NK.shape == (5, 2)
@@ -212,10 +228,51 @@ def test_ties_keep_the_first_and_the_old_order():
 
 def test_importance_of_planted_scores_is_what_prune_obeys():
     model = a_model(STUDENT)
-    scores = importance(model, batches())
-    planted = Importance([torch.tensor([0.1, 3.0, 2.0])] * 2, scores.neurons, scores.experts)
-    smaller = prune(model, Keep(keep_heads=0.67), planted)
+    scores = importance(model, batches(), WORDS)
+    planted = scores | {f"blocks.{index}.attention.heads": torch.tensor([0.1, 3.0, 2.0]) for index in range(2)}
+    smaller = prune(model, {"heads": 0.67}, planted)
     few, many = smaller.blocks[0].attention, model.blocks[0].attention
     assert torch.equal(few.key.weight, many.key.weight[8:])
     assert torch.equal(few.query.weight, many.query.weight[16:]), "two query heads go with their group"
     assert torch.equal(few.output.weight, many.output.weight[:, 16:])
+
+
+def test_magnitude_is_the_norm_of_all_weights_of_a_unit():
+    student, teacher = a_model(STUDENT), a_model(TEACHER)
+    found = importance(student, batches(1), dict.fromkeys(WORDS, "magnitude"))
+    attention, mlp = student.blocks[0].attention, student.blocks[0].mlp
+    rows = [attention.key.weight[8:16], attention.value.weight[8:16], attention.query.weight[16:32]]
+    weights = torch.cat([part.flatten() for part in (*rows, attention.output.weight[:, 16:32])])
+    assert found["blocks.0.attention.heads"][1].item() == pytest.approx(weights.norm().item(), rel=1e-5)
+    weights = torch.cat([mlp.gate_up.weight[3], mlp.gate_up.weight[43], mlp.down.weight[:, 3]])
+    assert found["blocks.0.mlp.neurons"][3].item() == pytest.approx(weights.norm().item(), rel=1e-5)
+    found = importance(teacher, batches(1), dict.fromkeys(WORDS, "magnitude"))
+    moe = teacher.blocks[1].mlp
+    weights = torch.cat([part[5].flatten() for part in (moe.gate_up, moe.down, moe.router_weight)])
+    assert found["blocks.1.mlp.experts"][5].item() == pytest.approx(weights.norm().item(), rel=1e-5)
+    weights = torch.cat([moe.gate_up[5, 2], moe.gate_up[5, 18], moe.down[5, :, 2]])
+    assert found["blocks.1.mlp.experts.neurons"][5, 2].item() == pytest.approx(weights.norm().item(), rel=1e-5)
+
+
+@SHAPES
+def test_the_contribution_of_heads_is_the_mean_norm_of_what_each_adds_to_the_stream(shape):
+    model, units, seen = a_model(shape), (4 if shape is TEACHER else 3), []
+    output, tokens = model.blocks[1].attention.output, batches(1)
+    hook = output.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1)))
+    with torch.no_grad():
+        model(tokens[0][:, :-1])
+    hook.remove()
+    found = importance(model, tokens, {"heads": "contribution"})["blocks.1.attention.heads"]
+    for unit, (x_Nd, weight_Dd) in enumerate(
+        zip(seen[0].chunk(units, dim=1), output.weight.detach().chunk(units, dim=1), strict=True)
+    ):
+        assert found[unit].item() == pytest.approx((x_Nd @ weight_Dd.T).norm(dim=1).mean().item(), rel=1e-4)
+
+
+@SHAPES
+@pytest.mark.parametrize(("kind", "word"), [(kind, word) for kind, words in SCORES.items() for word in words])
+def test_a_model_can_be_pruned_by_every_score(shape, kind, word):
+    model = a_model(shape)
+    scores = importance(model, batches(), WORDS | {kind: word})
+    assert all(score.dtype == torch.float64 and (score >= 0).all() for score in scores.values())
+    assert torch.isfinite(logits(prune(model, shares(shape), scores))).all()

@@ -19,7 +19,7 @@ from stages.data import shards
 from stages.files.artifacts import ROOT, sha256_of
 from stages.model import generation
 from stages.model import hub as models
-from stages.model.student import StudentShape
+from stages.model.families.qwen3.model import Qwen3Shape as StudentShape
 from stages.tracking import mirror
 from stages.tracking import record as tracking
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from stages.model.families.qwen3.model import Qwen3Shape as StudentShape
 from stages.model.hub import new_model
-from stages.model.student import StudentShape
 
 SHAPE = StudentShape(
     vocab_size=40,

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from stages.model.families.deepseek_v3.model import DeepseekV3Shape as TeacherShape
 from stages.model.hub import new_model
-from stages.model.teacher import TeacherShape
 
 SHAPE = TeacherShape(
     vocab_size=40,

@@ -384,7 +384,7 @@ def test_the_logged_model_generates_the_text_that_the_saved_one_does(made, no_mi
     from stages.data import shards
     from stages.model import generation
     from stages.model import hub as models
-    from stages.model.student import StudentShape
+    from stages.model.families.qwen3.model import Qwen3Shape as StudentShape
 
     tokenizer = shards.BytesTokenizer()
     data, folder = made / "artifacts/data", made / "artifacts/student"

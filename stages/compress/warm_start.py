@@ -1,41 +1,41 @@
-"""Warm start of the dense student from the mixture-of-experts teacher.
+"""Warm start of a dense student from a teacher of another family.
 
     copied = initialise_student(student, teacher, calibration_batches)
 
 A narrower student keeps the strongest directions of the teacher's residual stream, the same everywhere (as
 SliceGPT does, Ashkboos et al. 2024); at equal width it keeps the channels as they are. Embedding and head
 follow. Each MLP is filled with the neurons that add most to the stream, out of the teacher's dense MLP or of
-its shared and routed experts, the latter scaled by their mean gate (the marginal scale of Kim et al. 2026,
-2605.28207). Latent attention becomes grouped heads, the most important ones, where the sizes allow.
+its shared and routed experts. Attention becomes grouped heads, the most important ones, where the sizes allow.
+What a block of the teacher holds is read through the `dense_source` of its family.
 
 Shape legend: N tokens, D teacher width, S student width, H student heads, G its groups, m heads of a group,
-d student head, P and R unrotated and rotated dimensions of a teacher's head, U its value head, F neurons,
-E experts, O outputs.
+d student head, P and R unrotated and rotated dimensions of a teacher's head, U its value head, F neurons, O outputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stages.compress.pruning import column_norms, expert_sums, importance, most_important
+from stages.compress.pruning import most_important
+from stages.compress.scores import importance
 from stages.files.artifacts import Refusal
-from stages.model.experts import MoE
-from stages.model.layers import RMSNorm, SwiGLU
-from stages.model.student import GroupedQueryAttention, Student
-from stages.model.teacher import LatentAttention, Teacher
+from stages.model.families.family import DenseNeurons, DenseSource, PlainHeads
+from stages.model.families.registry import family_of
+from stages.model.layers import RMSNorm
 
 
 @torch.no_grad()
-def initialise_student(student: Student, teacher: Teacher, calibration_batches: Iterable[Tensor]) -> dict:
+def initialise_student(student: Any, teacher: Any, calibration_batches: Iterable[Tensor]) -> dict:
     """Fills the student in place from token batches [B, T+1] and says what came from the teacher.
 
     What does not fit stays as it was. Everything is a function of the weights and the batches.
     """
-    _refuse_misfits(student, teacher)
+    source = _source_for(student, teacher)
     batches = list(calibration_batches)
     seen = _norm_inputs(teacher, batches)
     stream_DS = _strongest_directions(seen, student.shape.width)
@@ -43,32 +43,39 @@ def initialise_student(student: Student, teacher: Teacher, calibration_batches: 
     read_DS = _set_norm(student.norm, teacher.norm, seen["norm"], stream_DS)
     student.head.weight.copy_(teacher.head.weight @ read_DS)
 
-    heads = importance(teacher, batches).heads
+    heads = importance(teacher, batches, {"heads": "taylor"})
     copied = {"width": student.shape.width, "blocks": 0, "queries_and_keys": 0, "values_and_outputs": 0}
     neurons = {"mlp": 0, "shared": 0, "experts": 0}
-    sources = layer_sources(student.shape.layers, teacher.shape.layers)
-    for new, source in zip(student.blocks, sources, strict=False):
-        old, name = teacher.blocks[source], f"blocks.{source}"
+    layers = layer_sources(student.shape.layers, teacher.shape.layers)
+    for new, layer in zip(student.blocks, layers, strict=False):
+        old, name = teacher.blocks[layer], f"blocks.{layer}"
         x_ND = seen[f"{name}.attention_norm"]
         _set_norm(new.attention_norm, old.attention_norm, x_ND, stream_DS)
         new_in_NS, old_in_ND = new.attention_norm(x_ND @ stream_DS), old.attention_norm(x_ND)
         same_rope = student.shape.rope_theta == teacher.shape.rope_theta
-        attention = new.attention, old.attention, heads[source], same_rope
-        for part in _set_attention(*attention, new_in_NS, old_in_ND, stream_DS):
+        plain, score_H = source.plain_heads(old, old_in_ND), heads[f"{name}.attention.heads"]
+        for part in _set_attention(new.attention, plain, score_H, same_rope, new_in_NS, stream_DS):
             copied[part] += 1
         x_ND = seen[f"{name}.mlp_norm"]
         read_DS = _set_norm(new.mlp_norm, old.mlp_norm, x_ND, stream_DS)
-        for part, count in _set_mlp(new.mlp, old.mlp, old.mlp_norm(x_ND), read_DS, stream_DS).items():
+        for part, count in _set_mlp(new.mlp, source.dense_neurons(old, old.mlp_norm(x_ND)), read_DS, stream_DS).items():
             neurons[part] += count
         copied["blocks"] += 1
     return {**copied, "neurons": neurons}
 
 
-def _refuse_misfits(student: Student, teacher: Teacher) -> None:
+def _source_for(student: Any, teacher: Any) -> DenseSource:
+    """How to read the teacher; a pair that does not fit is refused."""
     ours, theirs = student.shape, teacher.shape
+    source = family_of(theirs).dense_source
+    if source is None or not family_of(ours).dense_target:
+        raise Refusal(
+            f"distill.init = teacher: a {family_of(ours).name} student cannot start from a {family_of(theirs).name}"
+            " teacher: set distill.init to random"
+        )
     if ours.vocab_size != theirs.vocab_size:
         raise Refusal(
-            f"distill.init = teacher: the student speaks a vocabulary of {ours.vocab_size}, the teacher of"
+            f"distill.init = teacher: the student has a vocabulary of {ours.vocab_size}, the teacher of"
             f" {theirs.vocab_size}: prepare once for both, or set distill.init to random"
         )
     if ours.width > theirs.width:
@@ -76,6 +83,7 @@ def _refuse_misfits(student: Student, teacher: Teacher) -> None:
             f"distill.init = teacher: student.width ({ours.width}) exceeds teacher.width ({theirs.width}):"
             " make it smaller, or set distill.init to random"
         )
+    return source
 
 
 def layer_sources(student_layers: int, teacher_layers: int) -> list[int]:
@@ -88,14 +96,15 @@ def layer_sources(student_layers: int, teacher_layers: int) -> list[int]:
 # ---- the residual stream ---------------------------------------------------------------------------------
 
 
-def _norm_inputs(teacher: Teacher, batches: list[Tensor]) -> dict[str, Tensor]:
+def _norm_inputs(teacher: Any, batches: list[Tensor]) -> dict[str, Tensor]:
     """The residual stream as each norm of width D meets it, [N, D]."""
     seen: dict[str, list[Tensor]] = {}
     hooks = []
-    for name, module in teacher.named_modules():
-        if isinstance(module, RMSNorm) and not name.endswith("latent_norm"):
-            keep = seen.setdefault(name, []).append
-            hooks.append(module.register_forward_pre_hook(lambda _, x, keep=keep: keep(x[0].flatten(0, 1))))
+    blocks = [f"blocks.{layer}" for layer in range(len(teacher.blocks))]
+    for name in [*(f"{at}.{norm}" for at in blocks for norm in ("attention_norm", "mlp_norm")), "norm"]:
+        keep = seen.setdefault(name, []).append
+        module = teacher.get_submodule(name)
+        hooks.append(module.register_forward_pre_hook(lambda _, x, keep=keep: keep(x[0].flatten(0, 1))))
     was_training = teacher.training
     teacher.eval()
     try:
@@ -149,78 +158,42 @@ def least_squares(x_NS: Tensor, y_NO: Tensor, prior_OS: Tensor | None = None) ->
 # ---- experts to one MLP ----------------------------------------------------------------------------------
 
 
-def _set_mlp(
-    new: SwiGLU, old: SwiGLU | MoE, x_ND: Tensor, read_DS: Tensor, stream_DS: Tensor
-) -> dict[str, int]:
-    names, score_F, gate_FD, up_FD, down_DF = _candidates(old, x_ND)
-    kept_F = most_important(score_F, new.down.in_features)
-    count, names = len(kept_F), [names[j] for j in kept_F.tolist()]
-    kept_F = kept_F.to(x_ND.device)
+def _set_mlp(new: Any, old: DenseNeurons, read_DS: Tensor, stream_DS: Tensor) -> dict[str, int]:
+    kept_F = most_important(old.score_F, new.down.in_features)
+    count, origins = len(kept_F), [old.origins[j] for j in kept_F.tolist()]
+    kept_F = kept_F.to(old.gate_FD.device)
     gate_FS, up_FS = new.gate_up.weight.chunk(2, dim=0)
-    gate_FS[:count] = gate_FD[kept_F] @ read_DS
-    up_FS[:count] = up_FD[kept_F] @ read_DS
-    new.down.weight[:, :count] = stream_DS.T @ down_DF[:, kept_F]
+    gate_FS[:count] = old.gate_FD[kept_F] @ read_DS
+    up_FS[:count] = old.up_FD[kept_F] @ read_DS
+    new.down.weight[:, :count] = stream_DS.T @ old.down_DF[:, kept_F]
     new.down.weight[:, count:] = 0  # neurons beyond the teacher's: silent, but ready to learn
-    return {name: names.count(name) for name in set(names)}
+    return {origin: origins.count(origin) for origin in set(origins)}
 
 
-def _candidates(mlp: SwiGLU | MoE, x_ND: Tensor) -> tuple[list[str], Tensor, Tensor, Tensor, Tensor]:
-    """All neurons of an MLP side by side: origin, mean contribution E|g a_j| * ||down_j||, gate, up, down."""
-    if isinstance(mlp, SwiGLU):
-        gate_FD, up_FD = mlp.gate_up.weight.chunk(2, dim=0)
-        a_NF = F.silu(x_ND @ gate_FD.T) * (x_ND @ up_FD.T)
-        score_F = a_NF.double().abs().mean(dim=0).cpu() * column_norms(mlp.down.weight)
-        return ["mlp"] * len(score_F), score_F, gate_FD, up_FD, mlp.down.weight
-    sums = expert_sums(mlp, x_ND)
-    score_F = (sums.gated_activation_EF / len(x_ND) * column_norms(mlp.down)).flatten()
-    gate_FD, up_FD = (part.flatten(0, 1) for part in mlp.gate_up.chunk(2, dim=1))
-    mean_gate_E = (sums.gate_E / len(x_ND)).to(mlp.down)  # 0 where not chosen; route_scale included
-    down_DF = (mlp.down * mean_gate_E[:, None, None]).transpose(0, 1).flatten(1)
-    names = ["experts"] * len(score_F)
-    if mlp.shared is not None:
-        _, score, gate, up, down = _candidates(mlp.shared, x_ND)
-        names = ["shared"] * len(score) + names
-        score_F, gate_FD, up_FD = (torch.cat(p) for p in ((score, score_F), (gate, gate_FD), (up, up_FD)))
-        down_DF = torch.cat([down, down_DF], dim=1)
-    return names, score_F, gate_FD, up_FD, down_DF
-
-
-# ---- latent attention to grouped heads -------------------------------------------------------------------
+# ---- plain heads to grouped heads ------------------------------------------------------------------------
 
 
 def _set_attention(
-    new: GroupedQueryAttention, old: LatentAttention, score_H: Tensor, same_rope: bool,
-    x_NS: Tensor, old_in_ND: Tensor, stream_DS: Tensor,
+    new: Any, old: PlainHeads, score_H: Tensor, same_rope: bool, x_NS: Tensor, stream_DS: Tensor
 ) -> list[str]:
     """Translates values with outputs, and queries with keys, where sizes allow; returns which of them."""
-    if new.heads > old.heads:
+    if new.heads > len(score_H):
         return []
     heads_H = most_important(score_H, new.heads).to(x_NS.device)
     per_group = new.heads // new.kv_heads
-    query_HNd, key_HNd, value_HNU = (part[heads_H] for part in _plain_heads(old, old_in_ND))
+    query_HNd, key_HNd, value_HNU, output_HDU = (part[heads_H] for part in old[:4])
     copied = []
-    if new.head_dim <= per_group * old.value_dim:
-        output_HDU = old.output.weight.unflatten(1, (old.heads, -1)).transpose(0, 1)[heads_H]
+    if new.head_dim <= per_group * value_HNU.shape[2]:
         value_GNd, back_HUd = shared_parts(value_HNU, output_HDU, new.kv_heads, new.head_dim)
         new.value.weight.copy_(least_squares(x_NS, value_GNd.transpose(0, 1).flatten(1)))
         new.output.weight.copy_(stream_DS.T @ (output_HDU @ back_HUd).transpose(0, 1).flatten(1))
         copied.append("values_and_outputs")
-    free = new.head_dim - old.rope_dim  # dimensions left for what the teacher does not rotate
-    if same_rope and new.head_dim % old.rope_dim == 0 and 0 <= free <= per_group * old.nope:
-        _set_queries_and_keys(new, old, query_HNd, key_HNd, x_NS)
+    free = new.head_dim - old.rotated  # dimensions left for what the teacher does not rotate
+    plain = query_HNd.shape[2] - old.rotated
+    if same_rope and new.head_dim % old.rotated == 0 and 0 <= free <= per_group * plain:
+        _set_queries_and_keys(new, old.rotated, query_HNd, key_HNd, x_NS)
         copied.append("queries_and_keys")
     return copied
-
-
-def _plain_heads(old: LatentAttention, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys (both [P unrotated, R to be rotated], before rotation) and values, [heads, N, ...]."""
-    query_NHd = old.query(x_ND).unflatten(1, (old.heads, -1))
-    latent_NC, key_rope_NR = old.latent_down(x_ND).split([old.latent_width, old.rope_dim], dim=1)
-    up_NHd = old.latent_up(old.latent_norm(latent_NC)).unflatten(1, (old.heads, -1))
-    key_NHP, value_NHU = up_NHd.split([old.nope, old.value_dim], dim=2)
-    key_rope_NHR = key_rope_NR.unsqueeze(1).expand(-1, old.heads, -1)
-    key_NHd = torch.cat([key_NHP, key_rope_NHR], dim=2)
-    return query_NHd.transpose(0, 1), key_NHd.transpose(0, 1), value_NHU.transpose(0, 1)
 
 
 def shared_parts(part_HNP: Tensor, reader_HOP: Tensor, groups: int, size: int) -> tuple[Tensor, Tensor]:
@@ -241,25 +214,24 @@ def shared_parts(part_HNP: Tensor, reader_HOP: Tensor, groups: int, size: int) -
     return (side_by_side_GNM @ basis_GMd).float(), back_HPd.float()
 
 
-def _set_queries_and_keys(
-    new: GroupedQueryAttention, old: LatentAttention, query_HNd: Tensor, key_HNd: Tensor, x_NS: Tensor
-) -> None:
+def _set_queries_and_keys(new: Any, rotated: int, query_HNd: Tensor, key_HNd: Tensor, x_NS: Tensor) -> None:
     """All heads share the teacher's rotated key: only the unrotated part must be cut down to the group's."""
-    query_HNP, query_HNR = query_HNd.split([old.nope, old.rope_dim], dim=2)
-    key_HNP, key_HNR = key_HNd.split([old.nope, old.rope_dim], dim=2)
-    free = new.head_dim - old.rope_dim
+    old_head_dim = query_HNd.shape[2]
+    query_HNP, query_HNR = query_HNd.split([old_head_dim - rotated, rotated], dim=2)
+    key_HNP, key_HNR = key_HNd.split([old_head_dim - rotated, rotated], dim=2)
+    free = new.head_dim - rotated
     key_GNf, back_HPf = shared_parts(key_HNP, query_HNP, new.kv_heads, free)
     query_HNf = query_HNP @ back_HPf
     # the norms below see both parts together: give the cut one its old share of the query
     scale = query_HNP.norm() / query_HNf.norm().clamp(min=1e-30) if free else 1.0
     query_HNd = torch.cat([query_HNf * scale, query_HNR], dim=2)
     key_GNd = torch.cat([key_GNf / scale, key_HNR[: new.kv_heads]], dim=2)
-    order_d = rope_order(free, old.rope_dim)
+    order_d = rope_order(free, rotated)
     parts = (new.query, new.query_norm, query_HNd), (new.key, new.key_norm, key_GNd)
     for linear, norm, part_HNd in parts:
         linear.weight.copy_(least_squares(x_NS, part_HNd[:, :, order_d].transpose(0, 1).flatten(1)))
         norm.weight.fill_(linear(x_NS).square().mean().sqrt())  # gives back the size that it divides away
-    new.query_norm.weight.mul_((new.head_dim / (old.nope + old.rope_dim)) ** 0.5)  # softmax scales differ
+    new.query_norm.weight.mul_((new.head_dim / old_head_dim) ** 0.5)  # softmax scales differ
 
 
 def rope_order(free: int, rotated: int) -> list[int]:

@@ -1,53 +1,31 @@
 """What a forward pass costs: floating-point operations per token, by formula and by counting, and parameters.
 
-Two independent roads that the tests hold equal: `flops_per_token` reads the shape of the model, and
-`counted_flops_per_token` watches the operations it really runs. A multiply-add is two operations. Attention
+Two independent methods that the tests hold equal: `flops_per_token` reads the shape of the model by the formula of its
+family, and `counted_flops_per_token` watches the operations it really runs. A multiply-add is two operations. Attention
 is counted where the causal mask allows it: position t sees t + 1 keys, (T + 1) / 2 on average over T.
 Elementwise work (norms, rotations, activations) is in neither count.
 
-Letters: D width, H heads, T context tokens, E experts, K experts per token, N tokens, V vocabulary.
+Letters: B sequences, H heads, S queries, T keys, d query and key head, v value head.
 """
 
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from stages.model.families.registry import family_of
+
 aten = torch.ops.aten
 
 
-def flops_per_token(shape, context_tokens: int) -> dict[str, float]:
-    """Forward operations per token, averaged over the positions of a context of so many tokens."""
-    keys = (context_tokens + 1) / 2
-    D = shape.width
-    if hasattr(shape, "experts"):
-        key_dim = shape.nope_head_dim + shape.rope_head_dim
-        attention = 2 * D * shape.heads * key_dim
-        attention += 2 * D * (shape.latent_width + shape.rope_head_dim)
-        attention += 2 * shape.latent_width * shape.heads * (shape.nope_head_dim + shape.value_head_dim)
-        attention += 4 * shape.heads * max(key_dim, shape.value_head_dim) * keys  # the narrower is padded
-        attention += 2 * shape.heads * shape.value_head_dim * D
-        moe_layers = shape.layers - shape.dense_layers
-        shared_width = shape.shared_experts * shape.expert_width
-        mlp = 6 * D * (shape.dense_layers * shape.dense_width + moe_layers * shared_width)
-        experts = 6 * D * moe_layers * shape.experts_per_token * shape.expert_width
-        router = 2 * D * moe_layers * shape.experts
-    else:
-        queries, groups = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        attention = 2 * D * (queries + 2 * groups) + 4 * queries * keys + 2 * queries * D
-        mlp = 6 * D * shape.layers * shape.mlp_width
-        experts = router = 0
-    parts = {
-        "attention": shape.layers * attention,
-        "mlp": mlp,
-        "experts": experts,
-        "router": router,
-        "head": 2 * D * shape.vocab_size,
-    }
+def flops_per_token(shape: Any, context_tokens: int) -> dict[str, float]:
+    """Forward operations per token by part and in total, averaged over the positions of a context of so many tokens."""
+    parts = family_of(shape).flops_per_token(shape, context_tokens)
     return {name: float(value) for name, value in parts.items()} | {"total": float(sum(parts.values()))}
 
 
@@ -120,15 +98,8 @@ def total_parameters(model: nn.Module) -> int:
 
 
 def active_parameters(model: nn.Module) -> int:
-    """Parameters that one token meets: of the routed experts, only the K that it is sent to."""
-    idle = 0
-    for block in model.blocks:
-        moe = block.mlp
-        if hasattr(moe, "router_weight"):
-            n_experts = len(moe.router_weight)
-            routed = moe.gate_up.numel() + moe.down.numel()
-            idle += routed // n_experts * (n_experts - moe.experts_per_token)
-    return total_parameters(model) - idle
+    """Parameters that one token uses: of the routed experts, only those that it is sent to."""
+    return family_of(model.shape).active_parameters(model)
 
 
 def interleaved_seconds(actions: dict[str, Callable[[], object]], repetitions: int) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from stages.files.artifacts import Refusal
+from stages.settings import shapes
 from stages.settings.reading import read, refuse, refuse_missing, refuse_unknown, shown
 
 OWN_FILES = "in params.yaml corpus: {source: files, paths: [texts/*.txt]}, or corpus=files 'corpus.paths=[texts/*.txt]'"
@@ -168,7 +169,17 @@ class SparsifyStudent:
 
 
 @dataclass(frozen=True)
+class SparsifyScore:
+    """Which units of a structure matter; the words are those of stages/compress/scores.py."""
+
+    heads: Literal["taylor", "contribution", "magnitude"]
+    neurons: Literal["contribution", "magnitude"]
+    experts: Literal["reap", "magnitude"]
+
+
+@dataclass(frozen=True)
 class Sparsify:
+    score: SparsifyScore
     teacher: SparsifyTeacher
     student: SparsifyStudent
     recovery: SoftTargets
@@ -264,29 +275,19 @@ def _at_most(settings, key, limit_key):
         refuse(key, value, f"must be at most {limit_key} ({limit})")
 
 
-def _even(settings, key):
-    if _get(settings, key) % 2:
-        refuse(key, _get(settings, key), "must be even: rotation works on pairs")
-
-
 def _get(settings, key):
     for name in key.split("."):
         settings = getattr(settings, name)
     return settings
 
 
-def _teacher_rules(settings):
-    _at_most(settings, "teacher.experts_per_token", "teacher.experts")
-    _at_most(settings, "teacher.dense_layers", "teacher.layers")
-    _even(settings, "teacher.rope_head_dim")
+def _shape_rules(section, rules):
+    def rule(settings):
+        shape = getattr(settings, section)
+        for field, text in rules(shape, f"{section}."):
+            refuse(f"{section}.{field}", getattr(shape, field), text)
 
-
-def _student_rules(settings):
-    student = settings.student
-    if student.heads % student.kv_heads:
-        rule = f"must be a multiple of student.kv_heads ({student.kv_heads})"
-        refuse("student.heads", student.heads, rule)
-    _even(settings, "student.head_dim")
+    return rule
 
 
 def _corpus_rules(settings):
@@ -356,8 +357,8 @@ BATCHES = {
 }
 
 RULES = (
-    (("teacher",), _teacher_rules),
-    (("student",), _student_rules),
+    (("teacher",), _shape_rules("teacher", shapes.deepseek_v3)),
+    (("student",), _shape_rules("student", shapes.qwen3)),
     (("corpus",), _corpus_rules),
     (("prepare",), _prepare_rules),
     (("optimizer",), _optimizer_rules),

@@ -1,4 +1,4 @@
-"""The teacher: a DeepSeek-style mixture of experts with multi-head latent attention.
+"""DeepSeek-V3: a mixture of experts with multi-head latent attention; the teacher of `pretrain`.
 
 Decoder-only, pre-norm. Attention is MLA as DeepSeek-V2 has it without query compression: keys and values are
 rebuilt from one small latent per token, and a single rotated key is shared by all heads. The first layers
@@ -30,8 +30,8 @@ from stages.model.layers import (
 
 
 @dataclass(frozen=True)
-class TeacherShape:
-    """Everything that fixes the teacher's tensors and arithmetic, the same in all layers."""
+class DeepseekV3Shape:
+    """Everything that fixes the model's tensors and arithmetic, the same in all layers."""
 
     vocab_size: int
     sequence_tokens: int
@@ -54,7 +54,7 @@ class TeacherShape:
 
 
 class LatentAttention(nn.Module):
-    def __init__(self, shape: TeacherShape):
+    def __init__(self, shape: DeepseekV3Shape):
         super().__init__()
         self.heads, self.nope, self.rope_dim = shape.heads, shape.nope_head_dim, shape.rope_head_dim
         self.value_dim, self.latent_width = shape.value_head_dim, shape.latent_width
@@ -113,7 +113,7 @@ class LatentAttention(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, shape: TeacherShape, layer: int):
+    def __init__(self, shape: DeepseekV3Shape, layer: int):
         super().__init__()
         self.attention_norm = RMSNorm(shape.width)
         self.attention = LatentAttention(shape)
@@ -142,8 +142,8 @@ class Block(nn.Module):
         return x_BTD + mlp_out, None
 
 
-class Teacher(nn.Module):
-    def __init__(self, shape: TeacherShape):
+class DeepseekV3(nn.Module):
+    def __init__(self, shape: DeepseekV3Shape):
         super().__init__()
         self.shape = shape
         self.embedding = nn.Embedding(shape.vocab_size, shape.width)

@@ -1,4 +1,4 @@
-"""The student: a small dense transformer that any runtime can serve (it exports as Qwen3).
+"""Qwen3: a dense transformer that any runtime can serve; the student of `distill`.
 
 Decoder-only, pre-norm, grouped-query attention with normed query and key heads, rotary positions, SwiGLU.
 
@@ -26,8 +26,8 @@ from stages.model.layers import (
 
 
 @dataclass(frozen=True)
-class StudentShape:
-    """Everything that fixes the student's tensors; after pruning heads * head_dim may differ from width."""
+class Qwen3Shape:
+    """Everything that fixes the model's tensors; after pruning heads * head_dim may differ from width."""
 
     vocab_size: int
     sequence_tokens: int
@@ -41,7 +41,7 @@ class StudentShape:
 
 
 class GroupedQueryAttention(nn.Module):
-    def __init__(self, shape: StudentShape):
+    def __init__(self, shape: Qwen3Shape):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
         self.query = nn.Linear(shape.width, shape.heads * shape.head_dim, bias=False)
@@ -72,7 +72,7 @@ class GroupedQueryAttention(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, shape: StudentShape):
+    def __init__(self, shape: Qwen3Shape):
         super().__init__()
         self.attention_norm = RMSNorm(shape.width)
         self.attention = GroupedQueryAttention(shape)
@@ -80,13 +80,13 @@ class Block(nn.Module):
         self.mlp = SwiGLU(shape.width, shape.mlp_width)
 
     def forward(self, x_BTD: Tensor, rope: Rope, cache: LayerCache | None = None) -> tuple[Tensor, None]:
-        """The second value stands where the teacher's block has its routing: callers treat both alike."""
+        """The second value stands where a mixture's block has its routing: callers treat both alike."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, cache)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD)), None
 
 
-class Student(nn.Module):
-    def __init__(self, shape: StudentShape):
+class Qwen3(nn.Module):
+    def __init__(self, shape: Qwen3Shape):
         super().__init__()
         self.shape = shape
         self.embedding = nn.Embedding(shape.vocab_size, shape.width)
@@ -113,3 +113,6 @@ class Student(nn.Module):
         size = (batch, tokens, self.shape.kv_heads, self.shape.head_dim)
         weight = self.head.weight
         return [LayerCache(weight.new_zeros(size), weight.new_zeros(size)) for _ in self.blocks]
+
+    def balance(self, loads: list[Tensor], rate: float) -> None:
+        """A dense model has no experts to balance."""

@@ -1,0 +1,122 @@
+"""What the rest of the project asks of a model family.
+
+A family is one folder beside this file: its model, its mapping to a Hugging Face folder, its operations per token
+and what can be pruned in it, behind the Protocol `Family`. `stages.model.families.registry` lists the families;
+no other module asks which one a model belongs to. Teacher and student are roles, which any family may play.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from stages.model.experts import Routing
+from stages.model.families.prunable import Prunable
+from stages.model.layers import LayerCache
+
+Shape = Any  # the family's frozen dataclass: every number that fixes a model's tensors and arithmetic
+
+
+class Model(Protocol):
+    """What every model has. B sequences, T tokens, D width, V vocabulary, E experts.
+
+    `layers.initialise` scales weights by name: `embedding`, and `output` and `down`, which write to the
+    residual stream.
+    """
+
+    shape: Shape  # has at least vocab_size, sequence_tokens, layers and width
+    embedding: nn.Embedding
+    blocks: nn.ModuleList  # checkpointed and compiled one by one
+    head: nn.Linear  # [V, D]
+
+    def features(self, tokens_BT: Tensor, cache: list[LayerCache] | None = None) -> tuple[Tensor, list[Routing]]:
+        """What the head reads, [B, T, D], and the routing of each mixture-of-experts layer in order."""
+
+    def forward(self, tokens_BT: Tensor, cache: list[LayerCache] | None = None) -> Tensor:
+        """Logits [B, T, V]."""
+
+    def new_cache(self, batch: int, tokens: int) -> list[LayerCache]:
+        """One cache a block, for decoding up to `tokens` tokens."""
+
+    def balance(self, loads: list[Tensor], rate: float) -> None:
+        """After an optimizer step: moves the routers towards an even load, from the loads [E] of that step."""
+
+
+class PlainHeads(NamedTuple):
+    """An attention as if each head had its own query, key and value. H heads, N tokens, d query head, U value head."""
+
+    query_HNd: Tensor  # the unrotated dimensions first; those to be rotated, halves paired, are not rotated yet
+    key_HNd: Tensor
+    value_HNU: Tensor
+    output_HDU: Tensor
+    rotated: int  # how many of d
+
+
+class DenseNeurons(NamedTuple):
+    """An MLP as if it were one SwiGLU. F neurons, D width."""
+
+    origins: list[str]  # of each neuron: mlp | shared | experts
+    score_F: Tensor  # its mean contribution to the residual stream
+    gate_FD: Tensor
+    up_FD: Tensor
+    down_DF: Tensor  # scaled by the mean gate of its expert
+
+
+class DenseSource(Protocol):
+    """How a dense student reads a block of another model; x_ND is the input of the attention or of the MLP."""
+
+    def plain_heads(self, block: Any, x_ND: Tensor) -> PlainHeads: ...
+
+    def dense_neurons(self, block: Any, x_ND: Tensor) -> DenseNeurons: ...
+
+
+class Family(Protocol):
+    """One kind of model. Wrong input ends in a `Refusal`, which names the file or the field."""
+
+    name: str  # the word for it, and its folder
+    model_types: tuple[str, ...]  # `model_type` in the config.json of its models
+    shape_type: type
+
+    def build(self, shape: Shape) -> Any:
+        """A `Model` of this shape; its weights are not initialised."""
+
+    def broken_rules(self, shape: Shape) -> Iterator[tuple[str, str]]:
+        """Each field that does not fit, with the rule: ("heads", "must be a multiple of kv_heads (2)")."""
+
+    # ---- Hugging Face
+
+    def config_of(self, shape: Shape) -> dict[str, Any]:
+        """The part of config.json that describes the architecture."""
+
+    def shape_from(self, config: dict[str, Any], path: Path) -> Shape:
+        """The inverse; refuses a config that the model's arithmetic does not follow. `path` is for messages."""
+
+    def to_hub(self, model: Any) -> dict[str, Tensor]:
+        """The weights by the names, and in the layout, that transformers has."""
+
+    def from_hub(self, tensors: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+        """The inverse: a float32 state dict of `model`, whose own weights are not read."""
+
+    # ---- cost
+
+    def flops_per_token(self, shape: Shape, context_tokens: int) -> dict[str, float]:
+        """Forward operations per token by part, averaged over the positions of a context of so many tokens."""
+
+    def active_parameters(self, model: Any) -> int:
+        """Parameters that one token uses: of the routed experts, only the chosen ones."""
+
+    # ---- pruning
+
+    def prunable(self, model: Any) -> list[Prunable]:
+        """Every place in the model whose units may leave it. A smaller model has the same places by the same names."""
+
+    def pruned_shape(self, shape: Shape, kept: Callable[[str, int], int]) -> Shape:
+        """The shape after pruning: `kept("heads", 8)` says how many of 8 stay; all layers alike."""
+
+    # ---- the warm start of a dense student
+
+    dense_source: DenseSource | None  # None: no student starts from its models
+    dense_target: bool  # its blocks have the parts of Qwen3's, by the same names: its models may start from a source
