@@ -1,7 +1,6 @@
 """What may be set: everything shipped is valid, every mistake is one line that names key, value and rule."""
 
 import copy
-import dataclasses
 import math
 import os
 import shutil
@@ -16,6 +15,7 @@ from dvc.utils.hydra import apply_overrides
 from hypothesis import given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from stages.files.artifacts import ROOT, Refusal, read_json, sha256_of, write_json
 from stages.settings.compose import compose, explain
@@ -66,7 +66,7 @@ def test_sections_limit_what_is_read_and_needed():
 
 
 def test_settings_survive_a_round_trip_through_plain_values_and_yaml(tiny_settings):
-    assert validate(dataclasses.asdict(tiny_settings)) == tiny_settings
+    assert validate(tiny_settings.model_dump()) == tiny_settings
     assert validate(yaml.safe_load(as_yaml(TINY))) == tiny_settings
 
 
@@ -129,13 +129,20 @@ def test_batches_that_the_ranks_found_here_cannot_share_are_refused_for_the_stag
 
 def numbers(kind=Settings, path=()):
     """Dotted name, type and bounds of every numeric setting."""
-    hints = typing.get_type_hints(kind)
-    for field in dataclasses.fields(kind):
-        hint, key = hints[field.name], (*path, field.name)
-        if dataclasses.is_dataclass(hint):
-            yield from numbers(hint, key)
-        elif "low" in field.metadata:
-            yield ".".join(key), float if hint is float else int, typing.get_origin(hint) is tuple, field.metadata
+    for name, field in kind.model_fields.items():
+        key, kinds, metadata = (*path, name), [field.annotation, *typing.get_args(field.annotation)], field.metadata
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from numbers(field.annotation, key)
+            continue
+        for inner in typing.get_args(field.annotation):  # of a list or a union
+            kinds, metadata = [*kinds, *typing.get_args(inner)], [*metadata, *getattr(inner, "__metadata__", ())]
+        kind_of_number = next((each for each in kinds if each in (int, float)), None)
+        if kind_of_number:
+            bounds = {}
+            for each in metadata:
+                for part in getattr(each, "metadata", [each]):
+                    bounds |= {word: getattr(part, word) for word in ("gt", "ge", "le") if hasattr(part, word)}
+            yield ".".join(key), kind_of_number, typing.get_origin(field.annotation) is tuple, bounds
 
 
 # what a rule that joins settings wants beside one at its end
@@ -173,10 +180,10 @@ def test_both_ends_of_every_bound_are_accepted_and_what_lies_beyond_is_refused(k
     def beyond(value, direction):
         return value + direction if kind is int else math.nextafter(value, direction * math.inf)
 
-    low, high = bounds["low"], bounds["high"]
-    validated(beyond(low, 1) if bounds["above"] else low)
+    high = bounds["le"]
+    validated(beyond(bounds["gt"], 1) if "gt" in bounds else bounds["ge"])
     validated(high)
-    for value in (low if bounds["above"] else beyond(low, -1), beyond(high, 1)):
+    for value in (bounds["gt"] if "gt" in bounds else beyond(bounds["ge"], -1), beyond(high, 1)):
         with pytest.raises(Refusal, match=f"^{key} = .*: must be (above|at least|at most) "):
             validated(value)
 
