@@ -1,6 +1,7 @@
 """What may be set: everything shipped is valid, every mistake is one line that names key, value and rule."""
 
 import copy
+import json
 import math
 import os
 import shutil
@@ -323,6 +324,34 @@ def test_a_preset_of_ones_own_without_its_first_line_is_told_which(sheet):
             compose(words, root=sheet)
     (sheet / "conf/scale/mine.yaml").write_text(text)
     assert validate(compose(["scale=mine"], root=sheet)).sequence_tokens == 64
+
+
+def test_the_schema_for_editors_is_up_to_date_and_knows_every_setting_and_word():
+    schema = (ROOT / "conf/schema.json").read_text()
+    printed = [sys.executable, "-m", "stages.config", "--schema"]
+    done = subprocess.run(printed, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == schema, "python -m stages.config --schema > conf/schema.json"
+    known = json.loads(schema)
+    assert known["properties"]["scale"] == {"enum": SCALES}
+    for leaf in leaves():
+        inner = known
+        for name in leaf.split("."):
+            entry = inner["properties"][name]
+            reference = next((each["$ref"] for each in (entry, *entry.get("anyOf", ())) if "$ref" in each), None)
+            inner = known["$defs"][reference.rsplit("/", 1)[1]] if reference else {}
+            assert "required" not in inner and inner.get("additionalProperties", False) is False
+    steps = known["$defs"]["Pretrain"]["properties"]["steps"]
+    assert {"minimum": 1, "maximum": 2**40, "type": "integer"} in steps["anyOf"]
+
+
+@pytest.mark.parametrize("file", [ROOT / "params.yaml", *sorted((ROOT / "conf").rglob("*.yaml"))], ids=lambda f: f.name)
+def test_every_file_of_settings_names_its_schema(file):
+    if file.name == "config.yaml":  # Hydra's own
+        return
+    (line,) = [line for line in file.read_text().splitlines()[:2] if line.startswith("# yaml-language-server: ")]
+    schema = file.parent / line.partition("$schema=")[2]
+    reference = json.loads(schema.read_text()).get("$ref", "")
+    assert not reference or json.loads((ROOT / "conf/schema.json").read_text())["$defs"][reference.rsplit("/", 1)[1]]
 
 
 def test_where_a_value_comes_from_is_told(sheet):
