@@ -278,7 +278,7 @@ def edited(sheet, *edits):
 
 
 def test_any_setting_of_any_preset_may_be_set_again_in_the_sheet_and_on_the_command_line(sheet):
-    """Later wins: conf/common.yaml, the presets, params.yaml, the command line."""
+    """Later wins: conf/base.yaml, the presets, params.yaml, the command line."""
     edited(sheet, ("seed: 1", "seed: 1\npretrain: {steps: 50}\ntrainer: {ranks: 1}\nsequence_tokens: 9"))
     plain = compose(root=sheet)
     assert (plain["pretrain"]["steps"], plain["trainer"]["ranks"], plain["sequence_tokens"]) == (50, 1, 9)
@@ -326,6 +326,16 @@ def test_a_preset_of_ones_own_without_its_first_line_is_told_which(sheet):
     assert validate(compose(["scale=mine"], root=sheet)).sequence_tokens == 64
 
 
+def test_a_setting_that_is_equal_in_all_scales_stands_once():
+    def leaves_of(values, path=()):
+        if not isinstance(values, dict):
+            return {(".".join(path), str(values))}
+        return {leaf for name, inner in values.items() for leaf in leaves_of(inner, (*path, name))}
+
+    scales = [leaves_of(yaml.safe_load((ROOT / f"conf/scale/{scale}.yaml").read_text())) for scale in SCALES]
+    assert not set.intersection(*scales), "write it in conf/base.yaml"
+
+
 def test_the_schema_for_editors_is_up_to_date_and_knows_every_setting_and_word():
     schema = (ROOT / "conf/schema.json").read_text()
     printed = [sys.executable, "-m", "stages.config", "--schema"]
@@ -360,7 +370,7 @@ def test_where_a_value_comes_from_is_told(sheet):
     assert explain("pretrain.steps", ["scale=tiny"], sheet) == "pretrain.steps = 20  # conf/scale/tiny.yaml"
     assert explain("pretrain.steps", ["++pretrain.steps=3"], sheet) == "pretrain.steps = 3  # command line"
     assert explain("optimizer.clip_norm", root=sheet) == "optimizer.clip_norm = 2  # params.yaml"
-    assert "optimizer.adamw_beta1 = 0.9  # conf/common.yaml" in explain("optimizer", root=sheet).splitlines()
+    assert "optimizer.adamw_beta1 = 0.9  # conf/base.yaml" in explain("optimizer", root=sheet).splitlines()
     corpus = explain("corpus", ["corpus.split=x"], sheet).splitlines()
     assert corpus[:2] == ["corpus.source = files  # conf/corpus/files.yaml", "corpus.paths = ['a']  # params.yaml"]
     assert "corpus.split = x  # command line" in corpus

@@ -1,6 +1,6 @@
 """How params.yaml and conf/ become one plain dictionary: presets chosen by a word, then the values of the sheet.
 
-What comes later wins: conf/common.yaml, the presets of `corpus` and `scale`, params.yaml, the command line.
+What comes later wins: conf/base.yaml, the presets of `corpus` and `scale`, params.yaml, the command line.
 `python -m stages.config --explain pretrain.steps` says which of them it was.
 """
 
@@ -60,7 +60,7 @@ def explain(key: str, overrides: Any = (), root: Path = ROOT) -> str:
     wanted = [leaf for leaf in leaves() if leaf == key or leaf.startswith(f"{key}.")]
     if not wanted:
         refuse_unknown(key, leaves())
-    presets = [root / "conf/common.yaml", *(root / "conf" / group / f"{choices[group]}.yaml" for group in ORDER)]
+    presets = [root / "conf/base.yaml", *(root / "conf" / group / f"{choices[group]}.yaml" for group in ORDER)]
     homes = [(file.relative_to(root).as_posix(), _keys(preset_of(file, root))) for file in presets]
     homes += [("params.yaml", _keys(read_sheet(words, root)[1]))]
     typed = {word.lstrip("+~").partition("=")[0] for word in words}
