@@ -200,6 +200,7 @@ BEST_JOBS = [
     ["pretrain.steps=50", "+optimizer.clip_norm=2"],
     ["corpus=files", "corpus.paths=['my texts/*.txt','a [1].txt']"],
     ["corpus.max_bytes=1000", "scale=tiny"],
+    ["experiment=short", "seed=4"],
 ]
 
 
@@ -318,6 +319,12 @@ def test_a_sweep_over_presets_is_composed_for_each_job(repository, word, lengths
         for job in jobs_in(repository / "multirun")
     ]
     assert steps == lengths
+
+
+def test_a_sweep_over_experiments_compares_them(repository):
+    assert typed(repository, "-m", "experiment=none,short").returncode == 0
+    jobs = jobs_in(repository / "multirun")
+    assert [yaml.safe_load((job / "resolved.yaml").read_text())["distill"]["steps"] for job in jobs] == [150, 20]
 
 
 def test_a_refusing_job_leaves_the_others_running_and_the_sweep_fails(repository):

@@ -326,6 +326,38 @@ def test_a_preset_of_ones_own_without_its_first_line_is_told_which(sheet):
     assert validate(compose(["scale=mine"], root=sheet)).sequence_tokens == 64
 
 
+def test_an_experiment_is_a_word_that_any_place_may_say_and_what_is_set_beside_it_wins(sheet):
+    assert compose(root=sheet) == compose(["experiment=none"], root=sheet)
+    short = compose(["+experiment=short"])
+    assert (short["pretrain"]["steps"], short["pretrain"]["batch_sequences"]) == (40, 8)
+    assert compose(["experiment=short"]) == short and compose(["experiment=short", "pretrain.steps=7"])["pretrain"] == {
+        **short["pretrain"],
+        "steps": 7,
+    }
+    assert explain("pretrain.steps", ["+experiment=short"]) == "pretrain.steps = 40  # conf/experiment/short.yaml"
+    apply_overrides(sheet / "params.yaml", ["+experiment=short"])  # dvc exp run -S
+    assert compose(root=sheet) == short
+    apply_overrides(sheet / "params.yaml", ["+pretrain.steps=50"])
+    assert compose(root=sheet)["pretrain"]["steps"] == 50
+    assert compose(["experiment=none"], root=sheet)["distill"] == compose()["distill"]
+
+
+def test_an_experiment_that_the_sheet_leaves_nothing_of_is_refused(sheet):
+    hot = sheet / "conf/experiment/hot.yaml"
+    hot.write_text("# @package _global_\ndistill: {temperature: 4}\n")
+    line = "^conf/experiment/hot.yaml changes nothing: params.yaml sets distill.temperature and wins; delete that there"
+    with pytest.raises(Refusal, match=line):
+        compose(["+experiment=hot"], root=sheet)
+    edited(sheet, ("temperature: 1.0", "# temperature: 1.0"))
+    assert compose(["+experiment=hot"], root=sheet)["distill"]["temperature"] == 4
+
+
+@pytest.mark.parametrize("scale", ["demo", "gpu", "node"])
+def test_every_shipped_experiment_validates_at_every_scale_above_tiny(scale):
+    for file in sorted((ROOT / "conf/experiment").glob("*.yaml")):
+        assert validate(compose([f"scale={scale}", f"experiment={file.stem}"]))
+
+
 def test_a_setting_that_is_equal_in_all_scales_stands_once():
     def leaves_of(values, path=()):
         if not isinstance(values, dict):
@@ -410,6 +442,7 @@ def test_an_arbitrarily_edited_sheet_gives_settings_or_one_refusal(tmp_path_fact
         ("+distill.warmth=2", "distill.warmth: no such setting"),
         ("seed==[", "'seed==[': Hydra cannot read this (extraneous input '='): put double quotes around the text"),
         ("corpus.paths=[my texts (1)/*.txt]", "'corpus.paths=[my texts (1)/*.txt]': Hydra cannot read this (no viable"),
+        ("+experiment=shrt", "experiment = shrt: must be one of none, short; did you mean short?"),
         ("scale", "scale: write it as key=value"),
         ("corpus={source:files,path:[a]}", "corpus.path: no such setting; did you mean corpus.paths?"),
         ("corpus={source:fils}", "corpus = fils: must be one of files, huggingface, stdlib; did you mean files?"),

@@ -86,7 +86,7 @@ def refuse_without_effect(overrides: list[Any], stage: str, sections: tuple[str,
             touched = {name for file in files for name in preset_of(file)}
         else:
             refuse_unknown(section, SECTIONS)
-        if touched.isdisjoint(sections):
+        if touched and touched.isdisjoint(sections):  # the experiment `none` touches nothing
             raise Refusal(f"{key}: {stage} does not read it; {_readers(touched, stage)}")
 
 
