@@ -117,7 +117,7 @@ def stage_rows(stages: dict[str, str], rounds: int) -> Iterator[Row | str]:
 
 def prepared(folder: Path, stages: dict[str, str]) -> Path:
     """A checkout at scale tiny with what these stages read, where every step is logged."""
-    edits = {"conf/common.yaml": {"log_every_steps: 10": "log_every_steps: 1"}}
+    edits = {"conf/base.yaml": {"log_every_steps: 10": "log_every_steps: 1"}}
     root = checkout(folder, "tiny", edits)
     order = ["config", "prepare", *(name for name, library in stages.items() if library == "lightning")]
     for name in order[:-1]:  # nothing reads the last one's outs

@@ -70,14 +70,14 @@ def dense_twin(shape: TeacherShape) -> TeacherShape:
 
 def plain_adamw(recipe: Recipe, learning_rate: float, **changes) -> Recipe:
     """What most people would start from, whatever the default becomes; its rate is tuned."""
-    optimizer = replace(
-        recipe.optimizer,
-        muon_learning_rate=0.0,
-        adamw_learning_rate=learning_rate,
-        weight_decay=0.1,
-        warmup_share=0.05,
-        decay_share=0.5,
-    )
+    values = {
+        "muon_learning_rate": 0.0,
+        "adamw_learning_rate": learning_rate,
+        "weight_decay": 0.1,
+        "warmup_share": 0.05,
+        "decay_share": 0.5,
+    }
+    optimizer = recipe.optimizer.model_copy(update=values)
     return replace(recipe, plain=True, optimizer=optimizer, batch_sequences=8, **changes)
 
 
@@ -86,7 +86,7 @@ def variants(default: Recipe) -> dict[str, Recipe]:
     o = default.optimizer
 
     def tuned(**changes) -> Recipe:
-        return replace(default, optimizer=replace(o, **changes))
+        return replace(default, optimizer=o.model_copy(update=changes))
 
     found = {"default": default, "dense twin": replace(default, shape=dense_twin(default.shape))}
     for rate in (1e-3, 2e-3, 4e-3):

@@ -27,7 +27,7 @@ from chaos.commands import (
 
 CHECKPOINT_SECONDS = 1
 SIZES = {  # tiny's own steps end before a kill can land between two checkpoints
-    "conf/common.yaml": {"checkpoint_every_seconds: 60": f"checkpoint_every_seconds: {CHECKPOINT_SECONDS}"},
+    "conf/base.yaml": {"checkpoint_every_seconds: 60": f"checkpoint_every_seconds: {CHECKPOINT_SECONDS}"},
     "conf/scale/tiny.yaml": {"{steps: 20,": "{steps: 40,", "{steps: 12,": "{steps: 24,", "{steps: 6,": "{steps: 12,"},
 }
 

@@ -3,6 +3,7 @@
 dvc repro config                      # writes resolved.yaml, and inputs.json: fingerprints of what DVC cannot see
 python -m stages.config scale=gpu     # prints the settings, changes nothing
 python -m stages.config --explain pretrain.steps     # prints a value and the file that it comes from
+python -m stages.config --schema      # prints the JSON schema of params.yaml for editors (conf/schema.json)
 
 DVC runs this stage at every `dvc repro`, because a corpus file or an environment value may have changed. The other
 stages run only when the settings or inputs that they read have.
@@ -17,6 +18,7 @@ from stages.files.artifacts import ROOT, Refusal, write_atomically, write_json
 from stages.files.resuming import remove_recorded
 from stages.run.experiments import remember_accepted, undo_set_params
 from stages.settings.compose import compose, explain
+from stages.settings.editor import json_schema
 from stages.settings.schema import as_yaml, validate
 
 HEADER = "# Written by stages/config.py from params.yaml and conf/: edit those, then dvc repro.\n"
@@ -26,8 +28,12 @@ def main(overrides=()):
     if overrides[:1] == ["--explain"] and len(overrides) > 1:
         print(explain(overrides[1], overrides[2:]))
         return
+    if overrides == ["--schema"]:
+        print(json_schema(), end="")
+        return
     if any(override.startswith("-") for override in overrides):
-        raise Refusal(f"{' '.join(overrides)}: usage: python -m stages.config [--explain key] [key=value ...]")
+        usage = "python -m stages.config [--schema | --explain key] [key=value ...]"
+        raise Refusal(f"{' '.join(overrides)}: usage: {usage}")
     plain = compose(overrides)
     settings = validate(plain)
     if "DVC_STAGE" not in os.environ:

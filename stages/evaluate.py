@@ -14,7 +14,6 @@ import json
 import math
 import os
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 # before torch: by default threads that wait for each other spin, and on a busy machine evaluate took five times as long
@@ -86,7 +85,7 @@ def main(settings, place: Place, run) -> dict:
 
 
 def state_key(settings, conditions: dict, place: Place) -> str:
-    read = [asdict(settings.evaluate), settings.sequence_tokens, settings.seed, conditions]
+    read = [settings.evaluate.model_dump(), settings.sequence_tokens, settings.seed, conditions]
     inputs = [place.read(f"artifacts/{name}") for name in MODELS]
     return resume_key("evaluate", read, [*inputs, place.read("artifacts/data/card.json")])
 

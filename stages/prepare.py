@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
-from dataclasses import asdict
 
 from tqdm import tqdm
 
@@ -44,7 +43,7 @@ BATCH_BYTES = 1 << 22  # of text, tokenized at once
 
 def main(settings, place, run):
     knobs, watch = settings.prepare, Stopwatch()
-    corpus = Corpus(**asdict(settings.corpus), root=place.root)
+    corpus = Corpus(**settings.corpus.model_dump(), root=place.root)
     folder = empty_folder(place.write("artifacts/data"))
 
     # The source is read once. Its texts wait in a file without a name, which a killed process cannot leave. A
@@ -205,7 +204,7 @@ def state_key(knobs, splits):
     digest = hashlib.sha256()
     for documents in splits.values():
         digest.update(b"".join(document.digest for document in documents) + b"\n")
-    return resume_key("prepare", [asdict(knobs), digest.hexdigest()])
+    return resume_key("prepare", [knobs.model_dump(), digest.hexdigest()])
 
 
 def tokenizer_of(knobs, training_texts, state):

@@ -337,7 +337,7 @@ def test_what_a_gpu_is_measured_at_is_the_scale_for_it():
     from stages.settings.compose import compose
 
     gpu = settings.validate(compose(["scale=gpu"]))
-    given = asdict(gpu.teacher) | {"vocab_size": gpu.prepare.vocab_size, "sequence_tokens": gpu.sequence_tokens}
+    given = gpu.teacher.model_dump() | {"vocab_size": gpu.prepare.vocab_size, "sequence_tokens": gpu.sequence_tokens}
     assert asdict(training_step.GPU_SCALE).items() <= given.items()
     assert training_step.GPU_BATCHES[-1] == gpu.pretrain.batch_sequences
 

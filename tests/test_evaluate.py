@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,6 +36,10 @@ class SilentRun:
         self.logged[name] = text
 
 
+def with_values(settings, section, **values):
+    return settings.model_copy(update={section: getattr(settings, section).model_copy(update=values)})
+
+
 def write_data(folder: Path) -> None:
     """A byte-level corpus whose documents differ in length, in the folder that `prepare` would write."""
     tokenizer, splits = shards.BytesTokenizer(), {}
@@ -54,8 +57,7 @@ def write_data(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def settings(tiny_settings):
-    quick = replace(tiny_settings.evaluate, bootstrap_resamples=50)
-    return replace(tiny_settings, evaluate=quick)
+    return with_values(tiny_settings, "evaluate", bootstrap_resamples=50)
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +66,10 @@ def checkout(tmp_path_factory, settings) -> Path:
     write_data(root / "artifacts/data")
     for index, name in enumerate(evaluate.MODELS):
         if "teacher" in name:
-            shape = replace(settings.teacher, dense_width=64 if name == "sparse_teacher" else 128)
+            shape = settings.teacher.model_copy(update={"dense_width": 64 if name == "sparse_teacher" else 128})
             model = build_teacher(shape, VOCAB, settings.sequence_tokens, seed=index)
         else:
-            shape = replace(settings.student, mlp_width=48 if name == "sparse_student" else 96)
+            shape = settings.student.model_copy(update={"mlp_width": 48 if name == "sparse_student" else 96})
             model = build_student(shape, VOCAB, settings.sequence_tokens, seed=index)
         save(model, root / "artifacts" / name)
     return root
@@ -146,7 +148,7 @@ def test_nothing_that_dvc_keeps_depends_on_the_clock(evaluated):
 
 def test_profile_times_every_model_every_policy_and_the_router(evaluated, settings, monkeypatch):
     monkeypatch.setattr(profile, "cores", lambda: 1)
-    quick = replace(settings, profile=replace(settings.profile, repetitions=2, decode_tokens=4))
+    quick = with_values(settings, "profile", repetitions=2, decode_tokens=4)
     profile.main(quick, Place(evaluated.root, evaluated.root), SilentRun())
     measured = read_json(evaluated.root / "measurements/profile.json")
     assert set(measured["latency"]) == set(evaluate.MODELS)
@@ -187,7 +189,6 @@ def test_a_second_evaluation_gives_the_same_bytes(evaluated, settings, tmp_path)
 # A checkout evaluated by a process of its own, each batch slowed down so that a signal meets it.
 VICTIM = """
 import sys, time
-from dataclasses import replace
 from pathlib import Path
 from stages import evaluate
 from stages.measure import scoring
@@ -196,7 +197,7 @@ from stages.settings.compose import compose
 from stages.settings.schema import validate
 
 s = validate(compose(["scale=tiny", "corpus=stdlib"]))
-quick = replace(s.evaluate, bootstrap_resamples=50, batch_sequences=2)
+quick = s.evaluate.model_copy(update={"bootstrap_resamples": 50, "batch_sequences": 2})
 plain, scoring.SAVE_SECONDS = scoring.window_scores, float(sys.argv[3])
 
 def slow(*arguments):
@@ -208,7 +209,7 @@ class Run:
 
 scoring.window_scores, evaluate.cores = slow, lambda: 1
 try:
-    evaluate.main(replace(s, evaluate=quick), Place(Path(sys.argv[1]), Path(sys.argv[2])), Run())
+    evaluate.main(s.model_copy(update={"evaluate": quick}), Place(Path(sys.argv[1]), Path(sys.argv[2])), Run())
 except KeyboardInterrupt as interruption:
     sys.exit(f"offramp: {interruption}")
 """
@@ -223,7 +224,7 @@ def copy(evaluated, tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def by_two(settings):
-    return replace(settings, evaluate=replace(settings.evaluate, batch_sequences=2))
+    return with_values(settings, "evaluate", batch_sequences=2)
 
 
 def start_victim(root: Path, out: Path, save_seconds: float) -> subprocess.Popen:
@@ -301,8 +302,8 @@ def test_progress_of_other_models_or_settings_is_never_used(copy, settings):
     key = key_of(settings)
     assert key == key_of(settings)
     assert key != key_of(settings, threads=2)
-    assert key != key_of(replace(settings, seed=settings.seed + 1))
-    assert key != key_of(replace(settings, evaluate=replace(settings.evaluate, test_tokens=100)))
+    assert key != key_of(settings.model_copy(update={"seed": settings.seed + 1}))
+    assert key != key_of(with_values(settings, "evaluate", test_tokens=100))
     save(build_student(settings.student, VOCAB, settings.sequence_tokens, seed=99), copy / "artifacts/control")
     assert key != key_of(settings)
 

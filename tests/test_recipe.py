@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pydantic import BaseModel
 
 from benchmarks import recipe, variants
 from benchmarks.training_step import REFERENCE
@@ -50,7 +51,9 @@ def test_the_dense_twin_costs_a_token_as_much_within_one_percent(demo):
 
 
 def changed(one, other, path=""):
-    """Names of the leaves in which two nested dictionaries differ."""
+    """Names of the leaves in which two nested dictionaries differ; settings among them count as dictionaries."""
+    if isinstance(one, BaseModel):
+        one, other = one.model_dump(), other.model_dump()
     if not isinstance(one, dict):
         return {path} if one != other else set()
     return {name for key in one for name in changed(one[key], other[key], key)}

@@ -198,6 +198,7 @@ BEST_JOBS = [
     ["pretrain.steps=50", "+optimizer.clip_norm=2"],
     ["corpus=files", "corpus.paths=['my texts/*.txt','a [1].txt']"],
     ["corpus.max_bytes=1000", "scale=tiny"],
+    ["experiment=short", "seed=4"],
 ]
 
 
@@ -318,6 +319,12 @@ def test_a_sweep_over_presets_is_composed_for_each_job(repository, word, lengths
     assert steps == lengths
 
 
+def test_a_sweep_over_experiments_compares_them(repository):
+    assert typed(repository, "-m", "experiment=none,short").returncode == 0
+    jobs = jobs_in(repository / "multirun")
+    assert [yaml.safe_load((job / "resolved.yaml").read_text())["distill"]["steps"] for job in jobs] == [150, 20]
+
+
 def test_a_refusing_job_leaves_the_others_running_and_the_sweep_fails(repository):
     done = typed(repository, "-m", "seed=1,13,2")
     assert done.returncode == 1 and "Traceback" not in done.stderr
@@ -344,48 +351,69 @@ def test_a_mistake_on_the_command_line_is_one_line(repository, words, line):
     assert done.stderr.startswith(line)
 
 
-OUTSIDE = [
-    ["hydra.run.dir=../elsewhere"],
-    ["hydra.run.dir={elsewhere}"],
-    ["hydra.run.dir=outputs/../../elsewhere"],
-    ["hydra.run.dir=${{oc.env:ELSEWHERE}}"],
-    ["hydra.run.dir=outputs/a", "hydra.output_subdir=../../../elsewhere"],
-    ["+hydra.job_logging.handlers={{file: {{class: logging.FileHandler, filename: {elsewhere}}}}}"],
-    ["-m", "hydra.sweep.dir={elsewhere}"],
-    ["-m", "hydra.sweep.subdir=../../../../elsewhere", "seed=1,2"],
-    ["-m", "hydra.sweep.subdir={elsewhere}/${{hydra.job.num}}", "seed=1,2"],
-    ["-m", "hydra.sweep.subdir=${{distill.init}}", "distill.init=random,../../../../elsewhere"],
-    ["-m", "hydra.sweep.subdir=${{hydra.job.override_dirname}}", "distill.init=a/../../../../../elsewhere"],
-    ["hydra.run.dir=.."],
-    ["hydra.run.dir=outputs/link/.."],
+TAKEN = [
+    ["hydra.run.dir=artifacts/mine"],
+    ["hydra.run.dir=metrics"],
+    ["hydra.run.dir={repository}/plots/mine"],
+    ["hydra.run.dir=stages/mine"],
+    ["hydra.run.dir=conf"],
+    ["hydra.run.dir=outputs/../artifacts/data"],
+    ["hydra.run.dir=${{oc.env:ARTIFACTS}}"],
+    ["hydra.run.dir=outputs/link/mine"],
+    ["hydra.run.dir=outputs/a", "hydra.output_subdir=../../artifacts"],
+    ["+hydra.job_logging.handlers={{file: {{class: logging.FileHandler, filename: {repository}/conf/log}}}}"],
+    ["-m", "hydra.sweep.dir={repository}/artifacts"],
+    ["-m", "hydra.sweep.subdir=../../../artifacts/mine", "seed=1,2"],
+    ["-m", "hydra.sweep.subdir={repository}/stages/${{hydra.job.num}}", "seed=1,2"],
+    ["-m", "hydra.sweep.subdir=${{distill.init}}", "distill.init=random,../../../metrics"],
+    ["-m", "hydra.sweep.subdir=${{hydra.job.override_dirname}}", "distill.init=a/../../../../metrics"],
+    ["hydra.run.dir=notes/mine"],
 ]
 
 
-@pytest.mark.parametrize("words", OUTSIDE, ids=range(len(OUTSIDE)))
-def test_a_run_that_would_write_outside_the_project_is_refused_before_a_folder_is_made(
-    repository, tmp_path_factory, monkeypatch, words
+@pytest.mark.parametrize("words", TAKEN, ids=range(len(TAKEN)))
+def test_a_run_that_would_write_among_the_outs_or_the_sources_is_refused_before_a_folder_is_made(
+    repository, monkeypatch, words
 ):
-    elsewhere = tmp_path_factory.mktemp("outside") / "elsewhere"
-    monkeypatch.setenv("ELSEWHERE", str(elsewhere))
+    monkeypatch.setenv("ARTIFACTS", str(repository / "artifacts"))
     (repository / "outputs").mkdir()
-    (repository / "outputs/link").symlink_to(tmp_path_factory.mktemp("linked"))
+    (repository / "artifacts").mkdir()
+    (repository / "outputs/link").symlink_to(repository / "artifacts")
+    write_json(repository / "notes/own.json", {})
+    for git in (["init", "-q"], ["add", "notes"]):  # what git tracks is taken, too
+        subprocess.run(["git", *git], cwd=repository, check=True)
 
     def files():
-        found = [*repository.parent.rglob("*"), *elsewhere.parent.rglob("*")]
-        return sorted(path for path in found if "__pycache__" not in path.parts)
+        return sorted(path for path in repository.parent.rglob("*") if "__pycache__" not in path.parts)
 
     before = files()
-    done = typed(repository, *[word.format(elsewhere=elsewhere) for word in words])
+    done = typed(repository, *[word.format(repository=repository) for word in words])
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert f"a run writes inside {repository} only" in line
+    assert "holds DVC's outs or the project's own files; name a folder such as outputs/mine" in line
     assert files() == before
 
 
-def test_a_preset_that_would_write_outside_the_project_is_refused(repository):
+@pytest.mark.parametrize("word", ["hydra.run.dir=../elsewhere", "hydra.run.dir={disk}/mine", "hydra.run.dir=.."])
+def test_a_run_may_write_outside_the_project(repository, tmp_path_factory, word):
+    disk = tmp_path_factory.mktemp("disk")
+    done = typed(repository, word.format(disk=disk))
+    folder = Path(os.path.join(repository, word.format(disk=disk).removeprefix("hydra.run.dir=")))
+    assert done.returncode == 0 and (folder / "metrics/distill.json").exists(), done.stderr
+    assert not (repository / "metrics").exists() and not (repository / "outputs").exists()
+
+
+def test_a_sweep_may_write_outside_the_project(repository, tmp_path_factory):
+    disk = tmp_path_factory.mktemp("disk")
+    done = typed(repository, "-m", f"hydra.sweep.dir={disk}/sweep", "seed=1,2")
+    assert done.returncode == 0 and len(list(disk.rglob("metrics/distill.json"))) == 2, done.stderr
+    assert "seed=1" in done.stdout and not (repository / "multirun").exists()
+
+
+def test_a_preset_that_would_write_among_the_outs_is_refused(repository):
     config = repository / "conf/config.yaml"
-    config.write_text(config.read_text().replace("dir: outputs/", "dir: ../outputs/"))
-    assert "a run writes inside" in typed(repository).stderr and not (repository.parent / "outputs").exists()
+    config.write_text(config.read_text().replace("dir: outputs/", "dir: artifacts/"))
+    assert "holds DVC's outs" in typed(repository).stderr and not (repository / "artifacts").exists()
 
 
 @pytest.mark.parametrize("words", [["hydra.run.dir=outputs/mine"], ["hydra.run.dir={repository}/outputs/mine"]])

@@ -167,7 +167,7 @@ def test_the_resolved_settings(tmp_path, trap, marker):
     refused(marker, lambda: _resolved(path, ("seed",)), "resolved.yaml")
 
 
-@pytest.mark.parametrize("name", ["params.yaml", "conf/common.yaml", "conf/config.yaml", "conf/scale/tiny.yaml"])
+@pytest.mark.parametrize("name", ["params.yaml", "conf/base.yaml", "conf/config.yaml", "conf/scale/tiny.yaml"])
 def test_the_sheet_and_the_presets(tmp_path, trap, marker, name):
     shutil.copytree(ROOT / "conf", tmp_path / "conf")
     shutil.copy(ROOT / "params.yaml", tmp_path / "params.yaml")

@@ -1,7 +1,7 @@
 """What may be set: everything shipped is valid, every mistake is one line that names key, value and rule."""
 
 import copy
-import dataclasses
+import json
 import math
 import os
 import shutil
@@ -16,6 +16,7 @@ from dvc.utils.hydra import apply_overrides
 from hypothesis import given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from stages.files.artifacts import ROOT, Refusal, sha256_of
 from stages.settings.compose import compose, explain
@@ -66,7 +67,7 @@ def test_sections_limit_what_is_read_and_needed():
 
 
 def test_settings_survive_a_round_trip_through_plain_values_and_yaml(tiny_settings):
-    assert validate(dataclasses.asdict(tiny_settings)) == tiny_settings
+    assert validate(tiny_settings.model_dump()) == tiny_settings
     assert validate(yaml.safe_load(as_yaml(TINY))) == tiny_settings
 
 
@@ -129,13 +130,20 @@ def test_batches_that_the_ranks_found_here_cannot_share_are_refused_for_the_stag
 
 def numbers(kind=Settings, path=()):
     """Dotted name, type and bounds of every numeric setting."""
-    hints = typing.get_type_hints(kind)
-    for field in dataclasses.fields(kind):
-        hint, key = hints[field.name], (*path, field.name)
-        if dataclasses.is_dataclass(hint):
-            yield from numbers(hint, key)
-        elif "low" in field.metadata:
-            yield ".".join(key), float if hint is float else int, typing.get_origin(hint) is tuple, field.metadata
+    for name, field in kind.model_fields.items():
+        key, kinds, metadata = (*path, name), [field.annotation, *typing.get_args(field.annotation)], field.metadata
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from numbers(field.annotation, key)
+            continue
+        for inner in typing.get_args(field.annotation):  # of a list or a union
+            kinds, metadata = [*kinds, *typing.get_args(inner)], [*metadata, *getattr(inner, "__metadata__", ())]
+        kind_of_number = next((each for each in kinds if each in (int, float)), None)
+        if kind_of_number:
+            bounds = {}
+            for each in metadata:
+                for part in getattr(each, "metadata", [each]):
+                    bounds |= {word: getattr(part, word) for word in ("gt", "ge", "le") if hasattr(part, word)}
+            yield ".".join(key), kind_of_number, typing.get_origin(field.annotation) is tuple, bounds
 
 
 # what a rule that joins settings wants beside one at its end
@@ -173,10 +181,10 @@ def test_both_ends_of_every_bound_are_accepted_and_what_lies_beyond_is_refused(k
     def beyond(value, direction):
         return value + direction if kind is int else math.nextafter(value, direction * math.inf)
 
-    low, high = bounds["low"], bounds["high"]
-    validated(beyond(low, 1) if bounds["above"] else low)
+    high = bounds["le"]
+    validated(beyond(bounds["gt"], 1) if "gt" in bounds else bounds["ge"])
     validated(high)
-    for value in (low if bounds["above"] else beyond(low, -1), beyond(high, 1)):
+    for value in (bounds["gt"] if "gt" in bounds else beyond(bounds["ge"], -1), beyond(high, 1)):
         with pytest.raises(Refusal, match=f"^{key} = .*: must be (above|at least|at most) "):
             validated(value)
 
@@ -270,7 +278,7 @@ def edited(sheet, *edits):
 
 
 def test_any_setting_of_any_preset_may_be_set_again_in_the_sheet_and_on_the_command_line(sheet):
-    """Later wins: conf/common.yaml, the presets, params.yaml, the command line."""
+    """Later wins: conf/base.yaml, the presets, params.yaml, the command line."""
     edited(sheet, ("seed: 1", "seed: 1\npretrain: {steps: 50}\ntrainer: {ranks: 1}\nsequence_tokens: 9"))
     plain = compose(root=sheet)
     assert (plain["pretrain"]["steps"], plain["trainer"]["ranks"], plain["sequence_tokens"]) == (50, 1, 9)
@@ -318,13 +326,83 @@ def test_a_preset_of_ones_own_without_its_first_line_is_told_which(sheet):
     assert validate(compose(["scale=mine"], root=sheet)).sequence_tokens == 64
 
 
+def test_an_experiment_is_a_word_that_any_place_may_say_and_what_is_set_beside_it_wins(sheet):
+    assert compose(root=sheet) == compose(["experiment=none"], root=sheet)
+    short = compose(["+experiment=short"])
+    assert (short["pretrain"]["steps"], short["pretrain"]["batch_sequences"]) == (40, 8)
+    assert compose(["experiment=short"]) == short and compose(["experiment=short", "pretrain.steps=7"])["pretrain"] == {
+        **short["pretrain"],
+        "steps": 7,
+    }
+    assert explain("pretrain.steps", ["+experiment=short"]) == "pretrain.steps = 40  # conf/experiment/short.yaml"
+    apply_overrides(sheet / "params.yaml", ["+experiment=short"])  # dvc exp run -S
+    assert compose(root=sheet) == short
+    apply_overrides(sheet / "params.yaml", ["+pretrain.steps=50"])
+    assert compose(root=sheet)["pretrain"]["steps"] == 50
+    assert compose(["experiment=none"], root=sheet)["distill"] == compose()["distill"]
+
+
+def test_an_experiment_that_the_sheet_leaves_nothing_of_is_refused(sheet):
+    hot = sheet / "conf/experiment/hot.yaml"
+    hot.write_text("# @package _global_\ndistill: {temperature: 4}\n")
+    line = "^conf/experiment/hot.yaml changes nothing: params.yaml sets distill.temperature and wins; delete that there"
+    with pytest.raises(Refusal, match=line):
+        compose(["+experiment=hot"], root=sheet)
+    edited(sheet, ("temperature: 1.0", "# temperature: 1.0"))
+    assert compose(["+experiment=hot"], root=sheet)["distill"]["temperature"] == 4
+
+
+@pytest.mark.parametrize("scale", ["demo", "gpu", "node"])
+def test_every_shipped_experiment_validates_at_every_scale_above_tiny(scale):
+    for file in sorted((ROOT / "conf/experiment").glob("*.yaml")):
+        assert validate(compose([f"scale={scale}", f"experiment={file.stem}"]))
+
+
+def test_a_setting_that_is_equal_in_all_scales_stands_once():
+    def leaves_of(values, path=()):
+        if not isinstance(values, dict):
+            return {(".".join(path), str(values))}
+        return {leaf for name, inner in values.items() for leaf in leaves_of(inner, (*path, name))}
+
+    scales = [leaves_of(yaml.safe_load((ROOT / f"conf/scale/{scale}.yaml").read_text())) for scale in SCALES]
+    assert not set.intersection(*scales), "write it in conf/base.yaml"
+
+
+def test_the_schema_for_editors_is_up_to_date_and_knows_every_setting_and_word():
+    schema = (ROOT / "conf/schema.json").read_text()
+    printed = [sys.executable, "-m", "stages.config", "--schema"]
+    done = subprocess.run(printed, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == schema, "python -m stages.config --schema > conf/schema.json"
+    known = json.loads(schema)
+    assert known["properties"]["scale"] == {"enum": SCALES}
+    for leaf in leaves():
+        inner = known
+        for name in leaf.split("."):
+            entry = inner["properties"][name]
+            reference = next((each["$ref"] for each in (entry, *entry.get("anyOf", ())) if "$ref" in each), None)
+            inner = known["$defs"][reference.rsplit("/", 1)[1]] if reference else {}
+            assert "required" not in inner and inner.get("additionalProperties", False) is False
+    steps = known["$defs"]["Pretrain"]["properties"]["steps"]
+    assert {"minimum": 1, "maximum": 2**40, "type": "integer"} in steps["anyOf"]
+
+
+@pytest.mark.parametrize("file", [ROOT / "params.yaml", *sorted((ROOT / "conf").rglob("*.yaml"))], ids=lambda f: f.name)
+def test_every_file_of_settings_names_its_schema(file):
+    if file.name == "config.yaml":  # Hydra's own
+        return
+    (line,) = [line for line in file.read_text().splitlines()[:2] if line.startswith("# yaml-language-server: ")]
+    schema = file.parent / line.partition("$schema=")[2]
+    reference = json.loads(schema.read_text()).get("$ref", "")
+    assert not reference or json.loads((ROOT / "conf/schema.json").read_text())["$defs"][reference.rsplit("/", 1)[1]]
+
+
 def test_where_a_value_comes_from_is_told(sheet):
     edited(sheet, ("corpus: stdlib", "corpus: {source: files, paths: [a]}\noptimizer: {clip_norm: 2}"))
     assert explain("distill.temperature", root=sheet) == "distill.temperature = 1.0  # params.yaml"
     assert explain("pretrain.steps", ["scale=tiny"], sheet) == "pretrain.steps = 20  # conf/scale/tiny.yaml"
     assert explain("pretrain.steps", ["++pretrain.steps=3"], sheet) == "pretrain.steps = 3  # command line"
     assert explain("optimizer.clip_norm", root=sheet) == "optimizer.clip_norm = 2  # params.yaml"
-    assert "optimizer.adamw_beta1 = 0.9  # conf/common.yaml" in explain("optimizer", root=sheet).splitlines()
+    assert "optimizer.adamw_beta1 = 0.9  # conf/base.yaml" in explain("optimizer", root=sheet).splitlines()
     corpus = explain("corpus", ["corpus.split=x"], sheet).splitlines()
     assert corpus[:2] == ["corpus.source = files  # conf/corpus/files.yaml", "corpus.paths = ['a']  # params.yaml"]
     assert "corpus.split = x  # command line" in corpus
@@ -364,6 +442,7 @@ def test_an_arbitrarily_edited_sheet_gives_settings_or_one_refusal(tmp_path_fact
         ("+distill.warmth=2", "distill.warmth: no such setting"),
         ("seed==[", "'seed==[': Hydra cannot read this (extraneous input '='): put double quotes around the text"),
         ("corpus.paths=[my texts (1)/*.txt]", "'corpus.paths=[my texts (1)/*.txt]': Hydra cannot read this (no viable"),
+        ("+experiment=shrt", "experiment = shrt: must be one of none, short; did you mean short?"),
         ("scale", "scale: write it as key=value"),
         ("corpus={source:files,path:[a]}", "corpus.path: no such setting; did you mean corpus.paths?"),
         ("corpus={source:fils}", "corpus = fils: must be one of files, huggingface, stdlib; did you mean files?"),

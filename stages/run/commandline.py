@@ -1,7 +1,9 @@
 """What may be typed after a stage's name: checked before a folder is made or a job starts."""
 
+import functools
 import itertools
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ from stages.settings.reading import refuse_unknown
 from stages.settings.schema import SECTIONS
 
 IGNORED_ALONE = ("hydra/launcher", "hydra/sweeper", "hydra.launcher", "hydra.sweeper", "hydra.sweep")
+DVC_PATHS = ("deps", "outs", "metrics", "plots")
 
 
 def refuse_arguments(arguments: list[str], stage: str, sections: tuple[str, ...]) -> None:
-    """Composes every job as Hydra will; refuses what would write outside the project or change nothing."""
+    """Composes every job as Hydra will; refuses what would write where it must not or change nothing."""
     from hydra import compose, initialize_config_dir
     from hydra._internal.utils import get_args_parser
     from hydra.core.global_hydra import GlobalHydra
@@ -52,22 +55,47 @@ def _refuse_folders(hydra_cfg):
 
     sweep = hydra_cfg.sweep.dir
     for folder in (hydra_cfg.run.dir, sweep, os.path.join(sweep, hydra_cfg.sweep.subdir)):
-        refuse_unless_inside(folder)
-        refuse_unless_inside(os.path.join(folder, hydra_cfg.output_subdir or ".hydra"))
+        refuse_taken(folder)
+        refuse_taken(os.path.join(folder, hydra_cfg.output_subdir or ".hydra"))
         with read_write(hydra_cfg.runtime):
             hydra_cfg.runtime.output_dir = folder
         for logging in (hydra_cfg.job_logging, hydra_cfg.hydra_logging):
             for handler in logging.get("handlers", {}).values():
-                refuse_unless_inside(handler.get("filename", folder))
+                refuse_taken(handler.get("filename", folder))
 
 
-def refuse_unless_inside(path: str | Path) -> None:
-    """Reading may be from anywhere. A symbolic link under the project is its owner's will, `..` behind it is not."""
-    plainly = ".." not in Path(path).parts and Path(os.path.abspath(path)).is_relative_to(ROOT)
-    if not plainly and not Path(path).resolve().is_relative_to(ROOT):
-        raise Refusal(f"{path}: a run writes inside {ROOT} only; for another disk put a symbolic link there")
-    if Path(path).resolve() == ROOT:
-        raise Refusal(f"{path}: a run by hand would overwrite DVC's outs here; name a folder such as outputs/mine")
+def refuse_taken(path: str | Path) -> None:
+    """A run by hand writes anywhere but over DVC's outs and among the project's own files.
+
+    Both what the path says and where its symbolic links lead are looked at.
+    """
+    advice = "name a folder such as outputs/mine, or one outside the project"
+    for place in {Path(os.path.abspath(path)), Path(path).resolve()}:
+        if place == ROOT:
+            raise Refusal(f"{path}: a run by hand would overwrite DVC's outs here; {advice}")
+        if place.is_relative_to(ROOT):
+            first = place.relative_to(ROOT).parts[0]
+            if first in _taken_names() or _is_tracked(first):
+                raise Refusal(f"{path}: {first} holds DVC's outs or the project's own files; {advice}")
+
+
+def _taken_names() -> set[str]:
+    """First parts of the paths of DVC's deps and outs, and where git and DVC keep their own."""
+    stages = _dvc_stages().values()
+    paths = [path for entry in stages for kind in DVC_PATHS for path in entry.get(kind, ())]
+    names = [path if isinstance(path, str) else next(iter(path)) for path in paths]
+    return {Path(name).parts[0] for name in names} | {".git", ".dvc", ".runs"}
+
+
+@functools.cache
+def _is_tracked(name: str) -> bool:
+    listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "--", name], capture_output=True)
+    return bool(listed.stdout.strip())
+
+
+@functools.cache
+def _dvc_stages() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 
 
 def refuse_without_effect(overrides: list[Any], stage: str, sections: tuple[str, ...]) -> None:
@@ -86,13 +114,13 @@ def refuse_without_effect(overrides: list[Any], stage: str, sections: tuple[str,
             touched = {name for file in files for name in preset_of(file)}
         else:
             refuse_unknown(section, SECTIONS)
-        if touched.isdisjoint(sections):
+        if touched and touched.isdisjoint(sections):  # the experiment `none` touches nothing
             raise Refusal(f"{key}: {stage} does not read it; {_readers(touched, stage)}")
 
 
 def _readers(sections, stage):
     """Who reads these sections, and what the stage takes from them."""
-    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    stages = _dvc_stages()
     read = {
         name: {section for params in entry.get("params", []) for section in params["resolved.yaml"]}
         for name, entry in stages.items()

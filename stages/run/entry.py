@@ -191,7 +191,7 @@ def _run_job(main, name, sections, cfg, sweep):
     from hydra.types import RunMode
     from omegaconf import OmegaConf
 
-    from stages.run.commandline import refuse_unless_inside, refuse_without_effect
+    from stages.run.commandline import refuse_taken, refuse_without_effect
     from stages.run.sweeps import LOST, Outcome, numbers_of
     from stages.settings.compose import one_line_errors, plain_values
 
@@ -200,7 +200,7 @@ def _run_job(main, name, sections, cfg, sweep):
     overrides = OmegaConf.to_container(hydra_cfg.overrides.task, resolve=False)
     number = str(hydra_cfg.job.num) if sweeping else ""
     job = Outcome(number, overrides, Path(hydra_cfg.runtime.output_dir), failure=LOST)
-    refuse_unless_inside(job.folder)  # a sweeper's own choice may have come into its name
+    refuse_taken(job.folder)  # a sweeper's own choice may have come into its name
     if sweeping:
         _say(f"{name} job {job.number}: {' '.join(job.overrides)}")
         job.leave(sweep)

@@ -13,7 +13,7 @@ import yaml
 from hydra.experimental.callback import Callback
 
 from stages.files.artifacts import ROOT, Refusal, read_json, write_json
-from stages.settings.compose import preset_groups, read_sheet
+from stages.settings.compose import DEFAULTS, preset_groups, read_sheet
 
 FILE = "outcome.json"
 LOST = "no outcome: its process ended early"
@@ -161,7 +161,8 @@ def sheet_words(overrides: list[str], root: Path = ROOT) -> list[str]:
             settings = [f"{key.removeprefix(f'{group}.')}:{pairs.pop(key)}" for key in own]
             words.append(f"{group}={{{','.join([f'source:{source}', *settings])}}}")
     for key, value in pairs.items():
-        words.append(f"{key if key in choices or _has(values, key) else f'+{key}'}={value}")
+        known = key not in DEFAULTS and (key in choices or _has(values, key))  # the sheet need not name what has one
+        words.append(f"{key if known else f'++{key}' if key in DEFAULTS else f'+{key}'}={value}")
     return words
 
 

@@ -1,6 +1,7 @@
 """How params.yaml and conf/ become one plain dictionary: presets chosen by a word, then the values of the sheet.
 
-What comes later wins: conf/common.yaml, the presets of `corpus` and `scale`, params.yaml, the command line.
+What comes later wins: conf/base.yaml, the presets of `corpus`, `scale` and `experiment`, params.yaml, the
+command line.
 `python -m stages.config --explain pretrain.steps` says which of them it was.
 """
 
@@ -14,7 +15,8 @@ from stages.files.artifacts import ROOT, Refusal
 from stages.settings.reading import refuse, refuse_unknown, shown
 from stages.settings.schema import SECTIONS, leaves
 
-ORDER = ("corpus", "scale")  # as conf/config.yaml lays the presets
+ORDER = ("corpus", "scale", "experiment")  # as conf/config.yaml lays the presets
+DEFAULTS = {"experiment": "none"}  # of the groups that params.yaml need not name
 
 
 def compose(overrides: Any = (), root: Path = ROOT) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def explain(key: str, overrides: Any = (), root: Path = ROOT) -> str:
     wanted = [leaf for leaf in leaves() if leaf == key or leaf.startswith(f"{key}.")]
     if not wanted:
         refuse_unknown(key, leaves())
-    presets = [root / "conf/common.yaml", *(root / "conf" / group / f"{choices[group]}.yaml" for group in ORDER)]
+    presets = [root / "conf/base.yaml", *(root / "conf" / group / f"{choices[group]}.yaml" for group in ORDER)]
     homes = [(file.relative_to(root).as_posix(), _keys(preset_of(file, root))) for file in presets]
     homes += [("params.yaml", _keys(read_sheet(words, root)[1]))]
     typed = {word.lstrip("+~").partition("=")[0] for word in words}
@@ -104,7 +106,7 @@ def read_sheet(words: Any = (), root: Path = ROOT) -> tuple[dict[str, str], dict
     """The presets that params.yaml chooses, by group, and its own values, as far as the overrides leave them."""
     values, choices = _load_yaml(root / "params.yaml", root), {}
     for group, presets in preset_groups(root).items():
-        entry = values.pop(group, None)
+        entry = values.pop(group, DEFAULTS.get(group))
         mapping = group in SECTIONS and isinstance(entry, dict)
         choice = entry.get("source") if mapping else entry
         if choice is None:
@@ -115,6 +117,8 @@ def read_sheet(words: Any = (), root: Path = ROOT) -> tuple[dict[str, str], dict
         chosen = [name for names in typed for name in names]
         for name in chosen:
             _refuse_unless_preset(group, name, group, presets, root)
+        if group in DEFAULTS:
+            _refuse_without_effect(group, chosen or [choice], values, root)
         if mapping and set(chosen) <= {choice}:  # what belongs to one preset is not laid on another
             values[group] = {name: value for name, value in entry.items() if name != "source"}
         choices[group] = choice
@@ -150,8 +154,10 @@ def _spelled_out(word, groups):
     from hydra.core.override_parser.types import Override
 
     name, _, value = word.lstrip("+").partition("=")
-    if name not in groups or not value.lstrip().startswith("{"):
+    if name not in groups:
         return [word]
+    if not value.lstrip().startswith("{"):
+        return [word.lstrip("+")]  # conf/config.yaml names every group: +experiment=short adds nothing to the list
     with one_line_errors():
         override = OverridesParser.create().parse_override(word)
     if override.is_sweep_override():
@@ -169,6 +175,16 @@ def _refuse_unless_preset(key, word, group, presets, root):
     if group not in SECTIONS and _package(root / "conf" / group / f"{word}.yaml") is None:
         line = "# @package _global_"
         raise Refusal(f"conf/{group}/{word}.yaml: its first line must be `{line}`, else its settings are not found")
+
+
+def _refuse_without_effect(group, words, values, root):
+    """params.yaml is laid on the presets: one of which it sets every key would be accepted and change nothing."""
+    for word in words:
+        file, of_sheet = root / "conf" / group / f"{word}.yaml", set(_keys(values))
+        keys = _keys(preset_of(file, root))
+        if keys and of_sheet.issuperset(keys):
+            name = file.relative_to(root).as_posix()
+            raise Refusal(f"{name} changes nothing: params.yaml sets {', '.join(keys)} and wins; delete that there")
 
 
 def _load_yaml(path, root):

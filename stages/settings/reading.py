@@ -1,15 +1,67 @@
-"""One value read as a type within its bounds, or refused in one line that names the key, the value and the rule."""
+"""A mistake in the settings as one line that names key, value and rule: pydantic finds it, this words it."""
 
-import dataclasses
 import difflib
-import math
 import re
-import types
-import typing
-from collections.abc import Collection
-from typing import Any, Literal, NoReturn
+from collections.abc import Collection, Sequence
+from typing import Any, NoReturn
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from stages.files.artifacts import Refusal
+
+UNKNOWN = ("extra_forbidden", "invalid_key")
+RANK = {"extra_forbidden": 0, "invalid_key": 0, "missing": 1}  # a wrong name explains what is missing
+RULES = {  # by pydantic's type of error
+    "model_type": "must be a mapping of settings",
+    "bool_type": "must be true or false",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "tuple_type": "must be a list, such as [a, b]",
+    "string_type": "must be a word",
+    "string_unicode": "must be a word",
+    "string_pattern_mismatch": "must be a word",
+    "finite_number": "must be a finite number",
+    "greater_than": "must be above {gt:,.15g}",
+    "greater_than_equal": "must be at least {ge:,.15g}",
+    "less_than_equal": "must be at most {le:,.15g}",
+}
+TEXT_IS_WRONG = ("bool_type", "int_type", "float_type", "tuple_type")
+
+
+def refuse_first(error: ValidationError, model: type[BaseModel]) -> NoReturn:
+    """The first mistake that pydantic found, as a Refusal: an unknown name, else a missing one, else a value."""
+    errors = error.errors(include_url=False)
+    first = min(errors, key=lambda each: RANK.get(each["type"], len(RANK)))
+    path, known = _setting_at(first["loc"], model)
+    key, value = ".".join(path), first["input"]
+    if first["type"] in UNKNOWN:
+        refuse_unknown(first["loc"][-1], known, path)
+    if first["type"] == "missing":
+        raise Refusal(f"{key}: missing; put it in params.yaml or in a preset of conf/")
+    of_setting = [each for each in errors if _setting_at(each["loc"], model)[0] == path]
+    words = [each["ctx"]["expected"].replace("'", "") for each in of_setting if each["type"] == "literal_error"]
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if words and len(of_setting) > 1 and not is_number:
+        _refuse_type(key, value, f"must be {words[0]} or a number")
+    if words and len(of_setting) == 1:
+        refuse(key, value, f"must be {words[0]}")
+    rule = RULES.get(first["type"], first["msg"]).format(**first.get("ctx", {}))
+    if first["type"] in TEXT_IS_WRONG:
+        _refuse_type(key, value, rule)
+    refuse(key, value, rule)
+
+
+def _setting_at(place: Sequence[int | str], model: type[BaseModel]) -> tuple[tuple[str, ...], dict[str, FieldInfo]]:
+    """The path of settings in pydantic's place of an error, which may go on into a list or a union; what may follow."""
+    path: tuple[str, ...] = ()
+    known: dict[str, FieldInfo] = dict(model.model_fields)
+    for name in place:
+        if not isinstance(name, str) or name not in known:
+            break
+        path, inner = (*path, name), known[name].annotation
+        known = getattr(inner, "model_fields", {})
+    return path, known
 
 
 def refuse_unknown(name: Any, known: Collection[str], path: tuple[str, ...] = ()) -> None:
@@ -29,76 +81,11 @@ def refuse_unknown(name: Any, known: Collection[str], path: tuple[str, ...] = ()
     raise Refusal(f"{key}: no such setting; {hint}")
 
 
-def read(value: Any, kind: Any, path: tuple[str, ...], bounds: Any) -> Any:
-    """The value as `kind`, or a Refusal; `bounds` are those of the field for its numbers."""
-    key, origin = ".".join(path), typing.get_origin(kind)
-    if dataclasses.is_dataclass(kind):
-        return _read_section(value, kind, path)
-    if origin in (types.UnionType, typing.Union):
-        return _read_either(value, typing.get_args(kind), path, bounds)
-    if origin is Literal:
-        words = typing.get_args(kind)
-        if not isinstance(value, str) or value not in words:
-            refuse(key, value, f"must be {_one_of(words)}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            _refuse_type(key, value, "must be a list, such as [a, b]")
-        return tuple(read(item, typing.get_args(kind)[0], path, bounds) for item in value)
-    if kind is bool:
-        if not isinstance(value, bool):
-            _refuse_type(key, value, "must be true or false")
-        return value
-    if kind is str:
-        if not isinstance(value, str) or not (value.strip() or value and "blank" in bounds) or "\0" in value:
-            refuse(key, value, "must be a word")
-        return value
-    return _read_number(value, kind, key, bounds)
-
-
-def _read_section(value, kind, path):
-    if not isinstance(value, dict):
-        refuse(".".join(path), value, "must be a mapping of settings")
-    hints, fields = typing.get_type_hints(kind), dataclasses.fields(kind)
-    names = [field.name for field in fields]
-    for name in value:
-        refuse_unknown(name, names, path)
-    for name in names:
-        if name not in value:
-            refuse_missing((*path, name))
-    return kind(**{f.name: read(value[f.name], hints[f.name], (*path, f.name), f.metadata) for f in fields})
-
-
-def _read_either(value, kinds, path, bounds):
-    if value is None and type(None) in kinds:
-        return None
-    kinds = [kind for kind in kinds if kind is not type(None)]
-    words = [word for kind in kinds if typing.get_origin(kind) is Literal for word in typing.get_args(kind)]
-    if isinstance(value, str) and value in words:
-        return value
-    if words and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        _refuse_type(".".join(path), value, f"must be {_one_of(words)} or a number")
-    return read(value, kinds[0], path, bounds)
-
-
-def _read_number(value, kind, key, bounds):
-    if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
-        _refuse_type(key, value, "must be a whole number" if kind is int else "must be a number")
-    if isinstance(value, float) and not math.isfinite(value):
-        refuse(key, value, "must be a finite number")
-    low, high, above = bounds["low"], bounds["high"], bounds["above"]
-    if value < low or value > high or (above and value == low):
-        floor = f"above {low:g}" if above else f"at least {low:g}"
-        rule = floor if value <= low else f"at most {high:,}"
-        refuse(key, value, f"must be {rule}")
-    return kind(value)
-
-
 def refuse(key: str, value: Any, rule: str) -> NoReturn:
     raise Refusal(f"{key} = {shown(value)}: {rule}")
 
 
-def _refuse_type(key, value, rule):
+def _refuse_type(key: str, value: Any, rule: str) -> NoReturn:
     """Text where something else is needed stands in quotes; what would be right without them comes with a way there."""
     if not isinstance(value, str):
         refuse(key, value, rule)
@@ -106,14 +93,6 @@ def _refuse_type(key, value, rule):
     if re.fullmatch(r"true|false|[-+]?[\d.]+(e[-+]?\d+)?", value.strip(), re.ASCII | re.IGNORECASE):
         hint = ", and this is text: write it without quotes"
     raise Refusal(f"{key} = {_cut(repr(value))}: {rule}{hint}")
-
-
-def refuse_missing(path: tuple[str, ...]) -> NoReturn:
-    raise Refusal(f"{'.'.join(path)}: missing; put it in params.yaml or in a preset of conf/")
-
-
-def _one_of(words):
-    return " or ".join(words) if len(words) < 3 else "one of " + ", ".join(words)
 
 
 def shown(value: Any) -> str:

@@ -1,175 +1,150 @@
-"""What may be set, of which type and within which bounds: a plain dictionary becomes frozen dataclasses (`validate`).
+"""What may be set, of which type and within which bounds: a plain dictionary becomes frozen models (`validate`).
 
 A mistake is refused before any work, in one line that names the key, the value and the rule:
 `teacher.experts_per_token = 9: must be at most teacher.experts (8)`.
 """
 
-import dataclasses
-import typing
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from stages.files.artifacts import Refusal
 from stages.settings import shapes
-from stages.settings.reading import read, refuse, refuse_missing, refuse_unknown, shown
+from stages.settings.reading import refuse, refuse_first, refuse_unknown, shown
 
 OWN_FILES = "in params.yaml corpus: {source: files, paths: [texts/*.txt]}, or corpus=files 'corpus.paths=[texts/*.txt]'"
 MOST = 2**40  # no count in here is sensible above this; beyond it sizes overflow far from their cause
 
-
-def bounded(low: float, high: float = MOST, above: bool = False) -> Any:
-    """A number from low to high; with `above`, low itself is out."""
-    return dataclasses.field(metadata={"low": low, "high": high, "above": above})
-
-
-def count() -> Any:
-    return bounded(1)
-
-
-def share() -> Any:
-    """A part of a whole, none and all included."""
-    return bounded(0, 1)
-
-
-def keep() -> Any:
-    """A part kept: something always stays."""
-    return bounded(0, 1, above=True)
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Natural = Annotated[int, Field(ge=0, le=MOST)]
+Share = Annotated[float, Field(ge=0, le=1)]  # a part of a whole, none and all included
+Keep = Annotated[float, Field(gt=0, le=1)]  # a part kept: something always stays
+HeldOut = Annotated[float, Field(gt=0, le=0.5)]
+Positive = Annotated[float, Field(gt=0, le=1e9)]
+RotaryWidth = Annotated[int, Field(ge=2, le=MOST)]
+RotaryBase = Annotated[float, Field(gt=1, le=1e12)]
+Momentum = Annotated[float, Field(ge=0, le=0.9999)]
+Word = Annotated[str, Field(pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")]
+Blank = Annotated[str, Field(pattern=r"^[^\x00]+$")]  # as a separator may be
+NotStrict = Field(strict=False)  # a list of YAML is a tuple here
 
 
-def positive() -> Any:
-    return bounded(0, 1e9, above=True)
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def word() -> Any:
-    """A choice, where the fields above it carry bounds."""
-    return dataclasses.field()
-
-
-@dataclass(frozen=True)
-class Corpus:
+class Corpus(Section):
     source: Literal["stdlib", "files", "huggingface"]
-    paths: tuple[str, ...]
-    text_field: str
-    separator: str | None = dataclasses.field(metadata={"blank": True})
+    paths: Annotated[tuple[Word, ...], NotStrict]
+    text_field: Word
+    separator: Blank | None
     undecodable: Literal["refuse", "skip"]
-    dataset: str | None
-    subset: str | None
-    split: str
-    max_bytes: int = count()
+    dataset: Word | None
+    subset: Word | None
+    split: Word
+    max_bytes: Count
 
 
-@dataclass(frozen=True)
-class Prepare:
+class Prepare(Section):
     tokenizer: Literal["bpe", "bytes"]
-    vocab_size: int = bounded(1, 1_000_000)
-    max_documents: int = bounded(0)  # 0: all
-    shard_tokens: int = count()
-    val_share: float = bounded(0, 0.5, above=True)
-    test_share: float = bounded(0, 0.5, above=True)
+    vocab_size: Annotated[int, Field(ge=1, le=1_000_000)]
+    max_documents: Natural  # 0: all
+    shard_tokens: Count
+    val_share: HeldOut
+    test_share: HeldOut
 
 
-@dataclass(frozen=True)
-class Teacher:
-    layers: int = count()
-    dense_layers: int = bounded(0)
-    width: int = count()
-    heads: int = count()
-    nope_head_dim: int = count()
-    rope_head_dim: int = bounded(2)
-    value_head_dim: int = count()
-    latent_width: int = count()
-    dense_width: int = count()
-    experts: int = count()
-    experts_per_token: int = count()
-    shared_experts: int = bounded(0)
-    expert_width: int = count()
-    gating: Literal["sigmoid", "softmax"] = word()
-    route_scale: float = positive()
-    bias_update_rate: float = share()
-    balance_loss_weight: float = share()
-    rope_theta: float = bounded(1, 1e12, above=True)
+class Teacher(Section):
+    layers: Count
+    dense_layers: Natural
+    width: Count
+    heads: Count
+    nope_head_dim: Count
+    rope_head_dim: RotaryWidth
+    value_head_dim: Count
+    latent_width: Count
+    dense_width: Count
+    experts: Count
+    experts_per_token: Count
+    shared_experts: Natural
+    expert_width: Count
+    gating: Literal["sigmoid", "softmax"]
+    route_scale: Positive
+    bias_update_rate: Share
+    balance_loss_weight: Share
+    rope_theta: RotaryBase
 
 
-@dataclass(frozen=True)
-class Student:
-    layers: int = count()
-    width: int = count()
-    heads: int = count()
-    kv_heads: int = count()
-    head_dim: int = bounded(2)
-    mlp_width: int = count()
-    rope_theta: float = bounded(1, 1e12, above=True)
+class Student(Section):
+    layers: Count
+    width: Count
+    heads: Count
+    kv_heads: Count
+    head_dim: RotaryWidth
+    mlp_width: Count
+    rope_theta: RotaryBase
 
 
-@dataclass(frozen=True)
-class Optimizer:
-    muon_learning_rate: float = positive()
-    adamw_learning_rate: float = positive()
-    weight_decay: float = bounded(0, 100)
-    muon_momentum: float = bounded(0, 0.9999)
-    adamw_beta1: float = bounded(0, 0.9999)
-    adamw_beta2: float = bounded(0, 0.99999)
-    clip_norm: float = positive()
-    warmup_share: float = share()
-    decay_share: float = share()
+class Optimizer(Section):
+    muon_learning_rate: Positive
+    adamw_learning_rate: Positive
+    weight_decay: Annotated[float, Field(ge=0, le=100)]
+    muon_momentum: Momentum
+    adamw_beta1: Momentum
+    adamw_beta2: Annotated[float, Field(ge=0, le=0.99999)]
+    clip_norm: Positive
+    warmup_share: Share
+    decay_share: Share
 
 
-@dataclass(frozen=True)
-class Trainer:
+class Trainer(Section):
     accelerator: Literal["auto", "cpu", "gpu"]
     precision: Literal["auto", "float32", "bfloat16"]
     deterministic: bool
-    ranks: int | Literal["auto"] = bounded(1, 65536)
-    checkpoint_every_seconds: float = bounded(0, 1e9)
-    log_every_steps: int = count()
+    ranks: Annotated[int, Field(ge=1, le=65536)] | Literal["auto"]
+    checkpoint_every_seconds: Annotated[float, Field(ge=0, le=1e9)]
+    log_every_steps: Count
 
 
-@dataclass(frozen=True)
-class Training:
+class Training(Section):
     """One fit: how long, with what batches, and how often it is looked at."""
 
-    steps: int = count()
-    batch_sequences: int = count()  # of all ranks together
-    learning_rate_scale: float = positive()
-    validate_every_steps: int = count()
-    validation_sequences: int = count()
+    steps: Count
+    batch_sequences: Count  # of all ranks together
+    learning_rate_scale: Positive
+    validate_every_steps: Count
+    validation_sequences: Count
 
 
-@dataclass(frozen=True)
 class Pretrain(Training):
     pass
 
 
-@dataclass(frozen=True)
 class SoftTargets(Training):
     """A fit towards the soft targets of a larger model."""
 
-    chunk_tokens: int = count()  # whose logits stand in memory together
-    temperature: float = positive()
-    soft_weight: float = share()
+    chunk_tokens: Count  # whose logits stand in memory together
+    temperature: Positive
+    soft_weight: Share
 
 
-@dataclass(frozen=True)
 class Distill(SoftTargets):
-    init: Literal["teacher", "random"] = word()
+    init: Literal["teacher", "random"]
 
 
-@dataclass(frozen=True)
-class SparsifyTeacher:
-    keep_heads: float = keep()
-    keep_neurons: float = keep()
-    keep_experts: float = keep()
-    keep_experts_per_token: float = keep()
+class SparsifyTeacher(Section):
+    keep_heads: Keep
+    keep_neurons: Keep
+    keep_experts: Keep
+    keep_experts_per_token: Keep
 
 
-@dataclass(frozen=True)
-class SparsifyStudent:
-    keep_heads: float = keep()
-    keep_neurons: float = keep()
+class SparsifyStudent(Section):
+    keep_heads: Keep
+    keep_neurons: Keep
 
 
-@dataclass(frozen=True)
-class SparsifyScore:
+class SparsifyScore(Section):
     """Which units of a structure matter; the words are those of stages/compress/scores.py."""
 
     heads: Literal["taylor", "contribution", "magnitude"]
@@ -177,36 +152,32 @@ class SparsifyScore:
     experts: Literal["reap", "magnitude"]
 
 
-@dataclass(frozen=True)
-class Sparsify:
+class Sparsify(Section):
     score: SparsifyScore
     teacher: SparsifyTeacher
     student: SparsifyStudent
     recovery: SoftTargets
-    calibration_sequences: int = bounded(8)
+    calibration_sequences: Annotated[int, Field(ge=8, le=MOST)]
 
 
-@dataclass(frozen=True)
-class Evaluate:
-    test_tokens: int = count()
-    batch_sequences: int = count()
-    bootstrap_resamples: int = bounded(2)
-    checkpoint_batch_sequences: int = count()
-    checkpoint_every_blocks: tuple[int, ...] = count()
+class Evaluate(Section):
+    test_tokens: Count
+    batch_sequences: Count
+    bootstrap_resamples: Annotated[int, Field(ge=2, le=MOST)]
+    checkpoint_batch_sequences: Count
+    checkpoint_every_blocks: Annotated[tuple[Count, ...], NotStrict]
 
 
-@dataclass(frozen=True)
-class Profile:
-    repetitions: int = count()  # of each timing
-    prefill_tokens: int = count()
-    decode_tokens: int = count()
-    router_tokens: int = count()
-    router_experts: int = count()
-    router_experts_per_token: int = count()
+class Profile(Section):
+    repetitions: Count  # of each timing
+    prefill_tokens: Count
+    decode_tokens: Count
+    router_tokens: Count
+    router_experts: Count
+    router_experts_per_token: Count
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(Section):
     """Everything; a stage gets only the sections it declared, the others are None."""
 
     corpus: Corpus
@@ -220,18 +191,18 @@ class Settings:
     sparsify: Sparsify
     evaluate: Evaluate
     profile: Profile
-    seed: int = bounded(0, 2**32 - 1)
-    sequence_tokens: int = bounded(2)
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)]
+    sequence_tokens: Annotated[int, Field(ge=2, le=MOST)]
 
 
-SECTIONS = tuple(sorted(field.name for field in dataclasses.fields(Settings)))
+SECTIONS = tuple(sorted(Settings.model_fields))
 
 
 def validate(plain: Any, sections: Any = None) -> Settings:
     """The settings in a plain dictionary, or a Refusal of its first mistake.
 
-    With `sections`, only these are needed and read; the rest of the result is None. A rule that joins several
-    sections is asked only where all of them were read.
+    With `sections`, only these are needed and read; the rest of the result is None and counts as unset for
+    `model_dump(exclude_unset=True)`. A rule that joins several sections is asked only where all of them were read.
     """
     settings = parse(plain, sections)
     for needs, rule in RULES:
@@ -247,22 +218,25 @@ def parse(plain: Any, sections: Any = None) -> Settings:
         raise Refusal(f"settings = {shown(plain)}: must be a mapping of sections")
     for name in [*plain, *wanted]:
         refuse_unknown(name, SECTIONS)
-    hints, fields = typing.get_type_hints(Settings), {f.name: f for f in dataclasses.fields(Settings)}
-    sections_read: dict[str, Any] = dict.fromkeys(SECTIONS)
-    for name in SECTIONS:
-        if name in wanted:
-            if name not in plain:
-                refuse_missing((name,))
-            sections_read[name] = read(plain[name], hints[name], (name,), fields[name].metadata)
-    return Settings(**sections_read)
+    known = Settings.model_fields
+    fields: dict[str, Any] = {name: (known[name].annotation, known[name]) for name in wanted}
+    part = create_model("Part", __base__=Section, **fields)
+    try:
+        read = part.model_validate({name: plain[name] for name in wanted if name in plain})
+    except ValidationError as error:
+        refuse_first(error, part)
+    return Settings.model_construct(set(wanted), **dict.fromkeys(SECTIONS) | dict(read))
 
 
-def leaves(kind: Any = Settings, path: tuple[str, ...] = ()) -> list[str]:
+def leaves(model: type[BaseModel] = Settings, path: tuple[str, ...] = ()) -> list[str]:
     """Dotted names of all settings."""
-    hints, names = typing.get_type_hints(kind), []
-    for name, inner in hints.items():
-        deeper = dataclasses.is_dataclass(inner)
-        names += leaves(inner, (*path, name)) if deeper else [".".join((*path, name))]
+    names = []
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            names += leaves(inner, (*path, name))
+        else:
+            names.append(".".join((*path, name)))
     return names
 
 

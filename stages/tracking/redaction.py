@@ -1,7 +1,6 @@
 """Text without passwords and tokens, for everything that a run records or says."""
 
 import contextlib
-import dataclasses
 import os
 import re
 import sys
@@ -57,8 +56,6 @@ def copy_redacted(source, target):
 
 def flat(values, prefix=""):
     """Nested settings as dotted keys, the form in which MLflow compares runs; a secret's value is hidden."""
-    if dataclasses.is_dataclass(values) and not isinstance(values, type):
-        values = dataclasses.asdict(values)
     if not isinstance(values, dict):
         name = prefix.rstrip(".")
         return {name: "***" if _SECRET_KEY.search(name.rsplit(".", 1)[-1]) and values else values}
@@ -68,8 +65,6 @@ def flat(values, prefix=""):
 
 def plain(settings):
     """Settings as YAML can write them, secrets hidden."""
-    if dataclasses.is_dataclass(settings) and not isinstance(settings, type):
-        settings = dataclasses.asdict(settings)
     if isinstance(settings, dict):
         return {str(key): "***" if _SECRET_KEY.search(str(key)) and isinstance(value, str) else plain(value)
                 for key, value in settings.items()}

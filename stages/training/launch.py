@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 from stages.files.artifacts import ROOT, Refusal, read_json, rounded, write_atomically, write_json
@@ -50,7 +49,7 @@ class Torchrun:
 
     def conditions(self, trainer) -> dict:
         """What bytes will depend on: accelerator, ranks, threads, precision. Refuses what this machine lacks."""
-        answer = json.loads(self._told(asdict(trainer)) or "{}")
+        answer = json.loads(self._told(trainer.model_dump()) or "{}")
         if not answer:
             raise Refusal(f"torchrun ended with code {self._process.wait()} before it could start a rank")
         if "refusal" in answer:
@@ -90,7 +89,7 @@ def launch(stage: str, settings, place, inputs: list[str], run) -> tuple[dict, d
 
     A failure of any rank ends all of them; its one-line reason is raised here as a Refusal.
     """
-    plain = {k: v for k, v in asdict(settings).items() if v is not None}
+    plain = settings.model_dump(exclude_unset=True)
     for path in inputs:
         if not place.read(path).exists():
             raise Refusal(f"{path} is missing: run the stage that writes it (dvc repro)")
