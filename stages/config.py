@@ -17,7 +17,7 @@ from stages.data.fingerprints import corpus_fingerprint
 from stages.files.artifacts import ROOT, Refusal, write_atomically, write_json
 from stages.files.resuming import remove_recorded
 from stages.run.experiments import remember_accepted, undo_set_params
-from stages.settings.compose import compose, explain
+from stages.settings.compose import compose, explain, offer_sheet
 from stages.settings.editor import json_schema
 from stages.settings.schema import as_yaml, validate
 
@@ -32,7 +32,13 @@ def main(overrides=()):
         print(json_schema(), end="")
         return
     if any(override.startswith("-") for override in overrides):
-        usage = "python -m stages.config [--schema | --explain key] [key=value ...]"
+        from stages.run.commandline import answer  # late: it costs what composing does not need
+
+        if {"--help", "-h"} & {*overrides}:
+            print(__doc__)
+        if answer(offer_sheet(overrides), "config"):
+            return
+        usage = "python -m stages.config [--help | --cfg job | --schema | --explain key] [key=value ...]"
         raise Refusal(f"{' '.join(overrides)}: usage: {usage}")
     plain = compose(overrides)
     settings = validate(plain)

@@ -469,6 +469,49 @@ def test_under_dvc_a_stage_records_what_made_its_outs_and_compares_it_with_the_c
     assert "committed run" not in by_hand.stderr and not list((repository / "outputs").rglob("provenance"))
 
 
+@pytest.mark.parametrize("stage", ["distill", "config"])
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["--help"], "corpus: files, huggingface, stdlib"),
+        (["--cfg", "job", "scale=tiny"], "sequence_tokens: 64"),
+        (["--info"], "Hydra"),
+        (["-sc", "install=bash"], "complete -"),
+    ],
+    ids=["help", "cfg", "info", "completion"],
+)
+def test_hydras_own_questions_are_answered_by_every_stage_and_nothing_runs(repository, stage, words, shown):
+    done = typed(repository, *words, stage=stage)
+    assert done.returncode == 0 and shown in done.stdout and not done.stderr, done.stderr
+    assert not (repository / "outputs").exists() and not (repository / "resolved.yaml").exists()
+
+
+@pytest.mark.parametrize("stage", ["distill", "config"])
+def test_tab_completes_settings_and_presets(repository, monkeypatch, stage):
+    for line, found in (("distill.temp", "distill.temperature="), ("scale=ti", "scale=tiny")):
+        monkeypatch.setenv("COMP_LINE", f"python -m stages.{stage} {line}")
+        monkeypatch.setenv("COMP_POINT", str(len(f"python -m stages.{stage} {line}")))
+        assert typed(repository, "-sc", "query=bash", stage=stage).stdout.split() == [found]
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="bash completes")
+def test_bash_completes_with_what_a_stage_installs(repository):
+    python, line = sys.executable, f"{sys.executable} -m stages.config scale=ti"
+    script = (
+        f'eval "$({python} -m stages.config -sc install=bash)"; COMP_LINE="{line}"; COMP_POINT={len(line)}; '
+        'COMP_CWORD=3; _offramp_completion; echo "${COMPREPLY[@]}"'
+    )
+    done = subprocess.run(["bash", "-c", script], cwd=repository, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "scale=tiny", done.stderr
+
+
+def test_compare_and_config_say_how_they_are_used(repository):
+    assert "--explain pretrain.steps" in typed(repository, "--help", stage="config").stdout
+    assert "python -m stages.run.compare v0.1.0" in typed(repository, "--help", stage="run.compare").stdout
+    refused = typed(repository, "--bogus", stage="config")
+    assert refused.returncode == 1 and refused.stderr.startswith("offramp: --bogus: usage: python -m stages.config")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
 def test_a_stage_dies_with_its_dvc_and_the_next_copy_waits_for_its_lock(repository):
     typed(repository, stage="config", dvc=True)

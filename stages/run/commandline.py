@@ -3,7 +3,9 @@
 import functools
 import itertools
 import os
+import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,16 @@ from stages.settings.reading import refuse_unknown
 from stages.settings.schema import SECTIONS
 
 IGNORED_ALONE = ("hydra/launcher", "hydra/sweeper", "hydra.launcher", "hydra.sweeper", "hydra.sweep")
+BASH_COMPLETION = """\
+_offramp_completion() {
+    local words=($COMP_LINE)
+    [[ "${words[1]}" == -m && "${words[2]}" == stages.* ]] || return
+    local choices=$(COMP_LINE="$COMP_LINE" COMP_POINT="$COMP_POINT" \\
+        "${words[0]}" -m "${words[2]}" -sc query=bash 2> /dev/null)
+    COMPREPLY=($(compgen -W "$choices" -- "${words[$COMP_CWORD]}"))
+}
+COMP_WORDBREAKS=${COMP_WORDBREAKS//=}
+complete -o nospace -o default -F _offramp_completion python python3"""
 DVC_PATHS = ("deps", "outs", "metrics", "plots")
 
 
@@ -27,6 +39,9 @@ def refuse_arguments(arguments: list[str], stage: str, sections: tuple[str, ...]
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     options = get_args_parser().parse_args(arguments)
+    if options.shell_completion:  # what is being typed need not be right yet
+        _complete_modules(options.overrides)
+        return
     for option in ("config_path", "config_name", "config_dir", "experimental_rerun"):  # the last reads a pickle
         if getattr(options, option):
             raise Refusal(f"--{option.replace('_', '-')}: settings come from params.yaml and conf/ only")
@@ -48,6 +63,37 @@ def refuse_arguments(arguments: list[str], stage: str, sections: tuple[str, ...]
             cfg = compose("config", [*words, "hydra.job.num=0", "hydra.job.id=0"], return_hydra_config=True)
             HydraConfig.instance().set_config(cfg)
             _refuse_folders(cfg.hydra)
+
+
+def answer(arguments: list[str], stage: str) -> bool:
+    """Lets Hydra answer --help, --hydra-help, --cfg, --info or a tab completion; False where none of them is asked."""
+    from hydra._internal.utils import get_args_parser
+
+    options, unknown = get_args_parser().parse_known_args(arguments)
+    asked = options.help or options.hydra_help or options.cfg or options.info or options.shell_completion
+    if unknown or not asked:
+        return False
+    refuse_arguments(arguments, stage, SECTIONS)
+    import hydra
+
+    def nothing(_):
+        pass
+
+    nothing.__module__ = f"stages.{stage}"  # as Hydra names the job
+    sys.argv[1:] = arguments
+    hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")(nothing)()
+    return True
+
+
+def _complete_modules(words: list[str]) -> None:
+    """Hydra completes `python file.py` only: its script for bash is replaced, its question shortened by the `-m`."""
+    if words == ["install=bash"]:
+        print(BASH_COMPLETION)
+        sys.exit(0)
+    line = os.environ.get("COMP_LINE", "")
+    if found := re.match(r"\S+ +-m +", line):
+        os.environ["COMP_LINE"] = f"python {line[found.end() :]}"
+        os.environ["COMP_POINT"] = str(len(os.environ["COMP_LINE"]))
 
 
 def _refuse_folders(hydra_cfg):

@@ -128,6 +128,9 @@ def table(found: dict[str, Comparison]) -> str:
 
 
 def main(words: list[str]) -> int:
+    if words in (["--help"], ["-h"]):
+        print(__doc__)
+        return 0
     if len(words) > 1 or any(word.startswith("-") for word in words):
         raise Refusal(f"{' '.join(words)}: usage: python -m stages.run.compare [revision or folder]")
     other = words[0] if words else "HEAD"
