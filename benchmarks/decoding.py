@@ -36,7 +36,7 @@ class OurText:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             if self.reader:
                 return self.reader.read(tokens_BT).argmax(-1, keepdim=True)
-            x_BTD, _ = self.model.features(tokens_BT)
+            x_BTD = self.model.features(tokens_BT).x_BTD
             return self.model.head(x_BTD[:, -1]).argmax(-1, keepdim=True)
 
     def forget(self, tokens: int) -> None:

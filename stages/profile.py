@@ -73,7 +73,7 @@ def latency(loaded: dict, tokens: np.ndarray, prefill_tokens: int, decode_tokens
         reader.read(prompt_1T)
 
         def prefill(model=model, prompt_1T=prompt_1T):
-            model.head(model.features(prompt_1T)[0][:, -1])
+            model.head(model.features(prompt_1T).x_BTD[:, -1])
 
         def decode(token_11=prompt_1T[:, :1], reader=reader):
             for _ in range(decode_tokens):

@@ -42,7 +42,7 @@ class Reader:
             layer.length -= tokens
 
     def _logits(self, tokens_BT: Tensor, cache: list[LayerCache]) -> Tensor:
-        x_BTD, _ = self.model.features(tokens_BT, cache)
+        x_BTD = self.model.features(tokens_BT, cache).x_BTD
         return self.model.head(x_BTD[:, -1])
 
     def _replayed(self, token_B1: Tensor) -> Tensor:

@@ -143,6 +143,7 @@ class Pretrain(Training):
 class SoftTargets(Training):
     """A fit towards the soft targets of a larger model."""
 
+    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl", "total_variation"] = word()
     chunk_tokens: int = count()  # whose logits stand in memory together
     temperature: float = positive()
     soft_weight: float = share()
