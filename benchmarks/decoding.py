@@ -18,7 +18,7 @@ from benchmarks.table import Row
 from benchmarks.timing import DEVICE, Action, Timings, heats_and_final, interleaved
 from benchmarks.training_step import REFERENCE, new_teacher
 from stages.model.generation import Reader
-from stages.model.layers import one_thread
+from stages.model.kernels.threads import one_thread
 from stages.model.teacher import Teacher, TeacherShape
 
 WITHOUT_CACHE = "our own forward without a cache"

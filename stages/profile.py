@@ -25,8 +25,9 @@ from stages.measure import flops as cost
 from stages.measure import memory
 from stages.measure.scoring import Estimate
 from stages.measure.subjects import device_name, load_models, training_loss
-from stages.model.experts import loads, permutation, route
+from stages.model.experts import route
 from stages.model.generation import Reader
+from stages.model.kernels.routing import loads, permutation
 from stages.model.layers import can_compile
 from stages.run.entry import Place, run_stage
 from stages.run.heap import keep_freed_memory

@@ -16,6 +16,7 @@ from stages.model import experts, layers, losses, student, teacher
 from stages.model.divergences import DIVERGENCES, forward_kl
 from stages.model.experts import MoE
 from stages.model.generation import Reader
+from stages.model.kernels.experts import routed_experts
 from stages.model.layers import initialise
 from stages.model.student import Student, StudentShape
 from stages.model.teacher import Teacher
@@ -48,7 +49,7 @@ def as_if_on_a_gpu(monkeypatch):
         monkeypatch.setattr(module, "for_matmuls", lambda x: x.bfloat16(), raising=False)
     monkeypatch.setattr(F, "linear", lambda x, weight, bias=None: linear(x.bfloat16(), weight.bfloat16()))
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    monkeypatch.setattr(experts, "kernel_for", lambda *_: "grouped")
+    monkeypatch.setattr(experts, "routed_experts", routed_experts["sorted_grouped"])
     yield
     torch.compiler.reset()
 

@@ -10,8 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from stages.model.experts import GATHERED_TOKENS
-from stages.model.layers import GraphLayerCache, LayerCache, one_thread
+from stages.model.kernels.experts import GATHERED_TOKENS
+from stages.model.kernels.threads import one_thread
+from stages.model.layers import GraphLayerCache, LayerCache
 
 
 class Reader:

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from stages.files.artifacts import Refusal, read_json, sha256_of, write_atomically, write_json
 from stages.model.hub_names import from_hub, to_hub
-from stages.model.layers import INIT_STD, NORM_EPSILON, initialise
+from stages.model.kernels.norm import NORM_EPSILON
+from stages.model.layers import INIT_STD, initialise
 from stages.model.student import Student, StudentShape
 from stages.model.teacher import Teacher, TeacherShape
 
