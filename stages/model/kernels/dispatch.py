@@ -20,12 +20,8 @@ Compute = Callable[..., Any]
 
 class Kernel(NamedTuple):
     name: str
-    when: Callable[..., bool]  # is asked with the operands, before each call: it must be cheap
+    when: Callable[..., bool] | None  # is asked with the operands, before each call: it must be cheap. None: always
     compute: Compute
-
-
-def always(*operands: Any) -> bool:
-    return True
 
 
 class Operation:
@@ -33,7 +29,7 @@ class Operation:
         self.name = name
         self.kernels: list[Kernel] = []
 
-    def kernel(self, when: Callable[..., bool] = always, first: bool = False) -> Callable[[Compute], Compute]:
+    def kernel(self, when: Callable[..., bool] | None = None, first: bool = False) -> Callable[[Compute], Compute]:
         """Adds the decorated function as a kernel: asked after those that are there, or `first`."""
 
         def add(compute: Compute) -> Compute:
@@ -43,11 +39,14 @@ class Operation:
         return add
 
     def __call__(self, *operands: Any) -> Any:
-        return self.chosen(*operands).compute(*operands)
+        for _, when, compute in self.kernels:  # `chosen` written out: decoding calls this some fifteen times a layer
+            if when is None or when(*operands):
+                return compute(*operands)
+        raise NotImplementedError(f"{self.name}: no kernel for these operands")
 
     def chosen(self, *operands: Any) -> Kernel:
         for kernel in self.kernels:
-            if kernel.when(*operands):
+            if kernel.when is None or kernel.when(*operands):
                 return kernel
         raise NotImplementedError(f"{self.name}: no kernel for these operands")
 
