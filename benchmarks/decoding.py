@@ -20,7 +20,7 @@ from benchmarks.training_step import REFERENCE, new_teacher
 from stages.model.families.deepseek_v3.model import DeepseekV3 as Teacher
 from stages.model.families.deepseek_v3.model import DeepseekV3Shape as TeacherShape
 from stages.model.generation import Reader
-from stages.model.layers import one_thread
+from stages.model.kernels.threads import one_thread
 
 WITHOUT_CACHE = "our own forward without a cache"
 
@@ -37,7 +37,7 @@ class OurText:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             if self.reader:
                 return self.reader.read(tokens_BT).argmax(-1, keepdim=True)
-            x_BTD, _ = self.model.features(tokens_BT)
+            x_BTD = self.model.features(tokens_BT).x_BTD
             return self.model.head(x_BTD[:, -1]).argmax(-1, keepdim=True)
 
     def forget(self, tokens: int) -> None:

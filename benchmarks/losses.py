@@ -16,7 +16,8 @@ from benchmarks.peers import too_large
 from benchmarks.table import Row
 from benchmarks.timing import DEVICE, Action, Ratio, interleaved
 from stages.measure.memory import LiveBytes
-from stages.model.losses import distillation
+from stages.model.divergences import forward_kl
+from stages.model.losses import DistillationLoss
 
 TEMPERATURE, SOFT_WEIGHT = 2.0, 0.9
 PLAIN_LOGITS = 7  # tensors [N, V] that the plain loss holds at once
@@ -47,7 +48,7 @@ def some_inputs(tokens: int, vocab: int, student_width: int, teacher_width: int)
 
 
 def chunked(inputs: Inputs, chunk_tokens: int) -> Tensor:
-    return distillation(*inputs, TEMPERATURE, SOFT_WEIGHT, chunk_tokens)[0]
+    return DistillationLoss(forward_kl, TEMPERATURE, SOFT_WEIGHT, chunk_tokens)(*inputs)[0]
 
 
 def plain(inputs: Inputs) -> Tensor:

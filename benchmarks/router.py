@@ -16,7 +16,8 @@ from torch import Tensor
 from benchmarks.moe_layer import new_layer
 from benchmarks.table import Row
 from benchmarks.timing import DEVICE, Action, interleaved
-from stages.model.experts import Gates, MoE, balance_loss, loads, permutation
+from stages.model.experts import Gates, MoE, balance_loss
+from stages.model.kernels.routing import loads, permutation
 
 
 def sorted_routing(layer: MoE, x_ND: Tensor) -> tuple[Gates, Tensor, Tensor, Tensor]:

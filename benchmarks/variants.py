@@ -181,7 +181,7 @@ class TwoTokens(NextToken):
 
     def __call__(self, model: nn.Module, tokens_BT1: Tensor) -> Outcome:
         inputs_BT, targets_N = split_targets(tokens_BT1)
-        x_BTD, routings = model.features(inputs_BT)
+        x_BTD, routings, _ = model.features(inputs_BT)
         cross_entropy = next_token(x_BTD.flatten(0, 1), model.head.weight, targets_N)
         rope = rope_table(0, inputs_BT.shape[1] - 1, model.shape.rope_head_dim, model.shape.rope_theta, x_BTD.device)
         ahead_BTD = model.ahead(x_BTD[:, :-1], model.embedding(inputs_BT[:, 1:]), rope)

@@ -54,7 +54,9 @@ def fits(settings, place: Place, keep: Callable) -> Iterator:
     yield Fit(
         name="student",
         model=student,
-        objective=Distillation(teacher, recipe.temperature, recipe.soft_weight, recipe.chunk_tokens),
+        objective=Distillation(
+            teacher, recipe.divergence, recipe.temperature, recipe.soft_weight, recipe.chunk_tokens
+        ),
         out="artifacts/student",
         notes={"copied": copied},
         **common,

@@ -25,8 +25,9 @@ from stages.measure import flops as cost
 from stages.measure import memory
 from stages.measure.scoring import Estimate
 from stages.measure.subjects import device_name, load_models, training_loss
-from stages.model.experts import loads, permutation, route
+from stages.model.experts import route
 from stages.model.generation import Reader
+from stages.model.kernels.routing import loads, permutation
 from stages.model.layers import can_compile
 from stages.run.entry import Place, run_stage
 from stages.run.heap import keep_freed_memory
@@ -73,7 +74,7 @@ def latency(loaded: dict, tokens: np.ndarray, prefill_tokens: int, decode_tokens
         reader.read(prompt_1T)
 
         def prefill(model=model, prompt_1T=prompt_1T):
-            model.head(model.features(prompt_1T)[0][:, -1])
+            model.head(model.features(prompt_1T).x_BTD[:, -1])
 
         def decode(token_11=prompt_1T[:, :1], reader=reader):
             for _ in range(decode_tokens):

@@ -44,7 +44,9 @@ def fits(settings, place: Place, keep: Callable) -> Iterator:
         yield Fit(
             name=f"sparse_{name}",
             model=sparse,
-            objective=Distillation(dense, recipe.temperature, recipe.soft_weight, recipe.chunk_tokens),
+            objective=Distillation(
+                dense, recipe.divergence, recipe.temperature, recipe.soft_weight, recipe.chunk_tokens
+            ),
             out=f"artifacts/sparse_{name}",
             notes={"one_shot_loss_ratio": kept["one_shot_loss_ratio"]},
             **common,

@@ -6,21 +6,20 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import stages.model.experts
-import stages.model.layers
-from stages.model.experts import (
-    MoE,
-    SortedExperts,
-    balance_loss,
-    balanced_bias,
-    experts_of_one,
-    gathered_experts,
-    kernel_for,
+import stages.model.kernels.experts
+from stages.model.experts import MoE, balance_loss, balanced_bias, route
+from stages.model.kernels.dispatch import Operation
+from stages.model.kernels.experts import SortedExperts, routed_experts
+from stages.model.kernels.routing import (
+    chosen_scores,
+    is_expert,
     loads,
     permutation,
-    route,
+    softmax_over_experts,
     top_experts,
 )
+from stages.model.kernels.rows import BLOCK_ROWS, PRODUCTS, Products, pads_rows, sum_over_choices
+from stages.model.kernels.threads import one_thread
 
 GATINGS = ("sigmoid", "softmax")
 
@@ -119,7 +118,7 @@ def test_the_bias_chooses_experts_but_never_weighs_them():
 def test_sorted_experts_equal_a_loop_over_experts_in_values_and_gradients(
     gating, shared, kernel, monkeypatch
 ):
-    monkeypatch.setattr("stages.model.experts.kernel_for", lambda x_ND, expert_width: kernel)
+    monkeypatch.setattr("stages.model.experts.routed_experts", routed_experts[f"sorted_{kernel}"])
     layer = moe(gating, shared=shared)
     grad_BTD = torch.randn(3, 7, 16)
     results = []
@@ -158,37 +157,37 @@ def test_a_weight_that_underflowed_to_zero_gets_a_zero_gradient():
     assert (w.grad[:, 1] == 0).all() and (w.grad[:, 0] != 0).all()
 
 
-def test_blank_rows_change_no_number_and_leave_few_sizes(monkeypatch):
+def test_padding_rows_change_no_number_and_leave_few_sizes(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     x, gate_up, down = (torch.randn(size, generator=generator) for size in [(400, 8), (5, 12, 8), (5, 8, 6)])
     w = torch.rand(400, 2, generator=generator)
     index_NK = torch.rand(400, 4, generator=generator).topk(2).indices  # expert 4 receives nothing
     load_E = torch.bincount(index_NK.flatten(), minlength=5).float()
     sizes, results = [], []
-    product = stages.model.experts.rows_times_experts
+    loop = PRODUCTS["loop"]
 
-    def counted(rows, weight, load_E, kernel):
+    def counted(rows, weight, load_E):
         sizes.append(load_E.tolist())
-        return product(rows, weight, load_E, kernel)
+        return loop.rows_times_experts(rows, weight, load_E)
 
-    monkeypatch.setattr(stages.model.experts, "rows_times_experts", counted)
-    for blanks in (True, False):
-        monkeypatch.setattr(stages.model.experts, "gets_blanks", lambda *_, blanks=blanks: blanks)
+    monkeypatch.setitem(PRODUCTS, "loop", Products(counted, loop.outer_per_expert))
+    for pads in (True, False):
+        monkeypatch.setattr(stages.model.kernels.experts, "pads_rows", lambda *_, pads=pads: pads)
         parts = [part.clone().requires_grad_() for part in (x, w, gate_up, down)]
         y_ND = SortedExperts.apply(*parts, index_NK, load_E, "loop")
         y_ND.square().sum().backward()
         results.append([y_ND.detach(), *(part.grad for part in parts)])
-    for with_blanks, without in zip(*results, strict=True):
-        torch.testing.assert_close(with_blanks, without, rtol=1e-3, atol=1e-3)
-    assert all(size % stages.model.experts.BLOCK_ROWS == 0 for size in sizes[0]) and sizes[0][4] == 0
+    for padded, plain in zip(*results, strict=True):
+        torch.testing.assert_close(padded, plain, rtol=1e-3, atol=1e-3)
+    assert all(size % BLOCK_ROWS == 0 for size in sizes[0]) and sizes[0][4] == 0
     assert sizes[-1] == load_E.tolist() != sizes[0]
 
 
-def test_only_bfloat16_rows_in_number_get_blanks_on_cpu():
+def test_only_many_bfloat16_rows_are_padded_on_cpu():
     index_NK = torch.zeros(64, 2, dtype=torch.long)
-    assert stages.model.experts.gets_blanks(torch.zeros(64, 8).bfloat16(), index_NK, 4)
-    assert not stages.model.experts.gets_blanks(torch.zeros(64, 8).bfloat16(), index_NK, 5)  # as in decoding
-    assert not stages.model.experts.gets_blanks(torch.zeros(64, 8), index_NK, 4)
+    assert pads_rows(torch.zeros(64, 8).bfloat16(), index_NK, 4)
+    assert not pads_rows(torch.zeros(64, 8).bfloat16(), index_NK, 5)  # as in decoding
+    assert not pads_rows(torch.zeros(64, 8), index_NK, 4)
 
 
 @pytest.mark.parametrize("gating", GATINGS)
@@ -242,7 +241,7 @@ def test_balance_loss_is_one_for_an_even_load_and_grows_with_skew(gating):
 def test_sigmoid_balance_is_judged_per_sequence_and_softmax_balance_over_the_batch():
     index_NK = torch.tensor([[0], [0], [1], [1]])  # even over the batch, skewed in each sequence
     score_NE = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.1, 0.9], [0.1, 0.9]])
-    assert balance_loss(loads(index_NK, 2, groups=2), score_NE, "sigmoid") == pytest.approx(1.8)
+    assert balance_loss(loads(index_NK, 2, 2), score_NE, "sigmoid") == pytest.approx(1.8)
     assert balance_loss(loads(index_NK, 2), score_NE, "softmax") == pytest.approx(1.0)
 
 
@@ -305,11 +304,74 @@ def test_activation_checkpointing_gives_the_same_gradients_and_loads():
     assert all(torch.equal(plain, again) for plain, again in zip(*grads, strict=True))
 
 
-def test_the_grouped_kernel_is_for_aligned_bfloat16_on_cuda_only():
-    assert kernel_for(torch.zeros(1, 16, dtype=torch.bfloat16), 8) == "loop"
-    if torch.cuda.is_available():
-        x_ND = torch.zeros(1, 16, dtype=torch.bfloat16, device="cuda")
-        assert kernel_for(x_ND, 8) == "grouped" and kernel_for(x_ND, 9) == "loop"
+class OnCuda(torch.Tensor):
+    """Says that it lies on a GPU, for conditions that look at nothing else."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "dtype", "on_gpu", "gradients", "kernel"),
+    [
+        (1, 8, torch.bfloat16, False, False, "one_token"),
+        (1, 8, torch.bfloat16, False, True, "sorted_loop"),
+        (2, 8, torch.bfloat16, False, False, "sorted_loop"),
+        (8, 8, torch.bfloat16, True, False, "gathered"),
+        (9, 8, torch.bfloat16, True, False, "sorted_grouped"),
+        (1, 8, torch.bfloat16, True, True, "sorted_grouped"),
+        (1, 9, torch.bfloat16, True, True, "sorted_loop"),  # grouped_mm reads 16 bytes at a time
+        (1, 8, torch.float32, True, True, "sorted_loop"),
+    ],
+)
+def test_the_kernel_of_the_experts_depends_on_device_dtype_and_sizes(tokens, width, dtype, on_gpu, gradients, kernel):
+    x_ND, down_EDF = torch.zeros(tokens, 16, dtype=dtype), torch.zeros(4, 16, width)
+    if on_gpu:
+        x_ND = x_ND.as_subclass(OnCuda)
+    with torch.set_grad_enabled(gradients):
+        assert routed_experts.chosen(x_ND, None, None, down_EDF, None, None).name == kernel
+
+
+def test_a_kernel_is_added_by_one_function_and_its_condition(monkeypatch):
+    monkeypatch.setattr(routed_experts, "kernels", list(routed_experts.kernels))
+
+    @routed_experts.kernel(when=lambda x_ND, *_: len(x_ND) == 10, first=True)
+    def one_expert_at_a_time(x_ND, weight_NK, gate_up_E2FD, down_EDF, index_NK, load_E):
+        y_ND = torch.zeros_like(x_ND)
+        for expert in range(len(load_E)):
+            gate_NF, up_NF = (x_ND @ gate_up_E2FD[expert].T).chunk(2, dim=-1)
+            weight_N1 = (weight_NK * (index_NK == expert)).sum(dim=1, keepdim=True)
+            y_ND = y_ND + weight_N1 * (F.silu(gate_NF) * up_NF) @ down_EDF[expert].T
+        return y_ND
+
+    layer, x_BTD = moe(), torch.randn(2, 5, 16)
+    with_new, _ = layer(x_BTD)
+    monkeypatch.undo()
+    assert routed_experts.chosen(x_BTD[0], None, None, layer.down).name == "sorted_loop"
+    torch.testing.assert_close(with_new, layer(x_BTD)[0])
+    assert not torch.equal(with_new, layer(x_BTD)[0])  # another order of sums: the new one did run
+
+
+def test_an_operation_without_a_kernel_for_its_operands_says_so():
+    with pytest.raises(NotImplementedError, match="twist: no kernel for these operands"):
+        Operation("twist")(torch.zeros(1))
+
+
+def test_the_routers_kernels_for_cpu_and_gpu_give_the_same():
+    generator = torch.Generator().manual_seed(0)
+    score_NE = torch.rand(300, 6, generator=generator)
+    index_NK = score_NE.topk(2).indices
+    assert torch.equal(loads["counted_by_scatter"](index_NK, 6, 3), loads["counted_by_mask"](index_NK, 6, 3))
+    assert torch.equal(chosen_scores["by_gather"](score_NE, index_NK), chosen_scores["by_mask"](score_NE, index_NK))
+    torch.testing.assert_close(*(kernel.compute(score_NE) for kernel in softmax_over_experts.kernels))
+    for one, other in zip(*(kernel.compute(index_NK) for kernel in permutation.kernels), strict=True):
+        assert torch.equal(one, other)
+    fast, slow = (
+        is_expert(top_experts[name](score_NE, 2), 6).any(dim=1) for name in ("by_maxima", "by_topk")
+    )
+    assert torch.equal(fast, slow)
+    rows_MD, weight_NK = torch.randn(600, 4, generator=generator), torch.rand(300, 2, generator=generator)
+    inverse_NK = torch.randperm(600, generator=generator).view(300, 2)
+    torch.testing.assert_close(*(kernel.compute(rows_MD, inverse_NK, weight_NK) for kernel in sum_over_choices.kernels))
 
 
 def test_the_permutation_is_the_stable_sort_by_expert_and_its_inverse():
@@ -324,7 +386,7 @@ def test_the_router_leaves_the_number_of_threads_as_it_was(threads):
     before, seen = torch.get_num_threads(), []
     torch.set_num_threads(threads)
     try:
-        with pytest.raises(ZeroDivisionError), stages.model.layers.one_thread(torch.device("cpu")):
+        with pytest.raises(ZeroDivisionError), one_thread(torch.device("cpu")):
             seen.append(torch.get_num_threads())
             raise ZeroDivisionError
         assert seen == [1 if threads == 2 else threads] and torch.get_num_threads() == threads
@@ -332,18 +394,19 @@ def test_the_router_leaves_the_number_of_threads_as_it_was(threads):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("unsorted", "tokens"), [(gathered_experts, 5), (experts_of_one, 1)])
+@pytest.mark.parametrize(("unsorted", "tokens"), [("gathered", 5), ("one_token", 1)])
 def test_what_is_not_sorted_gives_what_sorted_rows_give(unsorted, tokens):
     layer, x_ND = moe(experts=6, per_token=3), torch.randn(tokens, 16)
     gates = layer.gates(x_ND)
     operands = x_ND, gates.weight_NK, layer.gate_up, layer.down, gates.expert_index_NK
     load_E = loads(gates.expert_index_NK, 6)[0]
-    torch.testing.assert_close(unsorted(*operands), SortedExperts.apply(*operands, load_E, "loop"))
+    result = routed_experts[unsorted](*operands, load_E)
+    torch.testing.assert_close(result, routed_experts["sorted_loop"](*operands, load_E))
 
 
 def test_a_single_token_read_without_gradients_is_not_sorted(monkeypatch):
     layer, x_BTD = moe(), torch.randn(1, 1, 16)
     sorted_BTD, _ = layer(x_BTD)  # with gradients
-    monkeypatch.setattr("stages.model.experts.permutation", lambda index_NK: pytest.fail("sorted"))
+    monkeypatch.setattr("stages.model.kernels.experts.permutation", lambda index_NK: pytest.fail("sorted"))
     with torch.no_grad():
         torch.testing.assert_close(layer(x_BTD)[0], sorted_BTD)

@@ -19,6 +19,7 @@ from stages.files.artifacts import Refusal
 from stages.measure.flops import active_parameters, counted_flops_per_token, flops_per_token, total_parameters
 from stages.model.families import registry
 from stages.model.families.prunable import Cut, Prunable
+from stages.model.features import Features
 from stages.model.generation import generate
 from stages.model.hub import load, new_model, save
 from stages.model.layers import LayerCache
@@ -58,11 +59,13 @@ class Pooling(nn.Module):
         self.blocks = nn.ModuleList(PoolingBlock(shape) for _ in range(shape.layers))
         self.head = nn.Linear(shape.width, shape.vocab_size, bias=False)
 
-    def features(self, tokens_BT: Tensor, cache: list[LayerCache] | None = None) -> tuple[Tensor, list]:
-        x_BTD = self.embedding(tokens_BT)
+    def features(self, tokens_BT: Tensor, cache: list[LayerCache] | None = None, layers=()) -> Features:
+        x_BTD, hidden = self.embedding(tokens_BT), {}
         for layer, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, cache[layer] if cache else None)
-        return x_BTD, []
+            if layer in layers:
+                hidden[layer] = x_BTD
+        return Features(x_BTD, [], hidden)
 
     def forward(self, tokens_BT: Tensor, cache: list[LayerCache] | None = None) -> Tensor:
         return self.head(self.features(tokens_BT, cache)[0])

@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from benchmarks.moe_layer import ScatterMoE, new_layer, run_layer
 from benchmarks.training_step import REFERENCE, batches, new_teacher, teacher_step
 from stages.model import experts, layers, losses, student, teacher
+from stages.model.divergences import DIVERGENCES, forward_kl
 from stages.model.experts import MoE
 from stages.model.families.deepseek_v3.model import DeepseekV3 as Teacher
 from stages.model.families.qwen3.model import Qwen3 as Student
 from stages.model.families.qwen3.model import Qwen3Shape as StudentShape
 from stages.model.generation import Reader
+from stages.model.kernels.experts import routed_experts
 from stages.model.layers import initialise
 from stages.training.fit import NextToken, compile_blocks, settle_cublas_workspaces
 
@@ -48,7 +50,7 @@ def as_if_on_a_gpu(monkeypatch):
         monkeypatch.setattr(module, "for_matmuls", lambda x: x.bfloat16(), raising=False)
     monkeypatch.setattr(F, "linear", lambda x, weight, bias=None: linear(x.bfloat16(), weight.bfloat16()))
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    monkeypatch.setattr(experts, "kernel_for", lambda *_: "grouped")
+    monkeypatch.setattr(experts, "routed_experts", routed_experts["sorted_grouped"])
     yield
     torch.compiler.reset()
 
@@ -66,16 +68,15 @@ def test_a_block_is_one_graph_forward_and_backward(as_if_on_a_gpu, kind, shape):
 def test_the_formulas_for_the_compiler_give_the_gradients_of_the_chunked_loss():
     torch.manual_seed(0)
     z_CV, teacher_z_CV, target_C = torch.randn(7, 50) * 3, torch.randn(7, 50) * 3, torch.randint(50, (7,))
-    hard, soft = torch.zeros(()), torch.zeros(())
-    slow_CV = losses._hard(z_CV.clone(), target_C, hard)
+    eye = torch.eye(50)  # logits are products with a head
+    slow_CV, hard = losses._hard_gradient(z_CV, eye, target_C)
     dz_CV, hard_C, soft_C = losses.gradients(z_CV, target_C, None, 1.0, 0.0)
     torch.testing.assert_close(dz_CV, slow_CV)
     torch.testing.assert_close(hard_C.sum(), hard)
     assert not soft_C.any()
 
-    hard.zero_()
-    eye = torch.eye(50)  # logits are products with a head
-    slow_CV = losses._soft_and_hard(z_CV, eye, target_C, teacher_z_CV, eye, 2.0, 0.7, hard, soft)
+    chunk = losses.Chunk(z_CV, eye, target_C, teacher_z_CV, eye)
+    slow_CV, hard, soft = losses.by_autograd(chunk, losses.DistillationLoss(forward_kl, 2.0, 0.7, 7))
     dz_CV, hard_C, soft_C = losses.gradients(z_CV, target_C, teacher_z_CV, 2.0, 0.7)
     torch.testing.assert_close(dz_CV, slow_CV, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(hard_C.sum(), hard)
@@ -118,8 +119,8 @@ def test_the_layer_on_a_gpu_gives_the_output_and_gradients_of_the_slow_one(gatin
 
 
 @on_gpu
-@pytest.mark.parametrize("distilling", [False, True])
-def test_the_loss_on_a_gpu_is_that_of_the_slow_one(distilling):
+@pytest.mark.parametrize("word", [None, *DIVERGENCES])
+def test_the_loss_on_a_gpu_is_that_of_the_slow_one(word):
     torch.manual_seed(0)
     targets_N = torch.randint(1000, (300,))
     x_ND, head_VD = torch.randn(300, 64), torch.randn(1000, 64) * 0.1
@@ -128,9 +129,9 @@ def test_the_loss_on_a_gpu_is_that_of_the_slow_one(distilling):
     for device in ("cpu", "cuda"):
         x, head = (part.clone().to(device).requires_grad_() for part in (x_ND, head_VD))
         with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
-            if distilling:
-                taught = teacher_x_ND.to(device), teacher_head_VD.to(device), targets_N.to(device), 2.0, 0.7, 128
-                loss, _ = losses.distillation(x, head, *taught)
+            if word:
+                fixed = (part.to(device) for part in (teacher_x_ND, teacher_head_VD, targets_N))
+                loss, _ = losses.DistillationLoss(DIVERGENCES[word], 2.0, 0.7, 128)(x, head, *fixed)
             else:
                 loss = losses.next_token(x, head, targets_N.to(device), chunk_tokens=128)
         loss.backward()

@@ -4,7 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stages.model.layers import NORM_EPSILON, FewPassRMSNorm, attend
+from stages.model.kernels.attention import causal_attention
+from stages.model.kernels.gated import GatedSilu, gated_silu, gated_silu_backward
+from stages.model.kernels.norm import NORM_EPSILON, FewPassRMSNorm, rms_norm
+from stages.model.layers import attend
 
 
 def test_the_norm_passes_a_numerical_gradient_check():
@@ -57,3 +60,27 @@ def test_blockwise_attention_sees_nothing_that_follows():
     after = attend(query, key, value, 0.25)
     assert torch.equal(before[:, :, :200], after[:, :, :200])
     assert not torch.equal(before[:, :, 200:], after[:, :, 200:])
+
+
+def test_the_gated_silus_for_cpu_and_for_the_compiler_give_the_same():
+    h_N2F, grad_NF = torch.randn(5, 16), torch.randn(5, 8)
+    silu_NF = F.silu(h_N2F.chunk(2, dim=-1)[0])
+    torch.testing.assert_close(*(kernel.compute(h_N2F) for kernel in gated_silu.kernels))
+    torch.testing.assert_close(*(kernel.compute(grad_NF, h_N2F, silu_NF) for kernel in gated_silu_backward.kernels))
+    h_N2F.requires_grad_()
+    (plain,) = torch.autograd.grad(F.silu(h_N2F[:, :8]) * h_N2F[:, 8:], h_N2F, grad_NF)
+    torch.testing.assert_close(torch.autograd.grad(GatedSilu.apply(h_N2F), h_N2F, grad_NF)[0], plain)
+
+
+@pytest.mark.parametrize(("rows", "kernel"), [(255, "pytorch"), (256, "few_passes")])
+def test_a_small_norm_is_pytorchs_own(rows, kernel):
+    assert rms_norm.chosen(torch.zeros(rows, 64), torch.ones(64)).name == kernel
+
+
+@pytest.mark.parametrize(
+    ("dtype", "queries", "kernel"),
+    [(torch.bfloat16, 8, "blockwise"), (torch.bfloat16, 1, "fused"), (torch.float32, 8, "fused")],
+)
+def test_attention_goes_by_blocks_for_whole_sequences_in_bfloat16_on_cpu(dtype, queries, kernel):
+    query, key, value = (part.to(dtype) for part in qkv(8, 16, 16))
+    assert causal_attention.chosen(query[:, :, -queries:], key, value, 1.0, None).name == kernel

@@ -20,7 +20,7 @@ def step(request, tiny_settings):
     tokens_BT1 = torch.randint(0, 512, (4, 65), generator=torch.Generator().manual_seed(1))
 
     def loss_of():
-        x_BTD, _ = model.features(tokens_BT1[:, :-1])
+        x_BTD = model.features(tokens_BT1[:, :-1]).x_BTD
         return next_token(x_BTD.flatten(0, 1), model.head.weight, tokens_BT1[:, 1:].reshape(-1))
 
     return model, loss_of

@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from stages.model.families.qwen3.model import Qwen3Shape as StudentShape
 from stages.model.hub import new_model
+from stages.training.fit import Outcome, split_targets
 
 SHAPE = StudentShape(
     vocab_size=40,
@@ -120,3 +122,21 @@ def test_bfloat16_autocast_stays_close_to_float32():
         with torch.autocast("cpu", torch.bfloat16):
             rough = model(some_tokens())
     assert (rough - exact).norm() < 0.03 * exact.norm()
+
+
+def test_a_loss_on_hidden_states_is_an_objective_that_names_layers():
+    """A newcomer's objective: the student's first block imitates a block of a teacher."""
+    from tests.test_teacher import teacher
+
+    model, larger, tokens_BT1 = student(), teacher(), some_tokens()
+    into_teacher = torch.nn.Linear(32, 32, bias=False)
+
+    def imitation(model, tokens_BT1):
+        inputs_BT, _ = split_targets(tokens_BT1)
+        with torch.no_grad():
+            target_BTD = larger.features(inputs_BT, layers=(1,)).hidden[1]
+        return Outcome(F.mse_loss(into_teacher(model.features(inputs_BT, layers=(0,)).hidden[0]), target_BTD), {})
+
+    imitation(model, tokens_BT1).loss.backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.blocks[0].parameters())
+    assert all(parameter.grad is None for parameter in model.blocks[1].parameters())

@@ -87,14 +87,14 @@ def test_a_full_cache_refuses_another_token():
 
 
 def test_each_moe_layer_returns_its_routing():
-    _, routings = teacher().features(some_tokens())
+    routings = teacher().features(some_tokens()).routings
     assert len(routings) == 2
     assert all(routing.load_E.sum() == 2 * 11 * 2 for routing in routings)
 
 
 def test_every_weight_gets_a_finite_gradient():
     model = teacher()
-    x_BTD, routings = model.features(some_tokens(batch=8))
+    x_BTD, routings, _ = model.features(some_tokens(batch=8))
     (model.head(x_BTD).logsumexp(-1).mean() + sum(routing.balance_loss for routing in routings)).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
@@ -111,7 +111,7 @@ def test_checkpointed_blocks_give_the_same_gradients_and_count_each_token_once()
             for block in model.blocks:
                 plain = block.forward
                 block.forward = lambda *args, plain=plain: checkpoint(plain, *args, use_reentrant=False)
-        x_BTD, routings = model.features(some_tokens())
+        x_BTD, routings, _ = model.features(some_tokens())
         grads.append(torch.autograd.grad(x_BTD.square().sum(), list(model.blocks.parameters())))
         loads.append(torch.stack([routing.load_E for routing in routings]))
     assert torch.equal(*loads)
@@ -162,3 +162,17 @@ def test_matrices_that_write_to_the_residual_stream_start_smaller_with_depth():
     for weight in (block.attention.query.weight, block.mlp.gate_up, block.mlp.router_weight, model.head.weight):
         assert weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert model.embedding.weight.std().item() == pytest.approx(0.1, rel=0.1)
+
+
+def test_features_give_the_hidden_states_of_the_named_layers_and_of_no_others():
+    model, tokens_BT = teacher(), some_tokens()
+    with torch.no_grad():
+        plain, asked = model.features(tokens_BT), model.features(tokens_BT, layers=(0, 2))
+    assert plain.hidden == {} and list(asked.hidden) == [0, 2]
+    assert torch.equal(plain.x_BTD, asked.x_BTD) and torch.equal(model.norm(asked.hidden[2]), asked.x_BTD)
+    assert asked.hidden[0].shape == (2, 11, 32) and not torch.equal(asked.hidden[0], asked.hidden[2])
+
+
+def test_a_layer_that_does_not_exist_is_named():
+    with pytest.raises(ValueError, match=r"layers \[3\]: this model's layers are 0 to 2"):
+        teacher().features(some_tokens(), layers=(1, 3))

@@ -74,7 +74,7 @@ def window_scores(models: Models, tokens_BT1: Tensor, reference: str) -> np.ndar
     reference's logits are computed once for all models.
     """
     inputs_BT, targets_N = tokens_BT1[:, :-1], tokens_BT1[:, 1:].flatten()
-    features = {name: model.features(inputs_BT)[0].flatten(0, 1) for name, model in models.items()}
+    features = {name: model.features(inputs_BT).x_BTD.flatten(0, 1) for name, model in models.items()}
     chunks = []
     for start in range(0, len(targets_N), CHUNK_TOKENS):
         chunk = slice(start, start + CHUNK_TOKENS)

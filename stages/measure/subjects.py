@@ -42,7 +42,7 @@ def training_loss(model: nn.Module, tokens: np.ndarray, batch_sequences: int, se
     tokens_BT1 = tokens_BT1.to(next(model.parameters()).device)
 
     def loss_of():
-        x_BTD, _ = model.features(tokens_BT1[:, :-1])
+        x_BTD = model.features(tokens_BT1[:, :-1]).x_BTD
         return next_token(x_BTD.flatten(0, 1), model.head.weight, tokens_BT1[:, 1:].reshape(-1))
 
     return loss_of

@@ -10,8 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from stages.model.experts import GATHERED_TOKENS
-from stages.model.layers import GraphLayerCache, LayerCache, one_thread
+from stages.model.kernels.experts import GATHERED_TOKENS
+from stages.model.kernels.threads import one_thread
+from stages.model.layers import GraphLayerCache, LayerCache
 
 
 class Reader:
@@ -42,7 +43,7 @@ class Reader:
             layer.length -= tokens
 
     def _logits(self, tokens_BT: Tensor, cache: list[LayerCache]) -> Tensor:
-        x_BTD, _ = self.model.features(tokens_BT, cache)
+        x_BTD = self.model.features(tokens_BT, cache).x_BTD
         return self.model.head(x_BTD[:, -1])
 
     def _replayed(self, token_B1: Tensor) -> Tensor:

@@ -6,20 +6,19 @@ R rotated dimensions of a head, V vocabulary.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-NORM_EPSILON = 1e-6  # what DeepSeek-V3 and Qwen3 use; their latent and head norms have it fixed in code
+from stages.model.kernels.attention import causal_attention
+from stages.model.kernels.gated import GatedSilu
+from stages.model.kernels.norm import rms_norm
+
 INIT_STD = 0.02
 EMBEDDING_STD = 0.1  # what blocks add early in training would drown a smaller one (tuned: LOG.md)
-FEW_NUMBERS = 1 << 14  # as in decoding: up to so many an operation of PyTorch takes less time than calling it
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines, each [T, R/2]
 
@@ -32,52 +31,13 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda or x.numel() < FEW_NUMBERS:  # has a kernel of its own, or is over before ours has begun
-            return F.rms_norm(x.float(), self.weight.shape, self.weight, NORM_EPSILON)
-        return FewPassRMSNorm.apply(x.float(), self.weight)
-
-
-class FewPassRMSNorm(torch.autograd.Function):
-    """On CPU `F.rms_norm` is a chain of small operations, each a pass over memory; this takes a third of its time."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight_D: Tensor) -> Tensor:
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        inverse_rms = mean_square.add_(NORM_EPSILON).rsqrt_()
-        ctx.save_for_backward(x, weight_D, inverse_rms)
-        return (x * inverse_rms).mul_(weight_D)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight_D, inverse_rms = ctx.saved_tensors
-        normed = x * inverse_rms
-        grad_normed = grad * normed
-        grad_weight_D = grad_normed.flatten(0, -2).sum(0)
-        along = (grad_normed @ weight_D).unsqueeze(-1).div_(x.shape[-1])
-        grad_x = (grad * weight_D).addcmul_(normed, along, value=-1).mul_(inverse_rms)
-        return grad_x, grad_weight_D
+        return rms_norm(x.float(), self.weight)
 
 
 def for_matmuls(x: Tensor) -> Tensor:
     """x in autocast's dtype, once: left alone, autocast casts it anew for each matmul that reads it."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
-
-
-@contextlib.contextmanager
-def one_thread(device: torch.device) -> Iterator[None]:
-    """For one of two on CPU: where passes are short, each waits longer for the second than that saves.
-
-    Where there are more, which was not measured, all take part.
-    """
-    if device.type != "cpu" or torch.get_num_threads() != 2:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(2)
 
 
 def has_bfloat16(device_type: str) -> bool:
@@ -108,39 +68,6 @@ def rotate(x_BTHR: Tensor, rope: Rope) -> Tensor:
     return torch.cat([first * cos_T1R - second * sin_T1R, second * cos_T1R + first * sin_T1R], dim=-1)
 
 
-def gated_silu(h_M2F: Tensor) -> Tensor:
-    """silu(gate) * up of h = [gate, up]."""
-    gate, up = h_M2F.chunk(2, dim=-1)
-    if h_M2F.device.type != "cpu":  # torch 2.11 compiles a Function with an output written in place wrongly: gradient 0
-        return F.silu(gate) * up
-    return F.silu(gate).mul_(up)
-
-
-class GatedSilu(torch.autograd.Function):
-    """The same. Keeps only h for backward; plain autograd keeps twice as much."""
-
-    @staticmethod
-    def forward(ctx, h_N2F: Tensor) -> Tensor:
-        ctx.save_for_backward(h_N2F)
-        return gated_silu(h_N2F)
-
-    @staticmethod
-    def backward(ctx, grad_NF: Tensor) -> Tensor:
-        (h_N2F,) = ctx.saved_tensors
-        return gated_silu_backward(grad_NF, h_N2F, F.silu(h_N2F.chunk(2, dim=-1)[0]))
-
-
-def gated_silu_backward(grad_NF: Tensor, h_N2F: Tensor, silu_NF: Tensor) -> Tensor:
-    gate, up = h_N2F.chunk(2, dim=-1)
-    if h_N2F.device.type != "cpu":  # the compiler writes both halves in one pass, and traces no out=
-        return torch.cat([torch.ops.aten.silu_backward(grad_NF * up, gate), grad_NF * silu_NF], dim=-1)
-    grad_N2F = torch.empty_like(h_N2F)
-    grad_gate, grad_up = grad_N2F.chunk(2, dim=-1)
-    torch.mul(grad_NF, silu_NF, out=grad_up)
-    torch.ops.aten.silu_backward.grad_input(grad_NF * up, gate, grad_input=grad_gate)
-    return grad_N2F
-
-
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020); gate and up are one matrix, gate rows first."""
 
@@ -156,72 +83,8 @@ class SwiGLU(nn.Module):
 def attend(
     query_BHTd: Tensor, key_BHSd: Tensor, value_BHSv: Tensor, scale: float, seen_S: Tensor | None = None
 ) -> Tensor:
-    """Causal attention of the last T of S positions -> [B, H, T, v]; where `seen_S` is given, of one to those.
-
-    PyTorch's fused kernels need key and value heads of one size: the narrower is padded with zeros, which
-    changes neither scores nor values.
-    """
-    queries, keys = query_BHTd.shape[-2], key_BHSd.shape[-2]
-    if query_BHTd.device.type == "cpu" and query_BHTd.dtype == torch.bfloat16 and queries == keys > 1:
-        return BlockwiseAttention.apply(query_BHTd, key_BHSd, value_BHSv, scale)
-    key_dim, value_dim = key_BHSd.shape[-1], value_BHSv.shape[-1]
-    if value_dim < key_dim:
-        value_BHSv = F.pad(value_BHSv, (0, key_dim - value_dim))
-    elif value_dim > key_dim:
-        pad = (0, value_dim - key_dim)
-        query_BHTd, key_BHSd = F.pad(query_BHTd, pad), F.pad(key_BHSd, pad)
-    mask = None if seen_S is None else seen_S.unsqueeze(0)
-    if 1 < queries < keys:  # a chunk that continues a cache
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=query_BHTd.device).tril(keys - queries)
-    out = F.scaled_dot_product_attention(
-        query_BHTd, key_BHSd, value_BHSv, attn_mask=mask, is_causal=1 < queries == keys, scale=scale
-    )
-    return out[..., :value_dim]
-
-
-class BlockwiseAttention(torch.autograd.Function):
-    """Causal self-attention, a block of queries at a time against the keys up to its end -> [B, H, T, v].
-
-    For bfloat16 on CPU, where PyTorch's fused kernel takes twice as long (its backward most of it). The shares
-    are computed again for backward, so only the inputs are kept: less than the fused kernel keeps.
-    """
-
-    @staticmethod
-    def forward(ctx, query_BHTd: Tensor, key_BHTd: Tensor, value_BHTv: Tensor, scale: float) -> Tensor:
-        query, key, value = (part.flatten(0, 1) for part in (query_BHTd, key_BHTd, value_BHTv))
-        ctx.save_for_backward(query, key, value)
-        ctx.scale = scale
-        out = torch.empty_like(value)
-        for start, end in query_blocks(query):
-            out[:, start:end] = causal_shares(query, key, start, end, scale) @ value[:, :end]
-        return out.view(value_BHTv.shape)
-
-    @staticmethod
-    def backward(ctx, grad_BHTv: Tensor) -> tuple:
-        query, key, value = ctx.saved_tensors
-        grad = grad_BHTv.flatten(0, 1)
-        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for start, end in query_blocks(query):
-            share, grad_out = causal_shares(query, key, start, end, ctx.scale), grad[:, start:end]
-            grad_value[:, :end] += share.mT @ grad_out
-            grad_score = torch._softmax_backward_data(grad_out @ value[:, :end].mT, share, -1, share.dtype)
-            grad_query[:, start:end] = (grad_score @ key[:, :end]).mul_(ctx.scale)
-            grad_key[:, :end].add_(grad_score.mT @ query[:, start:end], alpha=ctx.scale)
-        shape = grad_BHTv.shape[:2]
-        return *(part.unflatten(0, shape) for part in (grad_query, grad_key, grad_value)), None
-
-
-def query_blocks(query_GTd: Tensor, block: int = 128) -> list[tuple[int, int]]:
-    """First and one-past-last query of each block: smaller ones skip more of the masked half, larger ones call less."""
-    tokens = query_GTd.shape[1]
-    return [(start, min(start + block, tokens)) for start in range(0, tokens, block)]
-
-
-def causal_shares(query_GTd: Tensor, key_GTd: Tensor, start: int, end: int, scale: float) -> Tensor:
-    """What each query from start to end gives to each key before end, G = B*H -> [G, end - start, end]."""
-    mask = torch.zeros(end - start, end, dtype=query_GTd.dtype)
-    mask[:, start:].fill_(-torch.inf).triu_(1)
-    return torch.baddbmm(mask, query_GTd[:, start:end], key_GTd[:, :end].mT, alpha=scale).softmax(dim=-1)
+    """Causal attention of the last T of S positions -> [B, H, T, v]; where `seen_S` is given, of one to those."""
+    return causal_attention(query_BHTd, key_BHSd, value_BHSv, scale, seen_S)
 
 
 class LayerCache:

@@ -5,43 +5,62 @@ Shapes: N tokens, D width, V vocabulary, C tokens of a chunk. Everything in nats
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from stages.model.divergences import Divergence, forward_kl
 from stages.model.layers import can_compile, for_matmuls
 
 
-class _ChunkedLoss(torch.autograd.Function):
-    """Loss and its gradients in one pass: each chunk's logits are dropped once their gradient is known.
+def next_token(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk_tokens: int | None = None) -> Tensor:
+    """Mean cross-entropy of softmax(x W^T) against the next tokens, in nats."""
+    chunk_tokens = chunk_tokens or (8192 if x_ND.is_cuda else 1024)  # a GPU is idle between small products
+    loss, _, _ = _ChunkedLoss.apply(x_ND, head_VD, targets_N, None, None, None, chunk_tokens)
+    return loss
 
-    With z the student's logits, p = softmax(z), and p^T, q^T the softmax at temperature T of student and teacher:
-    d(T² KL(q^T || p^T))/dz = T (p^T - q^T) and d CE/dz = p - onehot(y) (Hinton et al. 2015, equation 2).
-    """
+
+@dataclass(frozen=True)
+class DistillationLoss:
+    """soft_weight * divergence(teacher, student) + (1 - soft_weight) * CE(data), means over N tokens."""
+
+    divergence: Divergence
+    temperature: float
+    soft_weight: float
+    chunk_tokens: int  # whose logits, [C, V] of student and teacher, stand in memory together
+
+    def __call__(
+        self, x_ND: Tensor, head_VD: Tensor, teacher_x_ND: Tensor, teacher_head_VD: Tensor, targets_N: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its two parts. Teacher and student may differ in D, not in V."""
+        loss, hard, soft = _ChunkedLoss.apply(
+            x_ND, head_VD, targets_N, teacher_x_ND, teacher_head_VD, self, self.chunk_tokens
+        )
+        return loss, {"cross_entropy": hard, "divergence": soft}
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Loss and its gradients in one pass: each chunk's logits are dropped once their gradient is known."""
 
     @staticmethod
-    def forward(ctx, x_ND, head_VD, targets_N, teacher_x_ND, teacher_head_VD, temperature, soft_weight, chunk_tokens):
-        distilling = teacher_x_ND is not None
+    def forward(ctx, x_ND, head_VD, targets_N, teacher_x_ND, teacher_head_VD, distilling, chunk_tokens):
         x, head = for_matmuls(x_ND), for_matmuls(head_VD)
-        if distilling:
+        if distilling is not None:
             teacher_x, teacher_head = for_matmuls(teacher_x_ND), for_matmuls(teacher_head_VD)
         dx_ND = torch.empty_like(x)
-        dhead_VD = torch.zeros_like(head_VD, dtype=torch.float32)
-        hard = x_ND.new_zeros((), dtype=torch.float32)
-        soft = x_ND.new_zeros((), dtype=torch.float32)
+        dhead_VD = torch.zeros_like(head_VD, dtype=_at_least_float32(head_VD.dtype))
+        hard, soft = (x_ND.new_zeros((), dtype=_at_least_float32(x_ND.dtype)) for _ in range(2))
         for start in range(0, x_ND.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            if x.is_cuda:
-                teacher_z_CV = teacher_x[chunk] @ teacher_head.T if distilling else None
-                dz_CV, hard_C, soft_C = _fused()(
-                    x[chunk] @ head.T, targets_N[chunk], teacher_z_CV, temperature, soft_weight
-                )
-                hard, soft = hard + hard_C.sum(), soft + soft_C.sum()
-            elif distilling:
-                taught = teacher_x[chunk], teacher_head, temperature, soft_weight
-                dz_CV = _soft_and_hard(x[chunk], head, targets_N[chunk], *taught, hard, soft)
+            if distilling is None:
+                dz_CV, hard_sum = _hard_gradient(x[chunk], head, targets_N[chunk])
             else:
-                dz_CV = _hard(_logits(x[chunk], head), targets_N[chunk], hard)
+                both = Chunk(x[chunk], head, targets_N[chunk], teacher_x[chunk], teacher_head)
+                dz_CV, hard_sum, soft_sum = gradient_for(distilling.divergence, x.is_cuda)(both, distilling)
+                soft += soft_sum
+            hard += hard_sum
             dz_CV = dz_CV.to(x.dtype)
             torch.mm(dz_CV, head, out=dx_ND[chunk])
             if x.dtype == dhead_VD.dtype:
@@ -53,7 +72,7 @@ class _ChunkedLoss(torch.autograd.Function):
             del dz_CV  # before the next chunk's stands beside it
         ctx.save_for_backward(dx_ND, dhead_VD)
         ctx.n_tokens, ctx.dtype = x_ND.shape[0], x_ND.dtype
-        share = soft_weight if distilling else 0.0
+        share = distilling.soft_weight if distilling else 0.0
         loss = ((1 - share) * hard + share * soft) / ctx.n_tokens
         hard, soft = hard / ctx.n_tokens, soft / ctx.n_tokens
         ctx.mark_non_differentiable(hard, soft)
@@ -63,53 +82,90 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx, grad_loss, *_):
         dx_ND, dhead_VD = ctx.saved_tensors
         scale = grad_loss / ctx.n_tokens
-        return dx_ND.to(ctx.dtype) * scale, dhead_VD * scale, None, None, None, None, None, None
+        return dx_ND.to(ctx.dtype) * scale, dhead_VD * scale, None, None, None, None, None
 
 
-# What these make is as large as the logits of a chunk, and each is dropped as soon as it has been used: two stand at
-# once for the hard targets alone, four with the soft ones.
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+# ---- the gradient of one chunk's summed loss for its logits, [C, V], and the sums of the loss's parts ------------
+# Any divergence is differentiated by autograd. `forward_kl`, the default, has two twins derived by hand: one that works
+# in place on CPU, and plain formulas for the compiler on a GPU. Both rest on, with z the student's logits,
+# d(T² KL(q || p))/dz = T (p - q) and d CE/dz = softmax(z) - onehot(y) (Hinton et al. 2015, equation 2).
+#
+# What these make is as large as the logits of a chunk, and in place each is dropped as soon as it has been used: two
+# stand at once for the hard targets alone, four with the soft ones.
+
+
+class Chunk(NamedTuple):
+    x_CD: Tensor
+    head_VD: Tensor
+    target_C: Tensor
+    teacher_x_CD: Tensor
+    teacher_head_VD: Tensor
+
+
+def gradient_for(divergence: Divergence, on_gpu: bool) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    if divergence is not forward_kl:
+        return by_autograd
+    return compiled_forward_kl if on_gpu else forward_kl_in_place
+
+
+def by_autograd(chunk: Chunk, loss: DistillationLoss) -> tuple[Tensor, Tensor, Tensor]:
+    """Of any divergence, from its function alone."""
+    z_CV, teacher_z_CV = _logits(chunk.x_CD, chunk.head_VD), _logits(chunk.teacher_x_CD, chunk.teacher_head_VD)
+    with torch.enable_grad(), torch.autocast(z_CV.device.type, enabled=False):
+        soft = loss.divergence(z_CV.requires_grad_(), teacher_z_CV, loss.temperature).sum()
+        (dz_CV,) = torch.autograd.grad(soft, z_CV)
+    hard_dz_CV, hard = _cross_entropy_gradient(z_CV.detach(), chunk.target_C)
+    return dz_CV.mul_(loss.soft_weight).add_(hard_dz_CV, alpha=1 - loss.soft_weight), hard, soft.detach()
+
+
+def forward_kl_in_place(chunk: Chunk, loss: DistillationLoss) -> tuple[Tensor, Tensor, Tensor]:
+    z_CV = _logits(chunk.x_CD, chunk.head_VD)
+    dz_CV, hard = _cross_entropy_gradient(z_CV, chunk.target_C)
+    log_p_CV = z_CV.div_(loss.temperature).log_softmax(-1)
+    del z_CV
+    log_q_CV = _logits(chunk.teacher_x_CD, chunk.teacher_head_VD).div_(loss.temperature).log_softmax(-1)
+    q_CV = log_q_CV.exp()
+    soft = loss.temperature**2 * torch.dot(q_CV.flatten(), log_q_CV.sub_(log_p_CV).flatten())
+    del log_q_CV
+    dsoft_CV = log_p_CV.exp_().sub_(q_CV)
+    return dz_CV.mul_(1 - loss.soft_weight).add_(dsoft_CV, alpha=loss.soft_weight * loss.temperature), hard, soft
+
+
+def compiled_forward_kl(chunk: Chunk, loss: DistillationLoss) -> tuple[Tensor, Tensor, Tensor]:
+    z_CV, teacher_z_CV = chunk.x_CD @ chunk.head_VD.T, chunk.teacher_x_CD @ chunk.teacher_head_VD.T
+    dz_CV, hard_C, soft_C = _compiled()(z_CV, chunk.target_C, teacher_z_CV, loss.temperature, loss.soft_weight)
+    return dz_CV, hard_C.sum(), soft_C.sum()
+
+
+def _hard_gradient(x_CD: Tensor, head_VD: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Without a teacher."""
+    if x_CD.is_cuda:
+        dz_CV, hard_C, _ = _compiled()(x_CD @ head_VD.T, target_C, None, 1.0, 0.0)
+        return dz_CV, hard_C.sum()
+    return _cross_entropy_gradient(_logits(x_CD, head_VD), target_C)
 
 
 def _logits(x_CD: Tensor, head_VD: Tensor) -> Tensor:
-    return (x_CD @ head_VD.T).float()
+    z_CV = x_CD @ head_VD.T
+    return z_CV.to(_at_least_float32(z_CV.dtype))
 
 
-def _hard(z_CV: Tensor, target_C: Tensor, hard: Tensor) -> Tensor:
-    """Gradient of the cross-entropies for the logits; their sum is added to `hard`."""
+def _cross_entropy_gradient(z_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
     p_CV = z_CV.softmax(-1)
     target_C1 = target_C[:, None]
     chosen_C1 = p_CV.gather(1, target_C1)
-    hard -= chosen_C1.clamp_min(torch.finfo(p_CV.dtype).tiny).log().sum()  # an underflow counts 87 nats, not infinity
-    return p_CV.scatter_(1, target_C1, chosen_C1 - 1)
-
-
-def _soft_and_hard(
-    x_CD: Tensor,
-    head_VD: Tensor,
-    target_C: Tensor,
-    teacher_x_CD: Tensor,
-    teacher_head_VD: Tensor,
-    temperature: float,
-    soft_weight: float,
-    hard: Tensor,
-    soft: Tensor,
-) -> Tensor:
-    """Gradient of the weighted sum for the logits; the sum of T² KL is added to `soft`."""
-    z_CV = _logits(x_CD, head_VD)
-    dz_CV = _hard(z_CV, target_C, hard)
-    log_pT_CV = z_CV.div_(temperature).log_softmax(-1)
-    del z_CV
-    log_qT_CV = _logits(teacher_x_CD, teacher_head_VD).div_(temperature).log_softmax(-1)
-    qT_CV = log_qT_CV.exp()
-    soft += temperature**2 * torch.dot(qT_CV.flatten(), log_qT_CV.sub_(log_pT_CV).flatten())
-    del log_qT_CV
-    return dz_CV.mul_(1 - soft_weight).add_(log_pT_CV.exp_().sub_(qT_CV), alpha=soft_weight * temperature)
+    hard = -chosen_C1.clamp_min(torch.finfo(p_CV.dtype).tiny).log().sum()  # an underflow counts 87 nats, not infinity
+    return p_CV.scatter_(1, target_C1, chosen_C1 - 1), hard
 
 
 def gradients(
     z_CV: Tensor, target_C: Tensor, teacher_z_CV: Tensor | None, temperature: float, soft_weight: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same as plain formulas, for a compiler that makes few passes over the logits of them.
+    """Cross-entropy and forward KL as plain formulas, for a compiler that makes few passes over the logits of them.
 
     Returns the gradient for the logits in their dtype, and cross-entropy and T² KL of each token [C].
     """
@@ -127,32 +183,5 @@ def gradients(
 
 
 @functools.cache
-def _fused() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     return torch.compile(gradients) if can_compile() else gradients
-
-
-def next_token(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk_tokens: int | None = None) -> Tensor:
-    """Mean cross-entropy of softmax(x W^T) against the next tokens, in nats."""
-    chunk_tokens = chunk_tokens or (8192 if x_ND.is_cuda else 1024)  # a GPU is idle between small products
-    loss, _, _ = _ChunkedLoss.apply(x_ND, head_VD, targets_N, None, None, 1.0, 0.0, chunk_tokens)
-    return loss
-
-
-def distillation(
-    student_x_ND: Tensor,
-    student_head_VD: Tensor,
-    teacher_x_ND: Tensor,
-    teacher_head_VD: Tensor,
-    targets_N: Tensor,
-    temperature: float,
-    soft_weight: float,
-    chunk_tokens: int,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """soft_weight * T² KL(teacher^T || student^T) + (1 - soft_weight) * CE(data), means over N tokens.
-
-    The KL is a true divergence (zero at a match), summed over V. Teacher and student may differ in D, not in V.
-    """
-    loss, hard, soft = _ChunkedLoss.apply(
-        student_x_ND, student_head_VD, targets_N, teacher_x_ND, teacher_head_VD, temperature, soft_weight, chunk_tokens
-    )
-    return loss, {"cross_entropy": hard, "soft_kl": soft}

@@ -123,6 +123,7 @@ class Pretrain(Training):
 class SoftTargets(Training):
     """A fit towards the soft targets of a larger model."""
 
+    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl", "total_variation"]
     chunk_tokens: Count  # whose logits stand in memory together
     temperature: Positive
     soft_weight: Share

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from stages.model.divergences import DIVERGENCES
 from stages.model.layers import can_compile
-from stages.model.losses import distillation, next_token
+from stages.model.losses import DistillationLoss, next_token
 
 
 @dataclass
@@ -56,44 +57,46 @@ class NextToken:
 
     def __call__(self, model: nn.Module, tokens_BT1: Tensor) -> Outcome:
         inputs_BT, targets_N = split_targets(tokens_BT1)
-        x_BTD, routings = model.features(inputs_BT)
+        x_BTD, routings, _ = model.features(inputs_BT)
         cross_entropy = next_token(x_BTD.flatten(0, 1), model.head.weight, targets_N)
         loss, parts = add_balance_loss(cross_entropy, routings, self.balance_loss_weight)
         return Outcome(loss, {"cross_entropy": cross_entropy.detach()} | parts, [r.load_E for r in routings])
 
 
 class Distillation:
-    """Soft targets of a frozen teacher at a temperature, mixed with cross-entropy on the data."""
+    """Soft targets of a frozen teacher at a temperature, mixed with cross-entropy on the data.
 
-    def __init__(self, teacher, temperature, soft_weight, chunk_tokens, balance_loss_weight: float = 0.0):
+    The balance loss of a mixture of experts is shown, and no part of the loss.
+    """
+
+    def __init__(
+        self, teacher: nn.Module, divergence: str, temperature: float, soft_weight: float, chunk_tokens: int
+    ):
         self.teacher = teacher.eval().requires_grad_(False)
-        self.temperature, self.soft_weight, self.chunk_tokens = temperature, soft_weight, chunk_tokens
-        self.balance_loss_weight = balance_loss_weight
+        self.loss = DistillationLoss(DIVERGENCES[divergence], temperature, soft_weight, chunk_tokens)
 
     def __call__(self, model: nn.Module, tokens_BT1: Tensor) -> Outcome:
         inputs_BT, targets_N = split_targets(tokens_BT1)
         with torch.no_grad():
-            teacher_x_BTD, _ = self.teacher.features(inputs_BT)
-        x_BTD, routings = model.features(inputs_BT)
-        loss, parts = distillation(
-            x_BTD.flatten(0, 1),
-            model.head.weight,
-            teacher_x_BTD.flatten(0, 1),
-            self.teacher.head.weight,
-            targets_N,
-            self.temperature,
-            self.soft_weight,
-            self.chunk_tokens,
+            teacher_x_ND = self.teacher.features(inputs_BT).x_BTD.flatten(0, 1)
+        x_BTD, routings, _ = model.features(inputs_BT)
+        loss, parts = self.loss(
+            x_BTD.flatten(0, 1), model.head.weight, teacher_x_ND, self.teacher.head.weight, targets_N
         )
-        loss, balance = add_balance_loss(loss, routings, self.balance_loss_weight)
-        return Outcome(loss, parts | balance, [r.load_E for r in routings])
+        if routings:
+            parts["balance_loss"] = mean_balance_loss(routings).detach()
+        return Outcome(loss, parts, [r.load_E for r in routings])
 
 
 def add_balance_loss(loss: Tensor, routings: list, weight: float) -> tuple[Tensor, dict[str, Tensor]]:
     if not routings:
         return loss, {}
-    balance_loss = torch.stack([r.balance_loss for r in routings]).mean()
+    balance_loss = mean_balance_loss(routings)
     return loss + weight * balance_loss, {"balance_loss": balance_loss.detach()}
+
+
+def mean_balance_loss(routings: list) -> Tensor:
+    return torch.stack([r.balance_loss for r in routings]).mean()
 
 
 def compile_blocks(model: nn.Module) -> None:
@@ -127,7 +130,7 @@ def validation_nats(model: nn.Module, batches: list[Tensor]) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for tokens_BT1 in batches:
         inputs_BT, targets_N = split_targets(tokens_BT1.to(model.head.weight.device))
-        x_BTD, _ = model.features(inputs_BT)
+        x_BTD = model.features(inputs_BT).x_BTD
         total += next_token(x_BTD.flatten(0, 1), model.head.weight, targets_N).double().cpu() * targets_N.numel()
     return total
 

@@ -7,14 +7,14 @@ no other module asks which one a model belongs to. Teacher and student are roles
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from stages.model.experts import Routing
 from stages.model.families.prunable import Prunable
+from stages.model.features import Features
 from stages.model.layers import LayerCache
 
 Shape = Any  # the family's frozen dataclass: every number that fixes a model's tensors and arithmetic
@@ -32,8 +32,10 @@ class Model(Protocol):
     blocks: nn.ModuleList  # checkpointed and compiled one by one
     head: nn.Linear  # [V, D]
 
-    def features(self, tokens_BT: Tensor, cache: list[LayerCache] | None = None) -> tuple[Tensor, list[Routing]]:
-        """What the head reads, [B, T, D], and the routing of each mixture-of-experts layer in order."""
+    def features(
+        self, tokens_BT: Tensor, cache: list[LayerCache] | None = None, layers: Collection[int] = ()
+    ) -> Features:
+        """What the head reads, [B, T, D], the routing of each MoE layer in order, and the hidden states of `layers`."""
 
     def forward(self, tokens_BT: Tensor, cache: list[LayerCache] | None = None) -> Tensor:
         """Logits [B, T, V]."""

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from stages.files.artifacts import Refusal
-from stages.model.layers import INIT_STD, NORM_EPSILON
+from stages.model.kernels.norm import NORM_EPSILON
+from stages.model.layers import INIT_STD
 
 # our field -> the name in config.json
 COMMON_FIELDS = {

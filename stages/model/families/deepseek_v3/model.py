@@ -10,12 +10,14 @@ of a query or key head, R = rotated part, U = value head, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from stages.model.experts import MoE, Routing, balanced_bias
+from stages.model.features import Features, check_layers
 from stages.model.layers import (
     LayerCache,
     RMSNorm,
@@ -152,9 +154,10 @@ class DeepseekV3(nn.Module):
         self.head = nn.Linear(shape.width, shape.vocab_size, bias=False)
 
     def features(
-        self, tokens_BT: Tensor, cache: list[LayerCache] | None = None
-    ) -> tuple[Tensor, list[Routing]]:
-        """Hidden state after the final norm, and the routing of each MoE layer in order."""
+        self, tokens_BT: Tensor, cache: list[LayerCache] | None = None, layers: Collection[int] = ()
+    ) -> Features:
+        """Hidden state after the final norm, the routing of each MoE layer, and the hidden states of `layers`."""
+        check_layers(layers, len(self.blocks))
         x_BTD = self.embedding(tokens_BT)
         rope = rope_table(
             past_tokens(cache),
@@ -163,15 +166,17 @@ class DeepseekV3(nn.Module):
             self.shape.rope_theta,
             x_BTD.device,
         )
-        routings = []
+        routings, hidden = [], {}
         for layer, block in enumerate(self.blocks):
             x_BTD, routing = block(x_BTD, rope, cache[layer] if cache else None)
             if routing is not None:
                 routings.append(routing)
-        return self.norm(x_BTD), routings
+            if layer in layers:
+                hidden[layer] = x_BTD
+        return Features(self.norm(x_BTD), routings, hidden)
 
     def forward(self, tokens_BT: Tensor, cache: list[LayerCache] | None = None) -> Tensor:
-        return self.head(self.features(tokens_BT, cache)[0])
+        return self.head(self.features(tokens_BT, cache).x_BTD)
 
     def new_cache(self, batch: int, tokens: int) -> list[LayerCache]:
         """Latent cache: C + R numbers per token and layer, whatever the number of heads."""

@@ -7,11 +7,12 @@ Shape legend: B sequences, T tokens, D width, H query heads, G key/value heads, 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from stages.model.experts import Routing
+from stages.model.features import Features, check_layers
 from stages.model.layers import (
     LayerCache,
     RMSNorm,
@@ -95,19 +96,23 @@ class Qwen3(nn.Module):
         self.head = nn.Linear(shape.width, shape.vocab_size, bias=False)
 
     def features(
-        self, tokens_BT: Tensor, cache: list[LayerCache] | None = None
-    ) -> tuple[Tensor, list[Routing]]:
-        """Hidden state after the final norm, and no routings."""
+        self, tokens_BT: Tensor, cache: list[LayerCache] | None = None, layers: Collection[int] = ()
+    ) -> Features:
+        """Hidden state after the final norm, no routings, and the hidden states of `layers`."""
+        check_layers(layers, len(self.blocks))
         x_BTD = self.embedding(tokens_BT)
         rope = rope_table(
             past_tokens(cache), tokens_BT.shape[1], self.shape.head_dim, self.shape.rope_theta, x_BTD.device
         )
+        hidden = {}
         for layer, block in enumerate(self.blocks):
             x_BTD, _ = block(x_BTD, rope, cache[layer] if cache else None)
-        return self.norm(x_BTD), []
+            if layer in layers:
+                hidden[layer] = x_BTD
+        return Features(self.norm(x_BTD), [], hidden)
 
     def forward(self, tokens_BT: Tensor, cache: list[LayerCache] | None = None) -> Tensor:
-        return self.head(self.features(tokens_BT, cache)[0])
+        return self.head(self.features(tokens_BT, cache).x_BTD)
 
     def new_cache(self, batch: int, tokens: int) -> list[LayerCache]:
         size = (batch, tokens, self.shape.kv_heads, self.shape.head_dim)
