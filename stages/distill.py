@@ -64,7 +64,7 @@ def fits(settings, place: Place, keep: Callable) -> Iterator:
 
 
 def main(settings, place: Place, run) -> dict:
-    result, conditions = launch("distill", settings, place, INPUTS, run)
+    result, conditions = launch(fits, settings, place, INPUTS, run)
     write_curves(place, "distill", result)
     metrics = {
         "validation_bits_per_byte": result["student"]["validation_bits_per_byte"],

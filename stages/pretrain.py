@@ -37,7 +37,7 @@ def fits(settings, place: Place, _) -> Iterator:
 
 
 def main(settings, place: Place, run) -> dict:
-    result, conditions = launch("pretrain", settings, place, ["artifacts/data"], run)
+    result, conditions = launch(fits, settings, place, ["artifacts/data"], run)
     write_curves(place, "pretrain", result)
     teacher = result["teacher"]
     metrics = {k: teacher[k] for k in ("validation_bits_per_byte", "expert_load", "max_violation")}

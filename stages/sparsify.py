@@ -68,7 +68,7 @@ def calibrate(dense, shares, calibration: list, held_out: list) -> dict:
 
 
 def main(settings, place: Place, run) -> dict:
-    result, conditions = launch("sparsify", settings, place, INPUTS, run)
+    result, conditions = launch(fits, settings, place, INPUTS, run)
     write_curves(place, "sparsify", result)
     metrics = {f"{name}_validation_bits_per_byte": fit["validation_bits_per_byte"] for name, fit in result.items()}
     for name in ("sparse_teacher", "sparse_student"):

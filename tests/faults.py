@@ -224,7 +224,7 @@ def last_saved(tree: Path) -> float:
     for process in processes_of(tree):
         with contextlib.suppress(psutil.Error):
             _, flag, module, *_ = [*process.cmdline(), "", "", ""]
-            if flag == "-m" and module not in ("stages.training.torchrun", "stages.tracking"):
+            if flag == "-m" and module not in ("stages.training.launchers.torchrun", "stages.tracking"):
                 times.append(process.create_time())  # dvc, or the stage that it runs
     return max(times, default=time.time())
 

@@ -9,7 +9,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stages.files.artifacts import Refusal
+from stages.files.artifacts import ROOT, Refusal
 from stages.settings.reading import read, refuse, refuse_missing, refuse_unknown, shown
 
 OWN_FILES = "in params.yaml corpus: {source: files, paths: [texts/*.txt]}, or corpus=files 'corpus.paths=[texts/*.txt]'"
@@ -116,6 +116,8 @@ class Optimizer:
 @dataclass(frozen=True)
 class Trainer:
     accelerator: Literal["auto", "cpu", "gpu"]
+    launcher: str  # a module of stages/training/launchers
+    strategy: str  # a module of stages/training/strategies
     precision: Literal["auto", "float32", "bfloat16"]
     deterministic: bool
     ranks: int | Literal["auto"] = bounded(1, 65536)
@@ -316,6 +318,15 @@ def _optimizer_rules(settings):
         refuse("optimizer.decay_share", optimizer.decay_share, rule)
 
 
+def _trainer_rules(settings):
+    for key, folder in (("launcher", "launchers"), ("strategy", "strategies")):
+        files = (ROOT / "stages/training" / folder).glob("*.py")
+        words = sorted(file.stem for file in files if file.stem != "__init__")
+        if getattr(settings.trainer, key) not in words:
+            rule = f"must be one of {', '.join(words)}; to add one, add a file to stages/training/{folder}"
+            refuse(f"trainer.{key}", getattr(settings.trainer, key), rule)
+
+
 def _evaluate_rules(settings):
     if not settings.evaluate.checkpoint_every_blocks:
         refuse("evaluate.checkpoint_every_blocks", [], "must name at least one period in blocks")
@@ -361,6 +372,7 @@ RULES = (
     (("corpus",), _corpus_rules),
     (("prepare",), _prepare_rules),
     (("optimizer",), _optimizer_rules),
+    (("trainer",), _trainer_rules),
     (("evaluate",), _evaluate_rules),
     (("profile",), _profile_rules),
     *((("trainer", section), _ranks_share(key)) for section, key in BATCHES.items()),

@@ -1,4 +1,4 @@
-"""One rank of a training stage: `python -m stages.training.rank job.json`, started by torchrun (see launch.py).
+"""One rank of a training stage: `python -m stages.training.rank job.json [pid of its parent]`, started by a launcher.
 
 Only ranks import Lightning, whose import alone costs seconds. The Trainer brings DDP, precision and devices;
 the sampler, the checkpoint and the two optimisers are ours, so that a resumed run gives the bytes of an
@@ -6,7 +6,6 @@ uninterrupted one.
 """
 
 import contextlib
-import importlib
 import json
 import math
 import os
@@ -18,11 +17,11 @@ import warnings
 from functools import partial
 from pathlib import Path
 
-from stages.files.artifacts import Refusal, read_json, write_atomically, write_json
-from stages.run.entry import Place, die_with_parent, leave
+from stages.files.artifacts import Refusal, write_atomically, write_json
+from stages.run.entry import die_with_parent, leave
 
 if __name__ == "__main__":  # before the imports: in their seconds torchrun may be killed, and nobody else ends a rank
-    die_with_parent(int(os.environ.get("OFFRAMP_TORCHRUN", os.getppid())))
+    die_with_parent(int(sys.argv[2]) if sys.argv[2:] else None)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends it at once, as SIGTERM does, while nothing can be lost
 
 if "torchmetrics" not in sys.modules:
@@ -41,11 +40,12 @@ from torch.utils.data import DataLoader, IterableDataset
 from stages.data.shards import Tokens, Windows, read_card
 from stages.model import hub as models
 from stages.run.heap import keep_freed_memory
-from stages.settings import schema as settings
 from stages.training.checkpoints import Checkpoint, made_once
 from stages.training.fit import Fit, compile_blocks, max_violation, settle_cublas_workspaces, validation_nats
+from stages.training.job import Job
 from stages.training.optimizers import learning_rate_factor, make_optimizers
 from stages.training.progress import ProgressLine
+from stages.training.strategies import strategy
 
 LARGEST_PRIME = 2**64 - 59  # of what torch takes as a seed
 LOAD_WINDOW_STEPS = 20  # the expert load reported at the end is that of the last so many steps
@@ -54,24 +54,13 @@ LOAD_WINDOW_STEPS = 20  # the expert load reported at the end is that of the las
 class Batches(IterableDataset):
     """The batches of one rank from a step on: no state beyond the step."""
 
-    def __init__(self, windows: Windows, start: int, stop: int, rank: int, world_size: int, batch_sequences: int):
-        self.windows, self.steps = windows, range(start, stop)
-        self.rank, self.world_size, self.batch_sequences = rank, world_size, batch_sequences
+    def __init__(self, fit: Fit, rank: "Rank", start: int):
+        self.fit, self.rank, self.steps = fit, rank, range(start, fit.steps)
 
     def __iter__(self):
-        rehearsal = self.steps[:1] if needs_rehearsal(self.world_size) else []
-        for step in [*rehearsal, *self.steps]:
-            yield self.windows.batch(step, self.rank, self.world_size, self.batch_sequences)
-
-
-def needs_rehearsal(world_size: int) -> bool:
-    """Does the first pass of a process sum gradients in another order than those that follow?
-
-    DDP lays its buckets out anew after the first backward pass, and where three ranks or more add up, the order
-    of summing hangs on an element's place in its bucket. A resumed run would differ from an uninterrupted one by
-    that first pass: so each makes one that it throws away.
-    """
-    return world_size > 2
+        rank = self.rank
+        for step in [*self.steps[: rank.rehearsals], *self.steps]:
+            yield rank.windows.batch(step, rank.rank, rank.world_size, self.fit.batch_sequences)
 
 
 class Progress:
@@ -104,7 +93,7 @@ class Progress:
 class Training(lightning.LightningModule):
     """A `Fit` as Lightning sees it: manual optimisation, because Muon and AdamW step together."""
 
-    def __init__(self, fit: Fit, job: "Job", progress: Progress, optimizers: list):
+    def __init__(self, fit: Fit, job: "Rank", progress: Progress, optimizers: list):
         super().__init__()
         self.automatic_optimization = False
         self.model, self.fit, self.job, self.progress = fit.model, fit, job, progress
@@ -112,7 +101,7 @@ class Training(lightning.LightningModule):
         self.teacher = getattr(fit.objective, "teacher", None)  # a submodule, so that Lightning moves it to the device
         self.started = self.saved = time.monotonic()
         self.start = progress.step
-        self.rehearsed = not needs_rehearsal(job.world_size)
+        self.rehearsed = not job.rehearsals
         tokens = fit.batch_sequences * job.sequence_tokens
         out = sys.stdout if job.rank == 0 else None
         self.line = ProgressLine(fit.name, self.start, fit.steps, job.log_every_steps, tokens, out)
@@ -122,7 +111,7 @@ class Training(lightning.LightningModule):
 
     def on_train_start(self):
         # Lightning's own handler broadcasts in the midst of whatever the signal meets, and ranks wait for each other
-        self.job.heed_signals()
+        self.job.install_stop_handlers()
 
     def training_step(self, tokens_BT1: Tensor, _):
         progress, fit, job = self.progress, self.fit, self.job
@@ -203,26 +192,25 @@ class Training(lightning.LightningModule):
         self.line.step(progress.step, figures["loss"], figures.get("validation_bits_per_byte"))
 
 
-class Job:
-    """What a rank knows: its job file, its place among the ranks, and the data."""
+class Rank:
+    """What a rank knows: its job, its place among the ranks, and the data."""
 
-    def __init__(self, path: Path):
-        job = read_json(path)
-        self.stage, self.state = job["stage"], Path(job["state"])
-        self.place = Place(Path(job["root"]), Path(job["out"]))
-        self.settings = settings.validate(job["settings"], list(job["settings"]))
+    def __init__(self, job: Job):
+        self.stage, self.state, self.place, self.settings = job.stage, job.state, job.place, job.settings
         self.optimizer, self.sequence_tokens = self.settings.optimizer, self.settings.sequence_tokens
         self.checkpoint_every_seconds = self.settings.trainer.checkpoint_every_seconds
         self.log_every_steps = self.settings.trainer.log_every_steps
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.accelerator, self.precision = job["accelerator"], job["precision"]
+        self.accelerator, self.precision = job.accelerator, job.precision
+        self.strategy = strategy(self.settings.trainer.strategy)
+        self.rehearsals = int(self.strategy.needs_rehearsal(self.world_size))
         data = self.place.read("artifacts/data")
         self.card = read_card(data)
         self.windows = Windows(Tokens(data, "train"), self.sequence_tokens, self.settings.seed)
         self.validation_windows = Windows(Tokens(data, "val"), self.sequence_tokens, seed=None)
         self.stop_requested = False
 
-    def heed_signals(self) -> None:
+    def install_stop_handlers(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
 
@@ -247,7 +235,7 @@ class Job:
             file.write(json.dumps(row) + "\n")  # a full disk costs the curve of this run's record, not the run
 
 
-def run_fit(fit: Fit, job: Job) -> dict:
+def run_fit(fit: Fit, job: Rank) -> dict:
     """Trains one fit to its end (from its checkpoint, if there is one) and writes the model."""
     optimizers = make_optimizers(fit.model, job.optimizer, fit.learning_rate_scale)
     progress = Progress(Checkpoint(job.state, fit.name))
@@ -264,7 +252,7 @@ def run_fit(fit: Fit, job: Job) -> dict:
         trainer = lightning.Trainer(
             accelerator=job.accelerator,
             devices=job.world_size,
-            strategy=lightning.pytorch.strategies.DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True),
+            strategy=job.strategy.lightning_strategy(),
             precision={"bfloat16": "bf16-mixed", "float32": "32-true"}[job.precision],
             max_epochs=1,
             use_distributed_sampler=False,
@@ -274,7 +262,7 @@ def run_fit(fit: Fit, job: Job) -> dict:
             enable_model_summary=False,
             num_sanity_val_steps=0,
         )
-        batches = Batches(job.windows, progress.step, fit.steps, job.rank, job.world_size, fit.batch_sequences)
+        batches = Batches(fit, job, progress.step)
         try:
             trainer.fit(training, DataLoader(batches, batch_size=None))
         finally:
@@ -300,26 +288,28 @@ def main() -> None:
     path, results = Path(sys.argv[1]), {}
     keep_freed_memory()
     try:
-        job = Job(path)
+        job = Job.read(path)
+        trainer = job.settings.trainer
         torch.manual_seed(job.settings.seed)
-        torch.use_deterministic_algorithms(job.settings.trainer.deterministic)
+        torch.use_deterministic_algorithms(trainer.deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes all memory twice
         if not dist.is_initialized():
             dist.init_process_group("nccl" if job.accelerator == "gpu" else "gloo")
         if job.accelerator == "gpu":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            if job.settings.trainer.deterministic:
+            if trainer.deterministic:
                 settle_cublas_workspaces()
-        job.heed_signals()  # not before: a rank that waits here for one that is gone would not see the request
-        keep = partial(made_once, job.state, job.rank)
-        for fit in importlib.import_module(f"stages.{job.stage}").fits(job.settings, job.place, keep):
-            results[fit.name] = run_fit(fit, job)
-        if job.rank == 0:
+        rank = Rank(job)
+        rank.install_stop_handlers()  # not before: a rank that waits above for one that is gone would not see a signal
+        keep = partial(made_once, job.state, rank.rank)
+        for fit in job.fits_function()(job.settings, job.place, keep):
+            results[fit.name] = run_fit(fit, rank)
+        if rank.rank == 0:
             write_json(job.state / "result.json", results)
     except Refusal as refusal:
-        told = path.parent / "error.txt"
-        if os.environ["RANK"] == "0" or not told.exists():
-            write_atomically(told, str(refusal))
+        reason = path.parent / "error.txt"
+        if os.environ["RANK"] == "0" or not reason.exists():
+            write_atomically(reason, str(refusal))
         sys.exit(1)
 
 
