@@ -118,9 +118,10 @@ class Trainer:
     accelerator: Literal["auto", "cpu", "gpu"]
     launcher: str  # a module of stages/training/launchers
     strategy: str  # a module of stages/training/strategies
-    precision: Literal["auto", "float32", "bfloat16"]
+    precision: Literal["auto", "32-true", "bf16-mixed"]
     deterministic: bool
     ranks: int | Literal["auto"] = bounded(1, 65536)
+    accumulate_grad_batches: int = bounded(1, 65536)
     checkpoint_every_seconds: float = bounded(0, 1e9)
     log_every_steps: int = count()
 

@@ -40,7 +40,7 @@ def rank_count(accelerator: str, ranks: int | str) -> tuple[str, int]:
 
 
 def chosen_precision(precision: str, accelerator: str) -> str:
-    """bfloat16 autocast where the matrix units have it: detected, not assumed."""
+    """As Lightning names it; auto: bfloat16 autocast where the matrix units have it: detected, not assumed."""
     if precision == "auto":
-        precision = "bfloat16" if has_bfloat16("cuda" if accelerator == "gpu" else "cpu") else "float32"
+        precision = "bf16-mixed" if has_bfloat16("cuda" if accelerator == "gpu" else "cpu") else "32-true"
     return precision
