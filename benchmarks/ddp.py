@@ -18,7 +18,7 @@ from benchmarks.checkout import checkout, default_scale, events, stage
 from benchmarks.table import Row
 from benchmarks.timing import Timings
 from stages.files.artifacts import read_json, write_json
-from stages.training.optimizers import make_optimizers
+from stages.training.optimizers import make_optimizer
 
 FIRST_STEPS = 2  # not counted: memory grows, DDP lays out its buckets
 BUCKETS_MB = (1, 5, 25)
@@ -86,9 +86,10 @@ def collective_rows(scale: str, step_seconds: float) -> Iterator[Row]:
 
     plain = settings.validate(compose([f"scale={scale}", "corpus=stdlib"]))
     teacher = build_teacher(plain.teacher, plain.prepare.vocab_size, plain.sequence_tokens, plain.seed)
+    groups = make_optimizer(teacher, plain.optimizer, 1.0).param_groups
     muon, adamw = (
-        sum(parameter.numel() for group in optimizer.param_groups for parameter in group["params"])
-        for optimizer in make_optimizers(teacher, plain.optimizer, 1.0)
+        sum(parameter.numel() for group in groups if group["use_muon"] == wanted for parameter in group["params"])
+        for wanted in (True, False)
     )
     times = collectives(muon + adamw, muon)
     beside = Timings(times.seconds | {"a step": [step_seconds] * times.rounds}, {})

@@ -24,7 +24,7 @@ from stages.model.losses import next_token
 from stages.settings.schema import Optimizer, Settings
 from stages.training import optimizers
 from stages.training.fit import NextToken, Outcome, add_balance_loss, split_targets
-from stages.training.optimizers import learning_rate_factor, make_optimizers
+from stages.training.optimizers import learning_rate_factor, make_optimizer
 
 MUON = 3.4445, -4.7750, 2.0315  # a, b, c of each of its five iterations (Jordan et al. 2024)
 
@@ -212,10 +212,10 @@ def new_model(recipe: Recipe, seed: int) -> Teacher:
 def new_optimizers(recipe: Recipe, model: nn.Module) -> list[torch.optim.Optimizer]:
     o = recipe.optimizer
     if not recipe.plain:
-        muon, adamw = make_optimizers(model, o, 1.0)
-        for group in adamw.param_groups:
+        optimizer = make_optimizer(model, o, 1.0)
+        for group in optimizer.param_groups:
             group["eps"] = recipe.adamw_epsilon
-        return [muon, adamw]
+        return [optimizer]
     matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == wide] for wide in (True, False))
     groups = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=o.adamw_learning_rate, betas=(o.adamw_beta1, o.adamw_beta2), fused=True)

@@ -125,6 +125,6 @@ def last_saved(tree: Path) -> float:
         with contextlib.suppress(psutil.Error):
             words: list[str] = [*process.cmdline(), "", "", ""]
             flag, module = words[1:3]
-            if flag == "-m" and module not in ("stages.training.torchrun", "stages.tracking"):
+            if flag == "-m" and module not in ("stages.training.launchers.torchrun", "stages.tracking"):
                 times.append(process.create_time())  # dvc, or the stage that it runs
     return max(times, default=time.time())

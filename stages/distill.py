@@ -66,13 +66,14 @@ def fits(settings, place: Place, keep: Callable) -> Iterator:
 
 
 def main(settings, place: Place, run) -> dict:
-    result, conditions = launch("distill", settings, place, INPUTS, run)
+    result, conditions = launch(fits, settings, place, INPUTS, run)
     write_curves(place, "distill", result)
+    batches = settings.distill.steps * settings.trainer.accumulate_grad_batches
     metrics = {
         "validation_bits_per_byte": result["student"]["validation_bits_per_byte"],
         "control_validation_bits_per_byte": result["control"]["validation_bits_per_byte"],
         "temperature": settings.distill.temperature,
-        "tokens": settings.distill.steps * settings.distill.batch_sequences * settings.sequence_tokens,
+        "tokens": batches * settings.distill.batch_sequences * settings.sequence_tokens,
         "copied_from_teacher": result["student"]["notes"]["copied"],
     }
     write_json(place.write("metrics/distill.json"), rounded(metrics))

@@ -37,11 +37,12 @@ def fits(settings, place: Place, _) -> Iterator:
 
 
 def main(settings, place: Place, run) -> dict:
-    result, conditions = launch("pretrain", settings, place, ["artifacts/data"], run)
+    result, conditions = launch(fits, settings, place, ["artifacts/data"], run)
     write_curves(place, "pretrain", result)
     teacher = result["teacher"]
     metrics = {k: teacher[k] for k in ("validation_bits_per_byte", "expert_load", "max_violation")}
-    metrics["tokens"] = settings.pretrain.steps * settings.pretrain.batch_sequences * settings.sequence_tokens
+    batches = settings.pretrain.steps * settings.trainer.accumulate_grad_batches
+    metrics["tokens"] = batches * settings.pretrain.batch_sequences * settings.sequence_tokens
     write_json(place.write("metrics/pretrain.json"), rounded(metrics))
     run.metrics({"validation_bits_per_byte": teacher["validation_bits_per_byte"]})
     run.model(place.write("artifacts/teacher"))

@@ -73,7 +73,7 @@ def calibrate(dense, shares: dict[str, float], words: dict[str, str], calibratio
 
 
 def main(settings, place: Place, run) -> dict:
-    result, conditions = launch("sparsify", settings, place, INPUTS, run)
+    result, conditions = launch(fits, settings, place, INPUTS, run)
     write_curves(place, "sparsify", result)
     metrics = {f"{name}_validation_bits_per_byte": fit["validation_bits_per_byte"] for name, fit in result.items()}
     for name in ("sparse_teacher", "sparse_student"):

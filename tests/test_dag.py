@@ -49,7 +49,8 @@ def in_folder(path: Path) -> str:
 def test_every_folder_a_stage_imports_is_among_its_dependencies(stage):
     needed = reached_from(ROOT / f"stages/{stage}.py")
     if ROOT / "stages/training/launch.py" in needed:  # the ranks are started by name, not imported
-        needed |= reached_from(ROOT / "stages/training/rank.py") | reached_from(ROOT / "stages/training/torchrun.py")
+        for path in [ROOT / "stages/training/rank.py", *(ROOT / "stages/training").glob("*/*.py")]:
+            needed |= reached_from(path)
     folders = {in_folder(path) for path in needed} - {"stages/tracking"}  # what records never changes an out
     declared = {path for path in STAGES[stage]["deps"] if path.startswith("stages/")}
     assert folders <= declared, f"add to the deps of {stage} in dvc.yaml: {sorted(folders - declared)}"

@@ -1,6 +1,8 @@
-"""The ranks of a real, tiny training run: whom they listen to, and what is said when one of them is killed."""
+"""The ranks of a real, tiny training run: how they are started, whom they listen to, and what a killed one leaves."""
 
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from stages import pretrain as pretraining
 from stages.files.artifacts import ROOT, Refusal
 from stages.run.entry import Place
+from stages.training import environment as variables
+from stages.training.job import Job, name_of
 from stages.training.launch import launch
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -64,7 +69,7 @@ def training(tree):
 @pytest.fixture
 def starting(tree):
     """A stage that trains, while its torchrun still imports torch; and that torchrun."""
-    torchrun = "stages.training.torchrun"
+    torchrun = "stages.training.launchers.torchrun"
     stage, found = pretrain(
         tree, 60, lambda stage: [pid for pid, words in descendants(stage.pid).items() if torchrun in words]
     )
@@ -139,7 +144,7 @@ def test_a_rank_does_not_import_what_lightning_wants_and_training_does_not():
 
 def test_a_missing_input_is_named_before_a_rank_starts(tiny_settings, tmp_path):
     with pytest.raises(Refusal, match="^artifacts/data is missing: run the stage that writes it"):
-        launch("pretrain", tiny_settings, Place(tmp_path, tmp_path), ["artifacts/data"], run=None)
+        launch(pretraining.fits, tiny_settings, Place(tmp_path, tmp_path), ["artifacts/data"], run=None)
     assert not list(tmp_path.iterdir())
 
 
@@ -160,3 +165,104 @@ def test_a_torchrun_killed_before_its_ranks_are_there_is_told_in_one_line(starti
     told = stage.communicate(timeout=10)[1]
     assert stage.returncode == 1
     assert "offramp: torchrun ended with code -9 before it could start a rank" in told and "Traceback" not in told
+
+
+ALONE = """
+import os, subprocess, sys
+from stages.training.environment import agent_environment
+from stages.training.machine import conditions
+
+class Launcher:
+    "One rank, without torchrun."
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def conditions(self, trainer):
+        return conditions(trainer | {"ranks": 1})
+
+    def run(self, job):
+        rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+        command = [sys.executable, "-m", "stages.training.rank", str(job)]
+        return subprocess.run(command, env=agent_environment() | rank).returncode
+"""
+ONE_DEVICE = """
+from lightning.pytorch.strategies import SingleDeviceStrategy
+
+def lightning_strategy():
+    print("one device, no DDP")
+    return SingleDeviceStrategy("cpu")
+
+def needs_rehearsal(world_size):
+    return False
+"""
+
+
+def by_hand(tree, *words):
+    theirs = {name: value for name, value in environment("").items() if name != "DVC_STAGE"}
+    words = ("trainer.accelerator=cpu", *words)
+    command = [sys.executable, "-m", "stages.pretrain", *words]
+    return subprocess.run(command, cwd=tree, env=theirs, capture_output=True, text=True)
+
+
+def test_a_launcher_and_a_strategy_are_added_with_a_file_and_chosen_by_its_name(tree):
+    (tree / "stages/training/launchers/alone.py").write_text(ALONE)
+    (tree / "stages/training/strategies/one_device.py").write_text(ONE_DEVICE)
+    words = ("trainer.launcher=alone", "trainer.strategy=one_device", "hydra.run.dir=outputs/tried")
+    done = by_hand(tree, "pretrain.steps=2", *words)
+    assert done.returncode == 0, done.stderr
+    assert "1 rank, 2 steps" in done.stdout and "one device, no DDP" in done.stdout
+    assert (tree / "outputs/tried/artifacts/teacher/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("key", "words"), [("launcher", "torchrun"), ("strategy", "ddp")])
+def test_a_launcher_or_strategy_that_is_not_there_is_refused_with_those_that_are(key, words):
+    done = by_hand(ROOT, f"trainer.{key}=slurm")
+    assert done.returncode == 1
+    assert f"offramp: trainer.{key} = slurm: must be one of {words}; to add one, add a file" in done.stderr
+
+
+def test_a_job_is_read_as_it_was_written(tiny_settings, tmp_path):
+    place = Place(tmp_path / "root", tmp_path / "out")
+    job = Job("pretrain", name_of(pretraining.fits), tiny_settings, place, tmp_path, "cpu", "32-true")
+    assert Job.read(job.write()) == job
+    assert job.fits_function() is pretraining.fits
+
+
+def test_a_function_that_ranks_cannot_import_is_refused():
+    with pytest.raises(Refusal, match="lambda.*ranks cannot import this function: define it"):
+        name_of(lambda settings, place, keep: [])
+
+
+def test_every_variable_that_training_reads_or_sets_is_listed_with_who_does():
+    own = {"TERM"}  # of the terminal
+    for path in (ROOT / "stages/training").rglob("*.py"):
+        for name in re.findall(r"environ[\w.]*[\[(]\"([A-Z_]+)\"", path.read_text()):
+            assert f"{name}" in variables.__doc__ or name in own, f"{path.name} uses {name}"
+    for path in (ROOT / "stages").rglob("*.py"):
+        if '"DVC_STAGE"' in path.read_text():
+            module = ".".join(path.relative_to(ROOT / "stages").with_suffix("").parts)
+            assert module in variables.__doc__, f"{module} reads DVC_STAGE"
+
+
+def test_gradients_of_two_batches_add_up_to_those_of_one_that_is_as_large(tree):
+    from safetensors.torch import load_file
+
+    weights, losses = [], []
+    halved = ["pretrain.batch_sequences=4", "trainer.accumulate_grad_batches=2"]
+    for number, words in enumerate((["pretrain.batch_sequences=8"], halved)):
+        out = f"outputs/accumulated-{number}"
+        words = [*words, "trainer.precision=32-true", "trainer.ranks=1", "pretrain.steps=2", f"hydra.run.dir={out}"]
+        done = by_hand(tree, *words)
+        assert done.returncode == 0, done.stderr
+        weights.append(load_file(tree / out / "artifacts/teacher/model.safetensors"))
+        losses.append(float((tree / out / "plots/pretrain/teacher.csv").read_text().splitlines()[-1].split(",")[1]))
+        tokens = json.loads((tree / out / "metrics/pretrain.json").read_text())["tokens"]
+        assert tokens == 2 * 8 * 64
+    assert losses[0] == pytest.approx(losses[1], abs=5e-4), "the same tokens"
+    one, two = weights
+    for name in one:  # the sums differ in the last bit, and Muon rounds to bfloat16
+        assert (one[name] - two[name]).norm() < 0.02 * one[name].norm(), name

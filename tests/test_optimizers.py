@@ -6,7 +6,7 @@ import torch
 from benchmarks.variants import MUON
 from stages.training import optimizers
 from stages.training.optimizers import (
-    StackedMuon,
+    MuonAdamW,
     fair_shares,
     learning_rate_factor,
     orthogonalise,
@@ -18,7 +18,12 @@ from stages.training.optimizers import (
 def torch_iterations(monkeypatch):
     """The coefficients of torch.optim.Muon, five times."""
     monkeypatch.setattr(optimizers, "COEFFICIENTS", (MUON,) * 5)
-    monkeypatch.setattr(optimizers, "CUSHION", 1.0)
+    monkeypatch.setattr(optimizers, "NORM_MARGIN", 1.0)
+
+
+def muon(parameters, matrices=1):
+    groups = [{"params": parameters, "use_muon": True, "matrices": matrices}]
+    return MuonAdamW(groups, lr=0.02, momentum=0.95, weight_decay=0.1)
 
 
 def test_each_matrix_of_a_stack_moves_as_torch_optim_muon_moves_it_alone(torch_iterations):
@@ -26,7 +31,7 @@ def test_each_matrix_of_a_stack_moves_as_torch_optim_muon_moves_it_alone(torch_i
     for rows, columns in ((24, 16), (16, 24)):
         stack = torch.nn.Parameter(torch.randn(3, rows, columns))
         alone = [torch.nn.Parameter(matrix.clone()) for matrix in stack.detach()]
-        ours = StackedMuon([stack], lr=0.02, momentum=0.95, weight_decay=0.1)
+        ours = muon([stack])
         theirs = torch.optim.Muon(alone, lr=0.02, momentum=0.95, weight_decay=0.1)
         for _ in range(3):
             stack.grad = torch.randn_like(stack)
@@ -43,7 +48,7 @@ def test_a_single_matrix_moves_as_torch_optim_muon_moves_it(torch_iterations):
     ours, theirs = (torch.nn.Parameter(torch.ones(24, 16)) for _ in range(2))
     ours.grad = torch.randn(24, 16)
     theirs.grad = ours.grad.clone()
-    StackedMuon([ours], lr=0.02, momentum=0.95, weight_decay=0.1).step()
+    muon([ours]).step()
     torch.optim.Muon([theirs], lr=0.02, momentum=0.95, weight_decay=0.1).step()
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)
 
@@ -54,9 +59,27 @@ def test_gate_and_up_fused_in_one_parameter_move_as_two_matrices():
     gate, up = (torch.nn.Parameter(half.clone()) for half in fused.detach().split(16, dim=1))
     fused.grad = torch.randn(3, 32, 24)
     gate.grad, up.grad = fused.grad.split(16, dim=1)
-    StackedMuon([{"params": [fused], "fused": 2}], lr=0.02, momentum=0.95, weight_decay=0.1).step()
-    StackedMuon([gate, up], lr=0.02, momentum=0.95, weight_decay=0.1).step()
+    muon([fused], matrices=2).step()
+    muon([gate, up]).step()
     torch.testing.assert_close(fused.detach(), torch.cat([gate, up], dim=1).detach(), rtol=0, atol=2e-3)
+
+
+def test_groups_without_muon_move_bit_for_bit_as_torch_optim_adamw_moves_them_also_after_a_resume():
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.ones(24, 16)) for _ in range(2))
+    hidden = torch.nn.Parameter(torch.ones(16, 16))
+    groups = [{"params": [hidden], "use_muon": True}, {"params": [ours], "lr": 0.003, "betas": (0.9, 0.95)}]
+    optimizer = MuonAdamW(groups, lr=0.02, weight_decay=0.1)
+    reference = torch.optim.AdamW([theirs], lr=0.003, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    for _ in range(4):
+        hidden.grad, ours.grad = torch.randn_like(hidden), torch.randn_like(ours)
+        theirs.grad = ours.grad.clone()
+        optimizer.step()
+        reference.step()
+        assert torch.equal(ours, theirs) and not torch.equal(hidden, torch.ones(16, 16))
+        saved = optimizer.state_dict()
+        optimizer = MuonAdamW(groups, lr=0.02, weight_decay=0.1)
+        optimizer.load_state_dict(saved)
 
 
 def test_singular_values_from_a_hundredth_of_the_norm_on_end_near_one():

@@ -217,7 +217,7 @@ def test_two_ddp_ranks_equal_one_process_on_the_same_global_batch(tree):
     weights, losses = [], []
     for ranks in (1, 2):
         out = tree / "outputs" / f"ranks-{ranks}"
-        words = [f"trainer.ranks={ranks}", "trainer.precision=float32", "pretrain.steps=5", f"hydra.run.dir={out}"]
+        words = [f"trainer.ranks={ranks}", "trainer.precision=32-true", "pretrain.steps=5", f"hydra.run.dir={out}"]
         user_types(tree, sys.executable, "-m", "stages.pretrain", *words)
         weights.append(load_file(out / "artifacts/teacher/model.safetensors"))
         losses.append(float((out / "plots/pretrain/teacher.csv").read_text().splitlines()[-1].split(",")[1]))

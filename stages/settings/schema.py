@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from stages.files.artifacts import Refusal
+from stages.files.artifacts import ROOT, Refusal
 from stages.settings import shapes
 from stages.settings.reading import refuse, refuse_first, refuse_unknown, shown
 
@@ -99,9 +99,12 @@ class Optimizer(Section):
 
 class Trainer(Section):
     accelerator: Literal["auto", "cpu", "gpu"]
-    precision: Literal["auto", "float32", "bfloat16"]
+    launcher: Word  # a module of stages/training/launchers
+    strategy: Word  # a module of stages/training/strategies
+    precision: Literal["auto", "32-true", "bf16-mixed"]
     deterministic: bool
     ranks: Annotated[int, Field(ge=1, le=65536)] | Literal["auto"]
+    accumulate_grad_batches: Annotated[int, Field(ge=1, le=65536)]
     checkpoint_every_seconds: Annotated[float, Field(ge=0, le=1e9)]
     log_every_steps: Count
 
@@ -292,6 +295,15 @@ def _optimizer_rules(settings):
         refuse("optimizer.decay_share", optimizer.decay_share, rule)
 
 
+def _trainer_rules(settings):
+    for key, folder in (("launcher", "launchers"), ("strategy", "strategies")):
+        files = (ROOT / "stages/training" / folder).glob("*.py")
+        words = sorted(file.stem for file in files if file.stem != "__init__")
+        if getattr(settings.trainer, key) not in words:
+            rule = f"must be one of {', '.join(words)}; to add one, add a file to stages/training/{folder}"
+            refuse(f"trainer.{key}", getattr(settings.trainer, key), rule)
+
+
 def _evaluate_rules(settings):
     if not settings.evaluate.checkpoint_every_blocks:
         refuse("evaluate.checkpoint_every_blocks", [], "must name at least one period in blocks")
@@ -337,6 +349,7 @@ RULES = (
     (("corpus",), _corpus_rules),
     (("prepare",), _prepare_rules),
     (("optimizer",), _optimizer_rules),
+    (("trainer",), _trainer_rules),
     (("evaluate",), _evaluate_rules),
     (("profile",), _profile_rules),
     *((("trainer", section), _ranks_share(key)) for section, key in BATCHES.items()),

@@ -110,18 +110,19 @@ def compile_blocks(model: nn.Module) -> None:
 
 
 def settle_cublas_workspaces() -> None:
-    """Takes CUBLAS_WORKSPACE_CONFIG from the environment once PyTorch has seen that it is there.
+    """Gives cuBLAS fixed workspaces, in which it sums in one order; before anything else is computed on the GPU.
 
-    Deterministic algorithms demand it, and are content with having seen it once; left there it is parsed anew, by a
-    regular expression, for each matrix product, which takes longer than launching it. The workspaces stay fixed
-    without it: PyTorch hands each cuBLAS handle one of its own.
+    CUBLAS_WORKSPACE_CONFIG is set for this call only: PyTorch's deterministic algorithms demand to see it once. Left
+    there it is parsed anew, by a regular expression, for each matrix product, which takes longer than launching it.
+    The workspaces stay fixed without it: PyTorch hands each cuBLAS handle one of its own.
     """
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     square = torch.zeros(16, 16, device="cuda")
     square @ square
     torch.use_deterministic_algorithms(before)
-    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    del os.environ["CUBLAS_WORKSPACE_CONFIG"]
 
 
 @torch.no_grad()

@@ -1,112 +1,53 @@
-"""Starts the ranks of a training stage through torchrun. The stage process itself is never a rank: it composes
-the settings once, and a Hydra sweep or a retry can never give two ranks different hyperparameters. Nor does it import
-torch: what there is to compute on it asks of torchrun's process, which imports torch anyway.
+"""Starts the ranks of a training stage through the launcher that `trainer.launcher` names. The stage process itself is
+never a rank: it composes the settings once, and a Hydra sweep or a retry can never give two ranks different
+hyperparameters. Nor does it import torch, whose import costs seconds.
 """
 
 import contextlib
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from stages.files.artifacts import ROOT, Refusal, read_json, rounded, write_atomically, write_json
+from stages.files.artifacts import Refusal, read_json, rounded, write_atomically, write_json
 from stages.files.resuming import ResumeState, resume_key
-from stages.run.entry import die_with_parent
 from stages.settings.schema import refuse_uneven_batches
+from stages.training.job import Job, name_of, plain_settings
+from stages.training.launchers import launcher
 
 TAIL_S = 1.0  # between two looks at what rank zero has written
 
 
-class Torchrun:
-    """The process of stages.training.torchrun: it says what training would run on, and then runs it there."""
+def launch(build_fits: Callable, settings, place, inputs: list[str], run) -> tuple[dict, dict]:
+    """Trains in every rank what `build_fits(settings, place, keep)` yields; the ranks import that function by its name.
 
-    def __enter__(self) -> "Torchrun":
-        environment = os.environ | {"TORCH_CPP_LOG_LEVEL": "ERROR"}
-        environment |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # ranks listen for each other only
-        environment["PYTHONPATH"] = os.pathsep.join(
-            filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
-        )
-        self._socket, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "stages.training.torchrun", str(theirs.fileno())]
-        with theirs:
-            self._process = subprocess.Popen(
-                command, env=environment, pass_fds=[theirs.fileno()], preexec_fn=_as_helper
-            )
-        self._running = False
-        self._before = {number: signal.signal(number, self._signalled) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def _signalled(self, number, _):
-        if not self._running:
-            raise KeyboardInterrupt
-        self._process.send_signal(number)
-
-    def conditions(self, trainer) -> dict:
-        """What bytes will depend on: accelerator, ranks, threads, precision. Refuses what this machine lacks."""
-        answer = json.loads(self._told(trainer.model_dump()) or "{}")
-        if not answer:
-            raise Refusal(f"torchrun ended with code {self._process.wait()} before it could start a rank")
-        if "refusal" in answer:
-            raise Refusal(answer["refusal"])
-        return answer
-
-    def run(self, job: Path) -> int:
-        """Runs the job in every rank; the exit code of the whole."""
-        self._running = True
-        self._told(str(job))
-        return self._process.wait()
-
-    def _told(self, what) -> str:
-        """Its answer; empty where it is gone or has nothing more to say."""
-        try:
-            self._socket.sendall(json.dumps(what).encode() + b"\n")
-            with self._socket.makefile() as answers:
-                return answers.readline()
-        except (BrokenPipeError, ConnectionResetError):
-            return ""
-
-    def __exit__(self, *_) -> None:
-        self._process.kill()  # it has ended, unless something was refused or interrupted before a rank began
-        self._process.wait()
-        self._socket.close()
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-def _as_helper() -> None:
-    die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the seconds of its imports is the stage's to tell
-
-
-def launch(stage: str, settings, place, inputs: list[str], run) -> tuple[dict, dict]:
-    """Runs `stages.<stage>.fits` in every rank; returns rank zero's results by name of the fit, and the conditions.
-
-    A failure of any rank ends all of them; its one-line reason is raised here as a Refusal.
+    Returns rank zero's results by name of the fit, and the conditions. A failure of any rank ends all of them; its
+    one-line reason is raised here as a Refusal.
     """
-    plain = settings.model_dump(exclude_unset=True)
+    function = name_of(build_fits)
+    stage = function.partition(":")[0].rpartition(".")[2]
     for path in inputs:
         if not place.read(path).exists():
             raise Refusal(f"{path} is missing: run the stage that writes it (dvc repro)")
     started = time.monotonic()
-    with Torchrun() as torchrun:
+    with launcher(settings.trainer.launcher) as ranks:
         run.follow()
-        conditions = torchrun.conditions(settings.trainer)
+        conditions = ranks.conditions(settings.trainer.model_dump())
         refuse_uneven_batches(settings, conditions["ranks"])
         if not conditions.get("compiled", True):
             slow = "no gcc and no clang here: training runs uncompiled and takes half as long again"
             print(f"{stage}: {slow}", flush=True)
+        plain = plain_settings(settings)
         print(f"{stage}: {_extent(stage, plain, conditions['ranks'])}, starting", flush=True)
         key = resume_key(stage, [plain, conditions], [place.read(path) for path in inputs])
         with ResumeState(place.root, stage, key) as state:
-            job = _write_job(stage, plain, conditions, place, state.folder)
+            for name in ("error.txt", "result.json", "steps.jsonl"):  # of an interrupted run of this job
+                (state.folder / name).unlink(missing_ok=True)
+            precision = conditions["precision"]
+            job = Job(stage, function, settings, place, state.folder, accelerator(conditions), precision)
             with _record_steps(state.folder / "steps.jsonl", run) as speeds:
-                code = torchrun.run(job)
+                code = ranks.run(job.write())
             if code != 0:
                 raise Refusal(_reason(stage, code, state.folder))
             result = read_json(state.folder / "result.json")
@@ -119,18 +60,6 @@ def launch(stage: str, settings, place, inputs: list[str], run) -> tuple[dict, d
 def _extent(stage: str, plain: dict, ranks: int) -> str:
     steps = plain[stage].get("recovery", plain[stage])["steps"]
     return f"{ranks} rank{'s' if ranks > 1 else ''}, {steps} steps per model"
-
-
-def _write_job(stage: str, plain: dict, conditions: dict, place, state: Path) -> Path:
-    """The file in which the ranks find what to do; `state` may hold what an interrupted run of it has kept."""
-    for name in ("error.txt", "result.json", "steps.jsonl"):
-        (state / name).unlink(missing_ok=True)
-    job = {"stage": stage, "settings": plain, "accelerator": accelerator(conditions)}
-    job |= {"precision": conditions["precision"]}
-    job |= {"root": str(place.root), "out": str(place.out), "state": str(state)}
-    path = state / "job.json"
-    write_json(path, job)
-    return path
 
 
 def _reason(stage: str, code: int, state: Path) -> str:

@@ -1,6 +1,6 @@
-"""Muon for matrices, AdamW for the rest, and the schedule both follow.
+"""One optimizer, Muon for matrices and AdamW for the rest, and the schedule both follow.
 
-`torch.optim.Muon` takes single matrices; the routed experts of a layer are a stack of them, so `StackedMuon`
+`torch.optim.Muon` takes single matrices; the routed experts of a layer are a stack of them, so `MuonAdamW`
 does the same arithmetic on [..., M, N] with one batched matrix product per iteration.
 """
 
@@ -9,6 +9,7 @@ import math
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from stages.model.layers import for_matmuls
 
@@ -16,7 +17,7 @@ from stages.model.layers import for_matmuls
 # on, by the construction of Polar Express (Amsel et al. 2025). They end between 0.73 and 1.27; Muon's customary five
 # iterations take them no nearer.
 COEFFICIENTS = ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
-CUSHION = 1.01  # above one the first polynomial soars, and bfloat16 rounds
+NORM_MARGIN = 1.01  # above one the first polynomial diverges, and bfloat16 rounds
 
 
 def orthogonalise(update: Tensor) -> Tensor:
@@ -28,7 +29,7 @@ def orthogonalise(update: Tensor) -> Tensor:
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
-    norm = x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7) * CUSHION
+    norm = x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7) * NORM_MARGIN
     x = x / norm.to(x.dtype)  # CUDA's autocast has norms in float32
     for a, b, c in COEFFICIENTS:
         gram = x @ x.mT
@@ -56,28 +57,42 @@ def orthogonalise_by_shape(updates: list[Tensor]) -> list[Tensor]:
     return results
 
 
-class StackedMuon(torch.optim.Optimizer):
-    """Muon on parameters [M, N] or stacks [..., M, N]; each matrix of a stack is orthogonalised by itself.
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon on the groups with `use_muon`, fused AdamW on the others, in the order of the groups.
 
-    A group's `fused` says how many matrices stand on top of each other in M: 2 for gate and up of a SwiGLU.
+    Muon takes parameters [M, N] or stacks [..., M, N]; each matrix of a stack is orthogonalised by itself. A group's
+    `matrices` says how many stand on top of each other in M: 2 for gate and up of a SwiGLU.
 
     Under DDP every rank has the same gradients, so the ranks share the orthogonalisation out among them and
     exchange the updates: on CPU the same bits as one process, for a fraction of its time.
     """
 
-    def __init__(self, params, lr: float, momentum: float, weight_decay: float):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "fused": 1})
+    def __init__(self, groups: list[dict], lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0):
+        muon = {"use_muon": False, "momentum": momentum, "matrices": 1}
+        adam = {"betas": (0.9, 0.999), "eps": 1e-8, "fused": True}  # `fused`: torch restores the step on the device
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay} | muon | adam)
 
     @torch.no_grad()
     def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             with_gradient = [p for p in group["params"] if p.grad is not None]
-            updates = [self._momentum_update(p, group["momentum"]) for p in with_gradient]
-            updates = [u.unflatten(-2, (group["fused"], -1)) for u in updates]
-            for p, update in zip(with_gradient, orthogonalised_by_the_ranks(updates), strict=True):
-                rows, columns = update.shape[-2:]
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update.reshape(p.shape), alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
+            if group["use_muon"]:
+                self._step_muon(group, with_gradient)
+            else:
+                self._step_adamw(group, with_gradient)
+        return loss
+
+    def _step_muon(self, group: dict, parameters: list[Tensor]) -> None:
+        updates = [self._momentum_update(p, group["momentum"]) for p in parameters]
+        updates = [u.unflatten(-2, (group["matrices"], -1)) for u in updates]
+        for p, update in zip(parameters, orthogonalised_by_the_ranks(updates), strict=True):
+            rows, columns = update.shape[-2:]
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(update.reshape(p.shape), alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
 
     def _momentum_update(self, p: Tensor, momentum: float) -> Tensor:
         state = self.state[p]
@@ -85,6 +100,28 @@ class StackedMuon(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(p)
         state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
         return p.grad.lerp(state["momentum_buffer"], momentum)  # Nesterov
+
+    def _step_adamw(self, group: dict, parameters: list[Tensor]) -> None:
+        states = [self.state[p] for p in parameters]
+        for p, state in zip(parameters, states, strict=True):
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        adamw(
+            parameters,
+            [p.grad for p in parameters],
+            *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")),
+            max_exp_avg_sqs=[],
+            state_steps=[state["step"] for state in states],
+            fused=group["fused"],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
 
 
 def orthogonalised_by_the_ranks(updates: list[Tensor]) -> list[Tensor]:
@@ -110,41 +147,38 @@ def orthogonalised_by_the_ranks(updates: list[Tensor]) -> list[Tensor]:
 
 
 def fair_shares(costs: list[int], ranks: int) -> list[list[int]]:
-    """Which rank does which: the dearest first, each to the least busy rank."""
+    """Which rank does which: largest cost first, each to the least busy rank."""
     shares: list[list[int]] = [[] for _ in range(ranks)]
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
         min(shares, key=lambda share: sum(costs[j] for j in share)).append(i)
     return [share for share in shares if share]
 
 
-def make_optimizers(model: nn.Module, settings, learning_rate_scale: float) -> list[torch.optim.Optimizer]:
-    """[Muon, AdamW]: hidden matrices to Muon; embedding, head, router, norms to AdamW, without decay on vectors."""
-    matrices, fused, others, vectors = [], [], [], []
+def make_optimizer(model: nn.Module, settings, learning_rate_scale: float) -> MuonAdamW:
+    """Hidden matrices to Muon; embedding, head, router, norms to AdamW, without decay on vectors."""
+    matrices, doubled, others, vectors = [], [], [], []
     for name, p in model.named_parameters():
         if p.ndim < 2:
             vectors.append(p)
         elif name.startswith(("embedding", "head")) or "router" in name:
             others.append(p)
         elif "gate_up" in name:
-            fused.append(p)
+            doubled.append(p)
         else:
             matrices.append(p)
-    muon = StackedMuon(
-        [{"params": matrices}, {"params": fused, "fused": 2}],
-        settings.muon_learning_rate * learning_rate_scale,
-        settings.muon_momentum,
-        settings.weight_decay,
-    )
-    adamw = torch.optim.AdamW(
-        [{"params": others, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=settings.adamw_learning_rate * learning_rate_scale,
-        betas=(settings.adamw_beta1, settings.adamw_beta2),
-        fused=True,
-    )
-    for optimizer in (muon, adamw):
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-    return [muon, adamw]
+    muon = {"use_muon": True, "lr": settings.muon_learning_rate * learning_rate_scale}
+    adam = {"lr": settings.adamw_learning_rate * learning_rate_scale}
+    adam["betas"] = (settings.adamw_beta1, settings.adamw_beta2)
+    groups = [
+        muon | {"params": matrices},
+        muon | {"params": doubled, "matrices": 2},
+        adam | {"params": others},
+        adam | {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizer = MuonAdamW(groups, momentum=settings.muon_momentum, weight_decay=settings.weight_decay)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
 
 
 def learning_rate_factor(step: int, steps: int, warmup_share: float, decay_share: float) -> float:

@@ -1,0 +1,117 @@
+"""torchrun on this machine, in a process of its own: `python -m stages.training.launchers.torchrun <socket>`.
+
+The stage process does not import torch: the child, which imports it anyway, says what training would run on. Both
+ends of the socket are here. A message is a line of JSON:
+
+    stage -> child   the section `trainer` of the settings
+    child -> stage   the conditions, or {"refusal": reason}
+    stage -> child   the path of the job; the child then runs the ranks, and its exit code is theirs
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from stages.files.artifacts import Refusal
+from stages.run.entry import die_with_parent, leave
+from stages.training.environment import agent_environment, rank_environment
+
+
+class Line:
+    """One end of the socket."""
+
+    def __init__(self, end: socket.socket):
+        self.socket, self.file = end, end.makefile("rw")
+
+    def send(self, message: Any) -> None:
+        print(json.dumps(message), file=self.file, flush=True)
+
+    def receive(self) -> Any:
+        """The next message; None where the other side is gone."""
+        text = self.file.readline()
+        return json.loads(text) if text else None
+
+    def close(self) -> None:
+        self.file.close()
+        self.socket.close()
+
+
+class Launcher:
+    """The end of the stage process."""
+
+    def __enter__(self) -> "Launcher":
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "stages.training.launchers.torchrun", str(theirs.fileno())]
+        with theirs:
+            self._process = subprocess.Popen(
+                command, env=agent_environment(), pass_fds=[theirs.fileno()], preexec_fn=_prepare_child
+            )
+        self._line, self._running = Line(ours), False
+        self._before = {number: signal.signal(number, self._signalled) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _signalled(self, number, _):
+        if not self._running:
+            raise KeyboardInterrupt
+        self._process.send_signal(number)
+
+    def conditions(self, trainer: dict) -> dict:
+        answer = None
+        try:
+            self._line.send(trainer)
+            answer = self._line.receive()
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        if answer is None:
+            raise Refusal(f"torchrun ended with code {self._process.wait()} before it could start a rank")
+        if "refusal" in answer:
+            raise Refusal(answer["refusal"])
+        return answer
+
+    def run(self, job: Path) -> int:
+        self._running = True
+        try:
+            self._line.send(str(job))
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # its exit code says what happened
+        return self._process.wait()
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()  # it has ended, unless something was refused or interrupted before a rank began
+        self._process.wait()
+        self._line.close()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _prepare_child() -> None:
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # in the seconds of its imports the stage process answers Ctrl-C
+
+
+def serve(line: Line) -> int:
+    """The end of the child; its exit code."""
+    from stages.training.loopback import run_ranks  # late: these import torch, which the stage process must not
+    from stages.training.machine import conditions
+
+    try:
+        found = conditions(line.receive())
+    except Refusal as refusal:
+        line.send({"refusal": str(refusal)})
+        return 1
+    line.send(found)
+    job = line.receive()
+    line.close()
+    if job is None:  # the stage refused, or is gone
+        return 1
+    os.environ |= rank_environment(found)
+    return run_ranks(Path(job), found["ranks"])
+
+
+if __name__ == "__main__":
+    leave(serve(Line(socket.socket(fileno=int(sys.argv[1])))))

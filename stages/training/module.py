@@ -1,0 +1,102 @@
+"""A `Fit` as Lightning sees it: a module under automatic optimization, and the batches of one rank."""
+
+import lightning
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import IterableDataset
+
+from stages.training.checkpoints import Checkpoint
+from stages.training.fit import Fit
+from stages.training.optimizers import MuonAdamW, learning_rate_factor
+
+LARGEST_PRIME = 2**64 - 59  # of what torch takes as a seed
+
+
+class Batches(IterableDataset):
+    """The batches of one rank from a step on: no state beyond the step."""
+
+    def __init__(self, fit: Fit, rank, start: int):
+        self.fit, self.rank = fit, rank
+        self.numbers = range(start * rank.accumulate, fit.steps * rank.accumulate)
+
+    def __iter__(self):
+        return map(self.batch, self.numbers)
+
+    def batch(self, number: int) -> Tensor:
+        rank = self.rank
+        return rank.windows.batch(number, rank.rank, rank.world_size, self.fit.batch_sequences)
+
+
+class Progress:
+    """What rank zero saves and every rank resumes from: step, weights, optimizer, curve, loads.
+
+    The sampler, the schedule and the random numbers of a step are functions of the step, and need no saving.
+    """
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint = checkpoint
+        self.step = 0
+        self.curve: list[dict] = []
+        self.recent_loads: list[list[list[float]]] = []
+
+    def load(self, model, optimizer, quiet: bool) -> None:
+        state = self.checkpoint.load(quiet)
+        if state is None:
+            return
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        self.step, self.curve, self.recent_loads = state["step"], state["curve"], state["recent_loads"]
+
+    def save(self, model, optimizer) -> None:
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        state |= {"step": self.step, "curve": self.curve, "recent_loads": self.recent_loads}
+        self.checkpoint.save(self.step, state)
+
+
+class Training(lightning.LightningModule):
+    def __init__(self, fit: Fit, rank, progress: Progress, optimizer: MuonAdamW, batches: Batches):
+        super().__init__()
+        self.model, self.fit, self.rank, self.progress = fit.model, fit, rank, progress
+        self.optimizer, self.batches = optimizer, batches
+        self.teacher = getattr(fit.objective, "teacher", None)  # a submodule, so that Lightning moves it to the device
+        self.outcomes: list[tuple[dict[str, Tensor], list[Tensor]]] = []  # of the batches of this step
+
+    def configure_optimizers(self):
+        recipe, steps = self.rank.optimizer, self.fit.steps
+
+        def factor(step):
+            return learning_rate_factor(step, steps, recipe.warmup_share, recipe.decay_share)
+
+        schedule = LambdaLR(self.optimizer, factor, last_epoch=self.progress.step - 1)  # it starts with a step
+        return {"optimizer": self.optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, tokens_BT1: Tensor, _) -> Tensor:
+        rank = self.rank
+        number = self.progress.step * rank.accumulate + len(self.outcomes)
+        drawn = (rank.settings.seed << 40) + (number << 16) + rank.rank  # random operations repeat after a resume
+        torch.manual_seed(drawn % LARGEST_PRIME)
+        outcome = self.fit.objective(self.model, tokens_BT1)
+        self.outcomes.append(({"loss": outcome.loss.detach()} | outcome.parts, outcome.loads))
+        return outcome.loss
+
+    def backward(self, loss: Tensor) -> None:
+        with self.trainer.precision_plugin.forward_context():  # for gradients written by hand
+            loss.backward()
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        # the norm is summed in the model's order of parameters; the optimizer's groups have another
+        self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val)
+
+    def optimizer_step(self, epoch, batch_index, optimizer, optimizer_closure=None) -> None:
+        with self.trainer.precision_plugin.forward_context():  # Muon works in the dtype of autocast
+            optimizer.step(closure=optimizer_closure)
+
+    def rehearse(self) -> None:
+        """A pass whose gradients are thrown away, for a strategy whose first pass sums in another order."""
+        strategy = self.trainer.strategy
+        tokens_BT1 = self.batches.batch(self.batches.numbers[0]).to(self.device)
+        with self.trainer.precision_plugin.forward_context():
+            strategy.backward(strategy.training_step(tokens_BT1, 0), self.optimizer)
+        self.outcomes.clear()
+        self.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,18 @@
+"""How the ranks share the work of a step: `trainer.strategy` names a module of this folder.
+
+A strategy is two functions in `stages/training/strategies/<word>.py`:
+
+    lightning_strategy() -> lightning.pytorch.strategies.Strategy
+    needs_rehearsal(world_size) -> bool     # does the first pass of a process add up in another order than later ones?
+
+To add one, add that file: its name is the word. Checkpoints and Muon expect the whole model and equal gradients on
+every rank: a strategy that splits a model (FSDP) needs more than these two functions.
+"""
+
+from importlib import import_module
+from types import ModuleType
+
+
+def strategy(word: str) -> ModuleType:
+    """The strategy of this name; the settings have checked that it is there."""
+    return import_module(f"stages.training.strategies.{word}")
