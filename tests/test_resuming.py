@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -71,15 +72,21 @@ def test_one_altered_bit_anywhere_is_found_and_named(tmp_path, place, capsys):
         assert f"evaluate: {state.folder / 'sums'} is damaged" in capsys.readouterr().err
 
 
-def test_the_same_work_is_done_by_one_process_at_a_time(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(resuming, "LOCK_SECONDS", 0.5)
+def another_process(root: Path) -> subprocess.Popen:
+    """It holds the state until its stdin is closed."""
     script = (
         "import sys; from pathlib import Path; from stages.files.resuming import ResumeState\n"
         "with ResumeState(Path(sys.argv[1]), 'prepare', 'key'): print('at work', flush=True); sys.stdin.read()"
     )
-    command = [sys.executable, "-c", script, str(tmp_path)]
+    command = [sys.executable, "-c", script, str(root)]
     other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent)
     other.stdout.readline()
+    return other
+
+
+def test_the_same_work_is_done_by_one_process_at_a_time(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(resuming, "LOCK_SECONDS", 0.5)
+    other = another_process(tmp_path)
     with pytest.raises(Refusal, match="by another process"), ResumeState(tmp_path, "prepare", "key"):
         pass
     assert "prepare: another process is still running; waiting" in capsys.readouterr().err
@@ -89,6 +96,16 @@ def test_the_same_work_is_done_by_one_process_at_a_time(tmp_path, monkeypatch, c
     other.communicate()
     with ResumeState(tmp_path, "prepare", "key"):  # the kernel freed it
         pass
+
+
+def test_a_process_that_waited_goes_on_when_the_other_one_succeeds_and_removes_the_state(tmp_path, capsys):
+    other = another_process(tmp_path)
+    threading.Timer(0.5, other.stdin.close).start()
+    with ResumeState(tmp_path, "prepare", "key") as state:
+        assert "another process is still running" in capsys.readouterr().err and not state.folder.exists()
+        state.save("sums", b"kept")
+        assert state.load("sums") == b"kept"
+    assert other.wait() == 0
 
 
 def test_the_key_changes_with_settings_inputs_code_and_libraries(tmp_path, monkeypatch):

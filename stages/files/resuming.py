@@ -12,6 +12,7 @@ the same command finds the finished work. The state of an abandoned run may be d
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -19,12 +20,12 @@ import platform
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
 import yaml
-from filelock import FileLock, Timeout
 
 from stages.files.artifacts import ROOT, Refusal, sha256_of, write_atomically
 
@@ -37,22 +38,26 @@ FINISHED = "finished"  # marks work that succeeded and whose outs DVC has not sa
 
 @contextlib.contextmanager
 def only_holder(path: Path, name: str, refusal: str) -> Iterator[None]:
-    """Holds the lock of this file, after waiting LOCK_SECONDS at most; the kernel frees it however a process ends."""
+    """Holds the lock of this file, after waiting LOCK_SECONDS at most; the kernel frees it however a process ends.
+
+    Not filelock, which opens the file again while it waits and fails if the holder has removed the folder by then.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        text = f"offramp: {name}: another process is still running; waiting up to {LOCK_SECONDS} s for it"
-        print(text, file=sys.stderr, flush=True)
-        try:
-            lock.acquire(timeout=LOCK_SECONDS)
-        except Timeout:
-            raise Refusal(refusal) from None
-    try:
+    with open(path, "a") as lock:
+        deadline, waiting = time.monotonic() + LOCK_SECONDS, False
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise Refusal(refusal) from None
+                if not waiting:
+                    waiting = True
+                    text = f"offramp: {name}: another process is still running; waiting up to {LOCK_SECONDS} s for it"
+                    print(text, file=sys.stderr, flush=True)
+                time.sleep(0.2)
         yield
-    finally:
-        lock.release()
 
 
 def resume_key(stage: str, read: list, inputs: tuple | list = ()) -> str:
@@ -112,7 +117,8 @@ class ResumeState:
 def remove_recorded(root: Path) -> None:
     """Removes the state of finished work whose outs DVC has saved."""
     for finished in sorted((root / STATES).glob(f"*/{FINISHED}")):
-        with contextlib.suppress(Timeout), FileLock(finished.with_name("lock"), blocking=False):
+        with open(finished.with_name("lock"), "a") as lock, contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_saved(root, finished):
                 shutil.rmtree(finished.parent, ignore_errors=True)
 
