@@ -9,11 +9,10 @@ DVC runs this stage at every `dvc repro`, because a corpus file or an environmen
 stages run only when the settings or inputs that they read have.
 """
 
-import json
 import os
 import sys
 
-from stages.data.fingerprints import corpus_fingerprint
+from stages.data.fingerprints import INPUTS, corpus_fingerprint, read_inputs
 from stages.files.artifacts import ROOT, Refusal, write_atomically, write_json
 from stages.files.resuming import remove_recorded
 from stages.run.experiments import remember_accepted, undo_set_params
@@ -45,18 +44,11 @@ def main(overrides=()):
     if "DVC_STAGE" not in os.environ:
         print(as_yaml(plain), end="")
         return
-    inputs = {"corpus": corpus_fingerprint(settings.corpus, ROOT, _fingerprint_before())}
+    inputs = {"corpus": corpus_fingerprint(settings.corpus, ROOT, read_inputs(ROOT))}
     write_atomically(ROOT / "resolved.yaml", HEADER + as_yaml(plain))
-    write_json(ROOT / "inputs.json", inputs)
+    write_json(ROOT / INPUTS, inputs)
     remember_accepted(ROOT)
     remove_recorded(ROOT)
-
-
-def _fingerprint_before() -> dict:
-    try:
-        return json.loads((ROOT / "inputs.json").read_text(encoding="utf-8"))["corpus"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return {}
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 from stages.data.corpus import Corpus
+from stages.data.fingerprints import refuse_changed
 from stages.data.shards import (
     END_OF_TEXT,
     SPLITS,
@@ -51,6 +52,8 @@ def main(settings, place, run):
     with Interruption("prepare") as interruption, corpus, tempfile.TemporaryFile(dir=folder) as spool:
         with watch.phase("read"):
             documents, duplicates = gather(corpus, spool, interruption)
+            if place.out == place.root:
+                refuse_changed(settings.corpus, place.root)
             refuse_few(documents, corpus.left_out() + [f"{duplicates:,} exact duplicates"] * bool(duplicates))
             splits = split_documents(documents, knobs.val_share, knobs.test_share)
             moved_documents = moved(splits, knobs.val_share, knobs.test_share)

@@ -137,6 +137,11 @@ def test_repro_prepares_a_changed_corpus_again_and_an_equal_one_not(tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    def prepare_alone() -> str:
+        theirs = environment(PYTHONPATH=str(tree), DVC_STAGE="prepare")
+        command = [sys.executable, "-m", "stages.prepare"]
+        return subprocess.run(command, cwd=tree, env=theirs, capture_output=True, text=True).stderr
+
     def documents() -> int:
         splits = json.loads((tree / "metrics/prepare.json").read_text())
         return sum(splits[split]["bytes"] for split in ("train", "val", "test"))
@@ -147,5 +152,6 @@ def test_repro_prepares_a_changed_corpus_again_and_an_equal_one_not(tmp_path):
     assert "Stage 'prepare' didn't change, skipping" in repro()
     for number in range(0, 80, 2):
         (tmp_path / f"texts/{number}.txt").unlink()
+    assert "the corpus is not the one that inputs.json describes" in prepare_alone()
     assert "Running stage 'prepare'" in repro()
     assert documents() < before

@@ -80,8 +80,9 @@ def _source_for(student: Any, teacher: Any) -> DenseSource:
         )
     if ours.width > theirs.width:
         raise Refusal(
-            f"distill.init = teacher: student.width ({ours.width}) exceeds teacher.width ({theirs.width}):"
-            " make it smaller, or set distill.init to random"
+            f"distill.init = teacher: student.width ({ours.width}) exceeds the width of artifacts/teacher"
+            f" ({theirs.width}): train the teacher with these settings (dvc repro), make the student smaller,"
+            " or set distill.init to random"
         )
     return source
 

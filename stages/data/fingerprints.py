@@ -17,6 +17,7 @@ from pathlib import Path
 from stages.data.paths import find_files, library_files
 from stages.files.artifacts import Refusal, sha256_of, write_atomically
 
+INPUTS = "inputs.json"  # what config writes and prepare depends on
 MEMORY = Path(".runs/fingerprints.json")
 SETTLED_SECONDS = 2.0  # a file that changed this recently may change again within the same tick of its clock
 HUB_SECONDS = 3.0
@@ -38,6 +39,21 @@ def corpus_fingerprint(corpus, root: Path, before: dict) -> dict:
         return found | _of_files(sorted(inside), root)
     found |= {"dataset": corpus.dataset}
     return found | {"revision": _hub_revision(corpus.dataset, before if before.items() >= found.items() else {})}
+
+
+def read_inputs(root: Path) -> dict:
+    """The fingerprint that was written last; empty where there is none or it is damaged."""
+    try:
+        return json.loads((root / INPUTS).read_text(encoding="utf-8"))["corpus"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+
+
+def refuse_changed(corpus, root: Path) -> None:
+    """After the corpus was read: DVC would record what was read under the fingerprint in inputs.json for good."""
+    recorded = read_inputs(root)
+    if recorded and corpus_fingerprint(corpus, root, recorded) != recorded:
+        raise Refusal(f"the corpus is not the one that {INPUTS} describes: it has changed since; run dvc repro again")
 
 
 def _of_files(files: Iterable[tuple[str, Path]], root: Path) -> dict:

@@ -40,6 +40,8 @@ def refuse_arguments(arguments: list[str], stage: str, sections: tuple[str, ...]
 
     options = get_args_parser().parse_args(arguments)
     if options.shell_completion:  # what is being typed need not be right yet
+        if not any(word.split("=")[0] in ("install", "uninstall", "query") for word in options.overrides):
+            raise Refusal("--shell-completion needs install=bash, uninstall=bash or query=bash (or zsh, fish)")
         _complete_modules(options.overrides)
         return
     for option in ("config_path", "config_name", "config_dir", "experimental_rerun"):  # the last reads a pickle

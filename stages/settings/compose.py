@@ -243,7 +243,7 @@ def _in_one_line(error):
         close = difflib.get_close_matches(unknown[1], leaves(), n=1)
         hint = f"did you mean {close[0]}?" if close else "python -m stages.config lists them all"
         return f"{unknown[1]}: no such setting; {hint}"
-    full_key = re.search(r"full_key: (\S+)", text)
+    full_key = re.search(r"full_key: (\S{1,80})", text)
     variable = re.search(r"Environment variable '([^']*)' not found", text)
     if variable:
         asking = f"{full_key[1]}: " if full_key else ""
