@@ -25,8 +25,8 @@ def fits(settings, place: Place, keep: Callable) -> Iterator:
 
     recipe, data = settings.distill, place.read("artifacts/data")
     teacher, card = load(place.read("artifacts/teacher")), read_card(data)
-    spoken = read_json(place.read("artifacts/teacher") / "config.json")["tokenizer_sha256"]
-    if spoken != card["tokenizer_sha256"]:
+    teacher_tokenizer_sha256 = read_json(place.read("artifacts/teacher") / "config.json")["tokenizer_sha256"]
+    if teacher_tokenizer_sha256 != card["tokenizer_sha256"]:
         raise Refusal(
             "artifacts/teacher was trained with another tokenizer than artifacts/data/tokenizer.json:"
             " a student learns only from a teacher of its own tokenizer; run dvc repro pretrain"

@@ -40,7 +40,7 @@ def counted_flops_per_token(model: nn.Module, context_tokens: int) -> float:
 
 
 class Counter(FlopCounterMode):
-    """torch's counter, taught what it gets wrong (2.13): zero for attention on CPU and for grouped matmul,
+    """torch's counter, corrected where it is wrong (2.13): zero for attention on CPU and for grouped matmul,
     and the whole square where attention is causal."""
 
     def __init__(self):

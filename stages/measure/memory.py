@@ -205,7 +205,7 @@ def device_peak_bytes(model: nn.Module, policy: str, loss_of: Callable[[], Tenso
 
 
 def compare_policies(model: nn.Module, names: list[str], loss_of: Callable[[], Tensor]) -> list[dict]:
-    """What each policy keeps, recomputes and changes, against none; nothing here hangs on the clock."""
+    """What each policy keeps, recomputes and changes, against none; nothing here is a timing."""
     plain = watched_step(model, "none", loss_of)
     rows = []
     for name in names:

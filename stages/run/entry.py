@@ -22,7 +22,7 @@ from stages.files.artifacts import ROOT, Refusal, write_atomically, write_json
 from stages.files.resuming import only_holder, remove_recorded
 from stages.settings.schema import as_yaml, parse, validate
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # for the user to mend
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # for the user to fix
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _run_tracked(main, name, plain, sections, place, sweep):
         if error.errno not in DISK_ERRORS:
             raise
         at = error.filename or place.out
-        raise Refusal(f"{name} could not write ({error.strerror}: {at}): mend that and repeat the command") from None
+        raise Refusal(f"{name} could not write ({error.strerror}: {at}): fix that and run the command again") from None
 
 
 def _leave_record(name, own, place):
@@ -120,9 +120,9 @@ def _leave_record(name, own, place):
     record = provenance.record(name, own, place.root)
     write_json(place.write(provenance.record_path(name)), record)
     committed = compare.committed(place.root, name)
-    told = committed and compare.sentence(name, compare.compare(committed, record))
-    if told:
-        _say(told)
+    message = committed and compare.sentence(name, compare.compare(committed, record))
+    if message:
+        _say(message)
 
 
 def die_with_parent(parent=None):

@@ -1,4 +1,4 @@
-"""How glibc is told to keep what a training step frees, in a process that trains or times on CPU."""
+"""Makes glibc keep what a training step frees, in a process that trains or times on CPU."""
 
 import ctypes
 

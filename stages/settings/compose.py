@@ -251,8 +251,8 @@ def _in_one_line(error):
     if isinstance(error, MissingConfigException):
         del lines[1:]  # what follows are paths of Hydra's
     advice = [line for line in lines if line and not re.match("(full_key|object_type|reference_type)[:=]", line)]
-    told = ": ".join(filter(None, (advice[0].rstrip("."), "; ".join(advice[1:]))))[:400]
-    return f"{full_key[1]}: {told}" if full_key else told
+    message = ": ".join(filter(None, (advice[0].rstrip("."), "; ".join(advice[1:]))))[:400]
+    return f"{full_key[1]}: {message}" if full_key else message
 
 
 def _how_to_write(override, lines):
