@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 
+from stages.data.shards import read_card
 from stages.files.artifacts import Refusal, read_json, rounded, write_atomically, write_json
 from stages.reporting.claims import claims_as_markdown, make_claims
 from stages.reporting.page import make_page
@@ -34,7 +35,7 @@ def main(settings, place, run) -> None:
     metrics = {stage: read_json(place.read(f"metrics/{stage}.json")) for stage in CURVES}
     metrics["evaluate"] = read_json(place.read("artifacts/evaluation.json"))  # all figures, not only the headline
     curves = {stage: read_curves(place.read(f"plots/{stage}"), models) for stage, models in CURVES.items()}
-    card = read_json(place.read("artifacts/data") / "card.json")
+    card = read_card(place.read("artifacts/data"))
     texts = read_json(place.read("artifacts/samples.json"))
     timings = read_json(place.read("measurements/profile.json"))
     records = {stage: read_json(place.read(record_path(stage))) for stage in ("prepare", *STAGES, "profile")}
@@ -56,7 +57,8 @@ def refuse_altered(root: Path) -> None:
         return
     try:
         stages = yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8"))["stages"]
-        recorded = {out["path"]: out["md5"] for name in STAGES if name in stages for out in stages[name]["outs"]}
+        read = [stages[name] for name in (*STAGES, "profile") if name in stages]
+        recorded = {out["path"]: out["md5"] for stage in read for out in stage["outs"]}
     except (yaml.YAMLError, ValueError, LookupError, TypeError):
         raise Refusal(f"{root / 'dvc.lock'} is damaged: restore it (git checkout dvc.lock), then dvc repro") from None
     for path, md5 in recorded.items():

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from stages import report
+from stages.data import shards
 from stages.files.artifacts import Refusal, read_json, write_json
 from stages.reporting import charts, claims, drawing, wording
 
@@ -158,8 +159,8 @@ def write_fixture(root: Path):
         "bytes_per_token": 3.489,
         "shards": [{"file": "train-00000.bin", "tokens": 3_004_118, "sha256": "ab" * 32}],
     }
-    write_json(
-        root / "artifacts/data/card.json",
+    shards.write_card(
+        root / "artifacts/data",
         {
             "vocab_size": 4096,
             "end_of_text": 0,
