@@ -39,8 +39,8 @@ def main(overrides=()):
             return
         usage = "python -m stages.config [--help | --cfg job | --schema | --explain key] [key=value ...]"
         raise Refusal(f"{' '.join(overrides)}: usage: {usage}")
-    plain = compose(overrides)
-    settings = validate(plain)
+    settings = validate(compose(overrides))
+    plain = settings.model_dump(mode="json")  # so that 4 and 4.0 are one setting
     if "DVC_STAGE" not in os.environ:
         print(as_yaml(plain), end="")
         return

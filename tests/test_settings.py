@@ -487,6 +487,18 @@ def test_the_config_stage_writes_the_same_bytes_each_time_without_machine_paths(
     assert list(yaml.safe_load(text)) == sorted(SECTIONS)
 
 
+def test_two_spellings_of_a_number_are_one_setting():
+    words = "4", "4.0", "4e0"
+    printed = {
+        subprocess.run(
+            [sys.executable, "-m", "stages.config", f"distill.temperature={word}"],
+            cwd=ROOT, capture_output=True, text=True, check=True,
+        ).stdout
+        for word in words
+    }  # fmt: skip
+    assert len(printed) == 1 and "temperature: 4.0" in printed.pop()
+
+
 def test_the_config_stage_by_hand_only_prints():
     before = (ROOT / "resolved.yaml").exists() and sha256_of(ROOT / "resolved.yaml")
     command = [sys.executable, "-m", "stages.config", "scale=gpu"]
