@@ -32,9 +32,8 @@ runpy.run_module("stages.{name}", run_name="__main__")
 
 def checkout(folder: Path, scale: str = "", edits: dict[str, dict[str, str]] | None = None) -> Path:
     """With a commit, because tracking asks Git; `edits` are replacements in files, by path."""
-    for name in ("stages", "conf"):
+    for name in ("stages", "conf", ".dvc/plots"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / ".dvc").mkdir()
     for name in ("params.yaml", "dvc.yaml", ".gitignore", ".dvcignore", ".dvc/config", ".dvc/.gitignore"):
         shutil.copy2(ROOT / name, folder / name)
     if scale:
