@@ -290,7 +290,7 @@ def test_a_run_goes_over_http_whole(whole):
     child, parent, model = whole["model"][0]
     assert child["models"] == ["student"] and model["status"] == "READY"
     assert model["metrics"] == {"bits_per_byte": 1.75}
-    assert {"MLmodel", "artifacts/student/model.safetensors", "code/stages/served_model.py"} <= {
+    assert {"MLmodel", "artifacts/student/model.safetensors", "code/stages/tracking/served_model.py"} <= {
         re.sub(r"artifacts/\d-", "artifacts/", name) for name in model["files"]}
 
 
