@@ -243,7 +243,8 @@ def test_huggingface_dataset_goes_all_the_way(corpus, folder, tmp_path):
 def test_command_of_a_user_refuses_a_missing_file_in_one_line(tmp_path):
     for name in ("stages", "conf"):  # a tree of its own, so that the failed run is not recorded in this one
         shutil.copytree(ROOT / name, tmp_path / name)
-    shutil.copy(ROOT / "params.yaml", tmp_path)
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, tmp_path)
     command = [
         sys.executable,
         "-m",

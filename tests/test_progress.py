@@ -61,7 +61,9 @@ def test_a_terminal_has_one_line_that_is_written_anew_and_lines_that_stay_for_va
             clock.now += 1.0
             line.step(step, loss=5.0, validation=2.0 if step == 4 else None)
         line.close()
-        text = os.read(screen.fileno(), 10_000).decode()
+        text = ""
+        while not text.endswith(f"\r\n{ERASE}"):  # a terminal may hand it over in parts
+            text += os.read(screen.fileno(), 10_000).decode()
     *states, last = text.split("\r", 3)
     assert [state.removeprefix(ERASE).split("  ")[0] for state in states] == [
         f"teacher: step {step}/4" for step in (1, 2, 3)]
