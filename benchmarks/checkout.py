@@ -26,7 +26,7 @@ from stages.tracking import record as tracking
 tracking._start_mirror = lambda *_: None
 {first}
 sys.argv[1:] = {words}
-runpy.run_module("stages.{name}", run_name="__main__")
+runpy.run_module("stages.{name}", run_name="__main__", alter_sys=True)  # as python -m: ranks ask for its name
 """
 
 

@@ -12,10 +12,12 @@ import torch.nn.functional as F
 
 from benchmarks.moe_layer import ScatterMoE, new_layer, run_layer
 from benchmarks.training_step import REFERENCE, batches, new_teacher, teacher_step
-from stages.model import experts, layers, losses, student, teacher
+from stages.model import experts, layers, losses
 from stages.model.divergences import DIVERGENCES, forward_kl
 from stages.model.experts import MoE
+from stages.model.families.deepseek_v3 import model as teacher
 from stages.model.families.deepseek_v3.model import DeepseekV3 as Teacher
+from stages.model.families.qwen3 import model as student
 from stages.model.families.qwen3.model import Qwen3 as Student
 from stages.model.families.qwen3.model import Qwen3Shape as StudentShape
 from stages.model.generation import Reader
