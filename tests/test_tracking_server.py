@@ -557,6 +557,7 @@ def test_a_mirror_killed_while_its_stage_trains_is_replaced_at_the_end(server, t
     wait_until(lambda: seen_of(server) == [("RUNNING", list(range(50)))])
     follower, = (each for each in mirrors_of(tmp_path) if each.pid != process.pid)
     follower.kill()
+    wait_until(lambda: follower.status() == psutil.STATUS_ZOMBIE)  # which its stage will find
     (tmp_path / "go on").touch()
     assert process.communicate() == ("", "") and process.returncode == 0
     wait_until(lambda: not mirrors_of(tmp_path))
