@@ -94,12 +94,12 @@ def read_only(bench: Bench, row: Row) -> None:
 
 
 def cache_full(bench: Bench, row: Row) -> None:
-    """DVC's cache is full when it saves a trained model (a tmpfs of 1 MB)"""
+    """DVC's cache is full when it saves a trained model (a tmpfs of 256 KB)"""
     tree = bench.copy("cache-full")
     remove_results(tree, "pretrain")
     cache = tree / "small-cache"
     cache.mkdir()
-    with mounted(cache, "-t", "tmpfs", "-o", "size=1m", "tmpfs"):
+    with mounted(cache, "-t", "tmpfs", "-o", "size=256k", "tmpfs"):
         succeeds(tree, *DVC, "config", "--local", "cache.dir", str(cache))
         row.tried += 1
         row.message = refuses(tree, "No space left", *REPRO, "-s", "pretrain")
