@@ -40,7 +40,7 @@ class Row:
     tried: int = 0
     survived: int = 0
     compared: int = 0  # how often all outs were compared with the undisturbed run's; any difference ends the case
-    repaired: int = 0  # how often a kill cut DVC's own writing short and the README's remedy was taken
+    repaired: int = 0  # how often a kill cut DVC's own writing short and the documented remedy was taken
     lost: list[float] = field(default_factory=list)  # seconds of work, by kill
     message: str = ""
     failure: str = ""

@@ -70,7 +70,7 @@ def interrupted(bench: Bench, row: Row, name: str, kills: int, kill: Callable, *
 
 
 def repaired(tree: Path, committed: bytes) -> bool:
-    """True if a kill cut DVC's own writing short (DVC truncates, then writes); repairs it as the README says."""
+    """True if a kill cut DVC's own writing short (DVC truncates, then writes); repairs it as documented."""
     if "RWLock-file" in output_of(tree):
         (tree / RWLOCK).unlink()
     elif not (tree / "dvc.lock").read_bytes().endswith(b"\n"):

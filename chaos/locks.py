@@ -39,7 +39,7 @@ def stale_lock(bench: Bench, row: Row) -> None:
         locked.write_text(json.dumps({"write": {str(tree / "metrics/evaluate.json"): holder}}))
         if pid == os.getpid():
             row.message = refuses(tree, "busy|blocked", *REPRO)
-            locked.unlink()  # as the README says
+            locked.unlink()  # as documented
         bench.finish(tree, row)
         row.survived += 1
     row.tried += 1

@@ -39,7 +39,7 @@ byte differs, a process is left behind, a traceback is shown, or nothing says wh
 - **tried, survived**: faults made, and those after which everything was as it should be.
 - **bytes equal**: comparisons of all outs with the undisturbed run. A kill case compares when its pipeline ends.
 - Kills that cut DVC's own writing short, of `dvc.lock` or of `.dvc/tmp/rwlock`, so that it refused the file until the
-  README's remedy was taken: {remedies}.
+  documented remedy was taken: {remedies}.
 - **work lost**: from the latest save (checkpoint, scores, finished stage), or the start of the stage where it had
   saved nothing yet, to the kill; the worst of the case. Checkpoints were {CHECKPOINT_SECONDS} s apart here (60 s by
   default). The longest time without a save in the undisturbed run, a stage's start-up, was

@@ -28,10 +28,8 @@ LIMIT_S = 8  # of a request
 ENDLESS = {"inputs": ["a"] * 500, "params": {"new_tokens": 4096}}  # many times the limit
 
 
-@pytest.fixture(scope="module")
-def logged(tmp_path_factory):
-    """A tiny student, sent to a store as a stage sends it: the store, the model's id, its folder."""
-    root = tmp_path_factory.mktemp("served")
+def save_tiny_student(root, folder):
+    """An untrained student over bytes, and under root the tokenizer and card that it is served with."""
     tokenizer, data = shards.BytesTokenizer(), root / "artifacts/data"
     data.mkdir(parents=True)
     (data / "tokenizer.json").write_text(tokenizer.to_json())
@@ -40,7 +38,14 @@ def logged(tmp_path_factory):
         "vocab_size": tokenizer.vocab_size, "end_of_text": tokenizer.end_of_text, "splits": {}})
     shape = StudentShape(vocab_size=tokenizer.vocab_size, sequence_tokens=64, layers=1, width=16, heads=2,
                          kv_heads=1, head_dim=8, mlp_width=16, rope_theta=10000.0)
-    models.save(models.new_model(shape, seed=1), root / "student")
+    models.save(models.new_model(shape, seed=1), folder)
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory):
+    """A tiny student, sent to a store as a stage sends it: the store, the model's id, its folder."""
+    root = tmp_path_factory.mktemp("served")
+    save_tiny_student(root, root / "student")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("DVC_STAGE", "DVC_ROOT", "DVC_EXP_NAME", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
             patch.delenv(name, raising=False)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from test_served_model import save_tiny_student
 
 from stages.files.artifacts import ROOT, sha256_of
 from stages.tracking import identity, mirror, records, redaction, servers
@@ -230,7 +231,7 @@ def test_an_unreachable_server_does_not_raise_and_nothing_is_lost(made, monkeypa
     ("127.0.0.1:5000", "has no scheme: write http://127.0.0.1:5000"),
     ("localhost:5000/mlflow", "has no scheme: write http://localhost:5000/mlflow"),
     (f"me:{SECRET}@host:5000", "has no scheme: write http://***@host:5000"),
-    ("file:///tmp/mlruns", "set MLFLOW_TRACKING_URI=sqlite:///mlflow.db, or a server's address such as http://"),
+    ("file:///data/mlruns", "set MLFLOW_TRACKING_URI=sqlite:///mlflow.db, or a server's address such as http://"),
     ("file:mlruns", "set MLFLOW_TRACKING_URI=sqlite:///mlflow.db"),
     ("./mlruns", "set MLFLOW_TRACKING_URI=sqlite:///mlflow.db"),
     ("mlflow.example.com", "a server's address such as http://127.0.0.1:5000"),
@@ -384,18 +385,10 @@ def test_the_logged_model_generates_the_text_that_the_saved_one_does(made, no_mi
     from stages.data import shards
     from stages.model import generation
     from stages.model import hub as models
-    from stages.model.families.qwen3.model import Qwen3Shape as StudentShape
 
     tokenizer = shards.BytesTokenizer()
-    data, folder = made / "artifacts/data", made / "artifacts/student"
-    data.mkdir(parents=True)
-    (data / "tokenizer.json").write_text(tokenizer.to_json())
-    shards.write_card(data, {
-        "tokenizer": "bytes", "tokenizer_sha256": sha256_of(data / "tokenizer.json"),
-        "vocab_size": tokenizer.vocab_size, "end_of_text": tokenizer.end_of_text, "splits": {}})
-    shape = StudentShape(vocab_size=tokenizer.vocab_size, sequence_tokens=64, layers=1, width=16, heads=2,
-                         kv_heads=1, head_dim=8, mlp_width=16, rope_theta=10000.0)
-    models.save(models.new_model(shape, seed=1), folder)
+    folder = made / "artifacts/student"
+    save_tiny_student(made, folder)
     with tracking.start_run("distill", {"seed": 1}, made, made) as run:
         run.model(folder)
     links = run.folder / "files"
