@@ -1,11 +1,11 @@
-"""What all tests share: one thread per process, no network, no trace of an enclosing DVC, tiny settings."""
+"""What all tests share: one thread per process, no network, no trace of an enclosing DVC or make, tiny settings."""
 
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: two cores are shared by ranks and tests
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-for name in ("DVC_STAGE", "DVC_ROOT", "HYDRA_FULL_ERROR"):
+for name in ("DVC_STAGE", "DVC_ROOT", "HYDRA_FULL_ERROR", "MAKEFLAGS", "MAKELEVEL", "MFLAGS"):
     os.environ.pop(name, None)
 
 import pytest  # noqa: E402
