@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from stages.data.shards import Tokens
 from stages.files.artifacts import rounded, write_json
 from stages.measure import flops as cost
-from stages.measure import memory
 from stages.measure.scoring import Estimate
 from stages.measure.subjects import device_name, load_models, training_loss
+from stages.model import checkpointing
 from stages.model.experts import route
 from stages.model.generation import Reader
 from stages.model.kernels.routing import loads, permutation
@@ -45,7 +45,7 @@ def main(settings, place: Place, run) -> dict:
     loaded = load_models(place.read("artifacts"), split.vocab_size)
     tokens = split.window(0, min(len(split), e.checkpoint_batch_sequences * (T + 1) + p.prefill_tokens))
     teacher = loaded["teacher"]
-    policies = memory.policies(e.checkpoint_every_blocks, len(teacher.blocks))
+    policies = checkpointing.policies(e.checkpoint_every_blocks, len(teacher.blocks))
     loss_of = training_loss(teacher, tokens, e.checkpoint_batch_sequences, T)
 
     print(f"profile: {len(loaded)} models, {p.repetitions} repetitions of each timing", flush=True)
@@ -82,7 +82,7 @@ def latency(loaded: dict, tokens: np.ndarray, prefill_tokens: int, decode_tokens
             reader.forget(decode_tokens)
 
         prefills[name], decodes[name] = prefill, decode
-        live = memory.LiveBytes(model)
+        live = checkpointing.LiveBytes(model)
         with live, live.record():
             prefill()
         weights = sum(parameter.nbytes for parameter in model.parameters())
@@ -101,7 +101,7 @@ def checkpointing_time(model, policies: list[str], loss_of, repetitions: int, se
     """Forward and backward under each policy against none; the optimiser, the same for all, is left out."""
 
     def step(policy):
-        with memory.checkpointed(model, policy):
+        with checkpointing.checkpointed(model, policy):
             loss_of().backward()
         model.zero_grad(set_to_none=True)
 
@@ -112,7 +112,7 @@ def checkpointing_time(model, policies: list[str], loss_of, repetitions: int, se
         rows[name] = Estimate(ratio, low, high).named("step_seconds_ratio")
         rows[name] |= cost.median_and_quartiles("step_seconds", seconds[name]) | {"repetitions": len(seconds[name])}
         if torch.cuda.is_available():
-            rows[name]["allocator_peak_bytes"] = memory.device_peak_bytes(model, name, loss_of)
+            rows[name]["allocator_peak_bytes"] = checkpointing.device_peak_bytes(model, name, loss_of)
     return rows
 
 

@@ -13,7 +13,7 @@ import pytest
 from stages import report
 from stages.data import shards
 from stages.files.artifacts import Refusal, read_json, write_json
-from stages.reporting import charts, claims, drawing, wording
+from stages.reporting import charts, claims, drawing, figures, wording
 
 
 def place_in(root: Path):
@@ -500,3 +500,19 @@ def test_figures_that_dvc_did_not_record_are_refused_by_name(tmp_path):
     (tmp_path / "dvc.lock").write_text("stages: {evaluate")
     with pytest.raises(Refusal, match="dvc.lock is damaged"):
         report.refuse_altered(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("saved", "ratio", "said"),
+    [
+        (0.65, 1.10, "+15.0% time: reached, “all but last” gives −65.0% for +10.0%."),
+        (0.65, 1.19, "+15.0% time: missed, “all but last” gives −65.0% for +19.0%."),
+        (0.55, 1.05, "+15.0% time: missed, no policy saves so much."),
+    ],
+)
+def test_a_missed_target_of_activation_memory_is_printed_as_a_miss(saved, ratio, said):
+    row = {"policy": "all_but_last", "memory_saved": saved, "gradients_equal": True}
+    wrong = {"policy": "every_1", "memory_saved": 0.9, "gradients_equal": False}
+    time = dict.fromkeys(("step_seconds_ratio", "step_seconds_ratio_low", "step_seconds_ratio_high"), ratio)
+    measured = {"all_but_last": time, "every_1": dict.fromkeys(time, 1.0)}
+    assert figures.memory_target({"checkpointing": [row, wrong]}, measured).endswith(said)

@@ -110,6 +110,7 @@ class Trainer(Section):
     accumulate_grad_batches: Annotated[int, Field(ge=1, le=65536)]
     checkpoint_every_seconds: Annotated[float, Field(ge=0, le=1e9)]
     log_every_steps: Count
+    activation_memory_bytes: Count | None  # of each rank; None: no limit
 
 
 class Training(Section):
