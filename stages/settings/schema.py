@@ -145,6 +145,8 @@ class SparsifyTeacher(Section):
     keep_neurons: Keep
     keep_experts: Keep
     keep_experts_per_token: Keep
+    expert_choice: Literal["fixed", "confidence"]
+    bias_update_rate: Share  # of the router's biases while it recovers
 
 
 class SparsifyStudent(Section):

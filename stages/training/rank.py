@@ -102,6 +102,7 @@ def run_fit(fit: Fit, rank: Rank) -> dict:
     fit.model.cpu()
     if rank.rank == 0:
         progress.checkpoint.wait()
+        fit.finish(fit.model)
         models.save(fit.model, rank.place.write(fit.out), rank.card["end_of_text"], rank.card["tokenizer_sha256"])
     loads = torch.tensor(progress.recent_loads).sum(0) if progress.recent_loads else torch.zeros(0)
     return {
