@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from stages.data.shards import Tokens
 from stages.files.artifacts import rounded, write_json
 from stages.measure import flops as cost
+from stages.measure.breakdown import seconds_by_part
 from stages.measure.scoring import Estimate
 from stages.measure.subjects import device_name, load_models, training_loss
 from stages.model import checkpointing
@@ -93,7 +94,19 @@ def latency(loaded: dict, tokens: np.ndarray, prefill_tokens: int, decode_tokens
         name: cost.median_and_quartiles("prefill_seconds", prefilled[name])
         | cost.median_and_quartiles("decode_seconds_per_token", decoded[name] / decode_tokens)
         | peaks[name]
+        | parts_of(loaded[name], prefills[name], decodes[name], decode_tokens, repetitions)
         for name in loaded
+    }
+
+
+def parts_of(model, prefill: Callable, decode: Callable, decode_tokens: int, repetitions: int) -> dict[str, dict]:
+    """What the time of the two goes into; nothing on a GPU, where the host's clock does not see it."""
+    if torch.cuda.is_available():
+        return {}
+    decoded = seconds_by_part(model, decode, repetitions)
+    return {
+        "prefill_seconds_by_part": seconds_by_part(model, prefill, repetitions),
+        "decode_seconds_per_token_by_part": {part: seconds / decode_tokens for part, seconds in decoded.items()},
     }
 
 

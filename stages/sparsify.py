@@ -25,6 +25,7 @@ def fits(settings, place: Place, keep: Callable) -> Iterator:
     from stages.training.fit import Distillation, Fit, NextToken
 
     recipe, data = settings.sparsify.recovery, place.read("artifacts/data")
+    multiple = settings.sparsify.neuron_multiple
     windows = Windows(Tokens(data, "train"), settings.sequence_tokens, settings.seed + 1)
     calibration = [windows.batch(i, 0, 1, 8) for i in range(settings.sparsify.calibration_sequences // 8)]
     held_out = [windows.batch(len(calibration), 0, 1, 8)]
@@ -41,8 +42,9 @@ def fits(settings, place: Place, keep: Callable) -> Iterator:
         shares = {key.removeprefix("keep_"): share for key, share in wanted.items() if key.startswith("keep_")}
         settle = mean_count(dense.shape, shares, wanted.get("expert_choice"), calibration)
         words = vars(settings.sparsify.score)
-        kept = keep(f"{name}_calibration", partial(calibrate, dense, shares, words, calibration, held_out, settle))
-        sparse = prune(dense, shares, kept["importance"])
+        look = partial(calibrate, dense, shares, multiple, words, calibration, held_out, settle)
+        kept = keep(f"{name}_calibration", look)
+        sparse = prune(dense, shares, kept["importance"], multiple)
         settle(sparse)
         yield Fit(
             name=f"sparse_{name}",
@@ -81,7 +83,13 @@ def mean_count(shape, shares: dict[str, float], expert_choice: str | None, calib
 
 
 def calibrate(
-    dense, shares: dict[str, float], words: dict[str, str], calibration: list, held_out: list, settle: Callable
+    dense,
+    shares: dict[str, float],
+    multiple: int,
+    words: dict[str, str],
+    calibration: list,
+    held_out: list,
+    settle: Callable,
 ) -> dict:
     """What decides which structures go, and how much worse the model is right after they went."""
     from stages.compress.pruning import prune
@@ -89,7 +97,7 @@ def calibrate(
     from stages.training.fit import validation_nats
 
     scores = importance(dense, calibration, words)
-    sparse = prune(dense, shares, scores)
+    sparse = prune(dense, shares, scores, multiple)
     settle(sparse)
     before, after = (validation_nats(model, held_out).item() for model in (dense, sparse))
     return {"importance": scores, "one_shot_loss_ratio": after / before}

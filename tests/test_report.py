@@ -516,3 +516,25 @@ def test_a_missed_target_of_activation_memory_is_printed_as_a_miss(saved, ratio,
     time = dict.fromkeys(("step_seconds_ratio", "step_seconds_ratio_low", "step_seconds_ratio_high"), ratio)
     measured = {"all_but_last": time, "every_1": dict.fromkeys(time, 1.0)}
     assert figures.memory_target({"checkpointing": [row, wrong]}, measured).endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("cut", "time", "lost", "verdict"),
+    [
+        (0.32, 0.7, 0.005, "reached"),
+        (0.32, 0.8, 0.005, "missed"),
+        (0.32, 0.7, 0.02, "missed"),
+        (0.2, 0.7, 0.0, "missed"),
+    ],
+)
+def test_a_pruned_model_reaches_its_target_only_in_operations_time_and_quality_together(cut, time, lost, verdict):
+    def latency(factor):
+        parts = {"attention": 0.01 * factor, "head": 0.002}
+        both = {"prefill_seconds": 0.03 * factor, "decode_seconds_per_token": 0.002}
+        return both | {"prefill_seconds_by_part": parts}
+
+    evaluated = {"comparisons": {"sparse_teacher": {"flops_cut": cut, "quality_lost": lost}}}
+    table = figures.speed_table(evaluated, {"latency": {"teacher": latency(1), "sparse_teacher": latency(time)}})
+    prefill, decode = table.rows
+    assert prefill[0] == "teacher, prefill" and prefill[4] == verdict and decode[4] == "missed"
+    assert f"attention 10 → {10 * time:g}, head 2 → 2" in prefill[5] and decode[5] == "–"

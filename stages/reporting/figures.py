@@ -20,6 +20,7 @@ MODELS = {  # the reading order, and the colour, of the models
     "control": 2,
 }
 SPLITS = ("train", "val", "test")
+SPEED_TIME, SPEED_FLOPS, SPEED_LOSS = 0.25, 0.3, 0.01  # our target for pruned models
 TARGET_SAVES, TARGET_COSTS = 0.6, 0.15  # of activation checkpointing: memory saved, time added
 
 
@@ -195,6 +196,32 @@ def latency_table(timings: dict) -> Table:
     head = ["model", "prefill, ms", "quartiles", "decode, ms per token", "quartiles", "weights", "prefill peak"]
     machine = timings["machine"]
     note = f"One sequence on {machine['device']}, {machine['threads']} threads, torch {machine['torch']}."
+    return Table(head, rows, note)
+
+
+def speed_table(evaluated: dict, timings: dict) -> Table:
+    """Each pruned model against its dense one: operations, time, quality, and the time of each part."""
+    rows = []
+    for name in ("teacher", "student"):
+        sparse = f"sparse_{name}"
+        if not {name, sparse} <= timings["latency"].keys():
+            continue
+        compared, dense, pruned = evaluated["comparisons"][sparse], timings["latency"][name], timings["latency"][sparse]
+        cut, lost = compared["flops_cut"], compared["quality_lost"]
+        for key, label in (("prefill_seconds", "prefill"), ("decode_seconds_per_token", "decode")):
+            time = pruned[key] / dense[key] - 1
+            reached = cut >= SPEED_FLOPS and lost <= SPEED_LOSS and time <= -SPEED_TIME
+            parts, before = (one.get(f"{key}_by_part", {}) for one in (pruned, dense))
+            spent = ", ".join(
+                f"{part} {number(1e3 * before[part])} → {number(1e3 * seconds)}" for part, seconds in parts.items()
+            )
+            verdict = "reached" if reached else "missed"
+            rows.append([f"{words(name)}, {label}", signed(-cut), signed(time), signed(lost), verdict, spent or "–"])
+    head = ["pruned", "FLOPs", "time", "bits/byte", "target", "milliseconds by part, dense → pruned"]
+    note = (
+        f"Target: at least {percent(SPEED_TIME)} less time for at least {percent(SPEED_FLOPS)} fewer FLOPs at "
+        f"at most {percent(SPEED_LOSS)} quality lost. Pruning leaves embedding, norms and head as they are."
+    )
     return Table(head, rows, note)
 
 

@@ -55,6 +55,7 @@ def make_page(
         checkpointing=figures.checkpointing_figure(evaluated, timings),
         policies=figures.checkpointing_table(evaluated, timings),
         latency=figures.latency_table(timings),
+        speed=figures.speed_table(evaluated, timings),
         samples=[(words(name), text) for name, text in figures.in_order(texts)],
         corpus=figures.corpus_table(card),
         conditions=figures.conditions_table(conditions),

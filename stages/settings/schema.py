@@ -167,6 +167,7 @@ class Sparsify(Section):
     teacher: SparsifyTeacher
     student: SparsifyStudent
     recovery: SoftTargets
+    neuron_multiple: Annotated[int, Field(ge=1, le=4096)]
     calibration_sequences: Annotated[int, Field(ge=8, le=MOST)]
 
 
