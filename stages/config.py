@@ -19,6 +19,7 @@ from stages.run.experiments import remember_accepted, undo_set_params
 from stages.settings.compose import compose, explain, offer_sheet
 from stages.settings.editor import json_schema
 from stages.settings.schema import as_yaml, validate
+from stages.settings.untracked import SECTION, divided
 
 HEADER = "# Written by stages/config.py from params.yaml and conf/: edit those, then dvc repro.\n"
 
@@ -44,8 +45,12 @@ def main(overrides=()):
     if "DVC_STAGE" not in os.environ:
         print(as_yaml(plain), end="")
         return
+    if settings.trainer.fast_dev_run:
+        by_hand = "python -m stages.pretrain trainer.fast_dev_run=true"
+        raise Refusal(f"trainer.fast_dev_run: DVC would keep its outs: run it by hand, such as {by_hand}")
     inputs = {"corpus": corpus_fingerprint(settings.corpus, ROOT, read_inputs(ROOT))}
-    write_atomically(ROOT / "resolved.yaml", HEADER + as_yaml(plain))
+    tracked, untracked = divided(plain)
+    write_atomically(ROOT / "resolved.yaml", HEADER + as_yaml(tracked | {SECTION: untracked}))
     write_json(ROOT / INPUTS, inputs)
     remember_accepted(ROOT)
     remove_recorded(ROOT)

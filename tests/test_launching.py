@@ -135,11 +135,35 @@ def alive(pid):
     return status.exists() and "State:\tZ" not in status.read_text()
 
 
+# self.log under Lightning, with the class that stands in for torchmetrics
+SELF_LOG = """
+import json, lightning, torch
+class Module(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+    def training_step(self, number, _):
+        for word in ("mean", "max", "min", "sum"):
+            self.log(word, number, on_step=True, on_epoch=True, reduce_fx=word, batch_size=1)
+        self.log("step", number)
+        return self.weight * number
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+trainer = lightning.Trainer(max_epochs=2, accelerator="cpu", **off)
+trainer.fit(Module(), torch.utils.data.DataLoader([torch.tensor(x) for x in (1.0, 5.0, 3.0)], batch_size=None))
+found = trainer.callback_metrics
+print(json.dumps({word: found[word].item() for word in ("mean", "max", "min", "sum", "step")}))
+"""
+
+
 def test_a_rank_does_not_import_what_lightning_wants_and_training_does_not():
     unwanted = {"scipy", "matplotlib", "transformers", "mlflow"}
-    code = f"import stages.training.rank, sys; print({unwanted} & set(sys.modules))"
+    code = f"import stages.training.rank, sys\n{SELF_LOG}\nprint({unwanted} & set(sys.modules))"
     imported = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert imported.stdout.strip() == "set()"
+    logged, found = imported.stdout.strip().splitlines()[-2:]
+    assert found == "set()"
+    assert json.loads(logged) == {"mean": 3, "max": 5, "min": 1, "sum": 9, "step": 3}, "what self.log makes of 1, 5, 3"
 
 
 def test_a_missing_input_is_named_before_a_rank_starts(tiny_settings, tmp_path):

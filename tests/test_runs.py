@@ -195,7 +195,7 @@ BEST_JOBS = [
     ["distill.temperature=4", "seed=7"],
     ["scale=tiny"],
     ["scale=demo"],
-    ["pretrain.steps=50", "+optimizer.clip_norm=2"],
+    ["pretrain.steps=50", "+trainer.gradient_clip_val=2"],
     ["corpus=files", "corpus.paths=['my texts/*.txt','a [1].txt']"],
     ["corpus.max_bytes=1000", "scale=tiny"],
     ["experiment=short", "seed=4"],
@@ -247,6 +247,9 @@ def test_a_preset_is_refused_only_where_the_stage_reads_nothing_of_it():
     commandline.refuse_without_effect(words, "evaluate", ("evaluate", "seed"))
     with pytest.raises(Refusal, match="^scale: report does not read it; prepare, .* evaluate and profile do"):
         commandline.refuse_without_effect(parser.parse_overrides(["scale=tiny"]), "report", ("seed",))
+    for word in ("logger=[csv,dvclive]", "callbacks=throughput", "logger.csv.name=mine"):
+        with pytest.raises(Refusal, match=": evaluate does not read it; pretrain, distill and sparsify do"):
+            commandline.refuse_without_effect(parser.parse_overrides([word]), "evaluate", ("evaluate", "seed"))
 
 
 def test_only_the_batches_of_the_stage_that_runs_must_be_shared_out_among_the_ranks(repository):
@@ -254,7 +257,8 @@ def test_only_the_batches_of_the_stage_that_runs_must_be_shared_out_among_the_ra
     sheet.write_text(sheet.read_text() + "pretrain: {batch_sequences: 7}\ntrainer: {ranks: 2}\n")
     stage, tracking = repository / "stages/distill.py", repository / "stages/tracking/record.py"
     stage.write_text(stage.read_text().replace('("distill", "seed")', '("distill", "seed", "trainer")'))
-    tracking.write_text(tracking.read_text().replace('{"distill", "seed"}', '{"distill", "seed", "trainer"}'))
+    read = '{"distill", "seed", "trainer", "callbacks", "logger"}'
+    tracking.write_text(tracking.read_text().replace('{"distill", "seed"}', read))
     assert typed(repository).returncode == 0
     refused = typed(repository, "distill.batch_sequences=9")
     assert refused.stderr == (
@@ -464,7 +468,7 @@ def test_under_dvc_a_stage_records_what_made_its_outs_and_compares_it_with_the_c
     assert (repository / "provenance/distill.json").read_bytes() == record
 
     monkeypatch.setenv("TOY_RANKS", "4")
-    assert "on another kind of machine than the committed run (ranks: 2 -> 4)" in typed(repository, dvc=True).stderr
+    assert "under other conditions than the committed run (ranks: 2 -> 4)" in typed(repository, dvc=True).stderr
     by_hand = typed(repository, "distill.temperature=3")
     assert "committed run" not in by_hand.stderr and not list((repository / "outputs").rglob("provenance"))
 

@@ -60,7 +60,7 @@ def sentence(stage: str, found: Comparison, other: str = "the committed run") ->
         return ""
     if not found.conditions:
         return f"{stage}: same bytes as {other}"
-    made = f"{stage}: made on another kind of machine than {other}"
+    made = f"{stage}: made under other conditions than {other}"
     made += f" ({'; '.join(change(name, pair) for name, pair in found.conditions.items())})"
     made += f"{', from other inputs' if found.inputs else ''}: bytes may differ, "
     return made + (f"and do; {largest_move(found)}" if found.outs else "these are the same")

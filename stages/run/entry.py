@@ -21,8 +21,13 @@ import yaml
 from stages.files.artifacts import ROOT, Refusal, write_atomically, write_json
 from stages.files.resuming import only_holder, remove_recorded
 from stages.settings.schema import as_yaml, parse, validate
+from stages.settings.untracked import joined, with_observers
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # for the user to fix
+
+
+class NothingKept(Refusal):
+    """A stage went through, as a trial by hand (`trainer.fast_dev_run`), and leaves no outs."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +51,12 @@ def run_stage(main, name: str, sections) -> None:
     It may return {"conditions": {...}, "inputs": {...}}: what its outs depend on and only it knows.
     """
     _fill_closed_streams()
+    sections = with_observers(sections)
     try:
         if "DVC_STAGE" in os.environ:
-            _run_under_dvc(main, name, tuple(sections))
+            _run_under_dvc(main, name, sections)
         else:
-            _run_by_hand(main, name, tuple(sections))
+            _run_by_hand(main, name, sections)
     except Refusal as refusal:
         _say(refusal)
         sys.exit(1)
@@ -87,17 +93,23 @@ def _resolved(path, sections):
         raise Refusal("resolved.yaml is missing: run dvc repro config") from None
     except (yaml.YAMLError, UnicodeDecodeError):
         raise Refusal("resolved.yaml is damaged: delete it and run dvc repro config") from None
-    if not isinstance(plain, dict) or any(section not in plain for section in sections):
+    plain = joined(plain) if isinstance(plain, dict) else {}
+    if any(section not in plain for section in sections):
         raise Refusal(f"resolved.yaml lacks one of {', '.join(sections)}: run dvc repro config")
     return {section: plain[section] for section in sections}
 
 
 def _run_tracked(main, name, plain, sections, place, sweep):
     settings = validate(plain, sections)
-    from stages.tracking.record import start_run  # late: a refused setting should not wait for MLflow's import
+    from stages.tracking.record import Run, start_run  # late: a refused setting need not wait for their imports
 
+    is_trial = settings.trainer is not None and settings.trainer.fast_dev_run
     try:
-        with start_run(stage=name, settings=plain, out=place.out, root=place.root, sweep=sweep) as run:
+        with (
+            contextlib.nullcontext(Run())
+            if is_trial
+            else start_run(stage=name, settings=plain, out=place.out, root=place.root, sweep=sweep)
+        ) as run:
             own = main(settings, place, run) or {}
             if place.out == place.root:
                 _leave_record(name, own, place)
@@ -216,6 +228,9 @@ def _run_job(main, name, sections, cfg, sweep):
         _run_tracked(main, name, own, sections, Place(ROOT, job.folder), folder)
         job.metrics, job.failure = numbers_of(job.folder / "metrics" / f"{name}.json"), ""
         _say(f"{name} wrote {os.path.relpath(job.folder, hydra_cfg.runtime.cwd)}")
+    except NothingKept as trial:
+        job.failure = ""
+        _say(trial)
     except Refusal as refusal:
         job.failure = str(refusal)
         if sweeping:
