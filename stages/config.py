@@ -15,6 +15,7 @@ import sys
 from stages.data.fingerprints import INPUTS, corpus_fingerprint, read_inputs
 from stages.files.artifacts import ROOT, Refusal, write_atomically, write_json
 from stages.files.resuming import remove_recorded
+from stages.files.streams import disk_refusals, fill_closed_streams, whole_output
 from stages.run.experiments import remember_accepted, undo_set_params
 from stages.settings.compose import compose, explain, offer_sheet
 from stages.settings.editor import json_schema
@@ -57,8 +58,10 @@ def main(overrides=()):
 
 
 if __name__ == "__main__":
+    fill_closed_streams()
     try:
-        main(sys.argv[1:])
+        with disk_refusals("config", ROOT), whole_output():
+            main(sys.argv[1:])
     except Refusal as refusal:
         undone = undo_set_params(ROOT) if "DVC_EXP_NAME" in os.environ else ""
         sys.exit(f"offramp: {'; '.join(filter(None, [str(refusal), undone]))}")

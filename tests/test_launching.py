@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +17,7 @@ from stages import pretrain as pretraining
 from stages.files.artifacts import ROOT, Refusal
 from stages.run.entry import Place
 from stages.training import environment as variables
+from stages.training import launch as launching
 from stages.training.job import Job, name_of
 from stages.training.launch import launch
 
@@ -249,6 +251,15 @@ def test_a_launcher_or_strategy_that_is_not_there_is_refused_with_those_that_are
     assert f"offramp: trainer.{key} = slurm: must be one of {words}; to add one, add a file" in done.stderr
 
 
+def test_ranks_that_a_full_disk_ended_are_told_by_that_disk(tmp_path, monkeypatch):
+    assert "ended with code 1; its last words are in" in launching._reason("pretrain", 1, tmp_path)
+    monkeypatch.setattr(launching.shutil, "disk_usage", lambda path: SimpleNamespace(free=512))
+    full = f"{tmp_path} is on a full disk (512 bytes are free): make room there, then run the command again"
+    assert launching._reason("pretrain", 1, tmp_path) == full
+    (tmp_path / "error.txt").write_text("the reason of a rank")
+    assert launching._reason("pretrain", 1, tmp_path) == "the reason of a rank"
+
+
 def test_a_job_is_read_as_it_was_written(tiny_settings, tmp_path):
     place = Place(tmp_path / "root", tmp_path / "out")
     job = Job("pretrain", name_of(pretraining.fits), tiny_settings, place, tmp_path, "cpu", "32-true")
@@ -272,9 +283,10 @@ def test_every_variable_that_training_reads_or_sets_is_listed_with_who_does():
             assert module in variables.__doc__, f"{module} reads DVC_STAGE"
 
 
-def test_gradients_of_two_batches_add_up_to_those_of_one_that_is_as_large(tree):
+def test_gradients_of_two_batches_add_up_to_those_of_one_that_is_as_large(tree, tmp_path, monkeypatch):
     from safetensors.torch import load_file
 
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     weights, losses = [], []
     halved = ["pretrain.batch_sequences=4", "trainer.accumulate_grad_batches=2"]
     for number, words in enumerate((["pretrain.batch_sequences=8"], halved)):
@@ -287,6 +299,7 @@ def test_gradients_of_two_batches_add_up_to_those_of_one_that_is_as_large(tree):
         tokens = json.loads((tree / out / "metrics/pretrain.json").read_text())["tokens"]
         assert tokens == 2 * 8 * 64
     assert losses[0] == pytest.approx(losses[1], abs=5e-4), "the same tokens"
+    assert not list(tmp_path.glob("torchelastic_*")), "torchrun's logs end with the state"
     one, two = weights
     for name in one:  # the sums differ in the last bit, and Muon rounds to bfloat16
         assert (one[name] - two[name]).norm() < 0.02 * one[name].norm(), name

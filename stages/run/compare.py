@@ -18,6 +18,7 @@ import yaml
 from tabulate import tabulate
 
 from stages.files.artifacts import ROOT, Refusal, read_json
+from stages.files.streams import whole_output
 from stages.run.provenance import RECORDS, record_path
 
 PARTS = {"conditions", "recipe", "inputs", "outs", "metrics"}
@@ -152,6 +153,8 @@ def main(words: list[str]) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
+        with whole_output():
+            code = main(sys.argv[1:])
+        sys.exit(code)
     except Refusal as refusal:
         sys.exit(f"offramp: {refusal}")

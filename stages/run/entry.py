@@ -6,7 +6,6 @@ python -m stages.distill -m distill.temperature=1,2,4   # a sweep in multirun/di
 """
 
 import contextlib
-import errno
 import os
 import signal
 import sys
@@ -20,10 +19,9 @@ import yaml
 
 from stages.files.artifacts import ROOT, Refusal, write_atomically, write_json
 from stages.files.resuming import only_holder, remove_recorded
+from stages.files.streams import disk_refusals, fill_closed_streams, shield_output
 from stages.settings.schema import as_yaml, parse, validate
 from stages.settings.untracked import joined, with_observers
-
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # for the user to fix
 
 
 class NothingKept(Refusal):
@@ -50,29 +48,23 @@ def run_stage(main, name: str, sections) -> None:
 
     It may return {"conditions": {...}, "inputs": {...}}: what its outs depend on and only it knows.
     """
-    _fill_closed_streams()
-    sections = with_observers(sections)
+    fill_closed_streams()
+    shield_output()
+    sections, started_in = with_observers(sections), Path.cwd()
     try:
-        if "DVC_STAGE" in os.environ:
-            _run_under_dvc(main, name, sections)
-        else:
-            _run_by_hand(main, name, sections)
+        with disk_refusals(name, ROOT):
+            if "DVC_STAGE" in os.environ:
+                _run_under_dvc(main, name, sections)
+            else:
+                _run_by_hand(main, name, sections)
+        sys.stdout.flush()
     except Refusal as refusal:
-        _say(refusal)
+        elsewhere = f" in {ROOT}" if "dvc repro" in str(refusal) and started_in != ROOT else ""
+        _say(f"{refusal}{elsewhere}")
         sys.exit(1)
     except KeyboardInterrupt as interruption:
         _say(str(interruption) or "interrupted; the same command continues where it can")
         sys.exit(130)
-
-
-def _fill_closed_streams():
-    """Where a stage starts without standard streams, the next file opened would take their numbers, be inherited as
-    such, and receive what others print."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:
-            stream = open(os.devnull, "w" if number else "r")  # takes the lowest free number
-            os.set_inheritable(stream.fileno(), stream.fileno() == number)
-            setattr(sys, name, stream)
 
 
 def _run_under_dvc(main, name, sections):
@@ -104,20 +96,11 @@ def _run_tracked(main, name, plain, sections, place, sweep):
     from stages.tracking.record import Run, start_run  # late: a refused setting need not wait for their imports
 
     is_trial = settings.trainer is not None and settings.trainer.fast_dev_run
-    try:
-        with (
-            contextlib.nullcontext(Run())
-            if is_trial
-            else start_run(stage=name, settings=plain, out=place.out, root=place.root, sweep=sweep)
-        ) as run:
-            own = main(settings, place, run) or {}
-            if place.out == place.root:
-                _leave_record(name, own, place)
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        at = error.filename or place.out
-        raise Refusal(f"{name} could not write ({error.strerror}: {at}): fix that and run the command again") from None
+    recording = start_run(stage=name, settings=plain, out=place.out, root=place.root, sweep=sweep)
+    with disk_refusals(name, place.out), contextlib.nullcontext(Run()) if is_trial else recording as run:
+        own = main(settings, place, run) or {}
+        if place.out == place.root:
+            _leave_record(name, own, place)
 
 
 def _leave_record(name, own, place):
@@ -182,7 +165,7 @@ def _run_by_hand(main, name, sections):
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing: it becomes one line here
     ended = None
     try:
-        with contextlib.nullcontext() if debug else one_line_errors():
+        with contextlib.nullcontext() if debug else one_line_errors(), disk_refusals(name, ROOT):
             hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")(work)()
     except (Exception, KeyboardInterrupt) as error:
         if sweeps.SweepFolder.found is None or debug:

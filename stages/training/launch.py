@@ -6,6 +6,7 @@ hyperparameters. Nor does it import torch, whose import costs seconds.
 import contextlib
 import json
 import math
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from stages.settings.untracked import OBSERVERS, divided
 from stages.training.job import Job, name_of, plain_settings
 from stages.training.launchers import launcher
 
+NEEDED_BYTES = 65536  # for the reason and the results that ranks write
 TAIL_S = 1.0  # between two looks at what rank zero has written
 
 
@@ -81,6 +83,9 @@ def _reason(stage: str, code: int, state: Path) -> str:
     error = state / "error.txt"
     if error.exists():
         return error.read_text().strip()
+    free = shutil.disk_usage(state).free
+    if free < NEEDED_BYTES:
+        return f"{state} is on a full disk ({free:,} bytes are free): make room there, then run the command again"
     return f"a rank of {stage} ended with code {code}; its last words are in {state / 'ranks.log'}"
 
 

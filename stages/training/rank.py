@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from stages.files.artifacts import Refusal, write_atomically, write_json
+from stages.files.streams import shield_output
 from stages.run.entry import die_with_parent, leave
 from stages.training.torchmetrics_stub import torchmetrics_stub
 
@@ -189,6 +190,7 @@ def train(fit: Fit, rank: Rank, progress: Progress, optimizer: MuonAdamW) -> Non
 def main() -> None:
     warnings.filterwarnings("ignore", module="lightning")
     path, results = Path(sys.argv[1]), {}
+    shield_output()
     keep_freed_memory()
     try:
         job = Job.read(path)
