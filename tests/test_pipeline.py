@@ -226,7 +226,7 @@ class Lines(Logger):
             file.write(json.dumps({"step": step} | metrics) + "\\n")
 """
 PRESETS = {
-    "callbacks/slow.yaml": "slow: {_target_: watchers.Slow, seconds: 0.25}",
+    "callbacks/slow.yaml": "slow: {_target_: watchers.Slow, seconds: 0.125}",
     "logger/lines.yaml": "lines: {_target_: watchers.Lines, path: '${run:folder}/${run:fit}.jsonl'}",
 }
 
@@ -251,7 +251,7 @@ def test_a_callback_and_a_logger_of_ones_own_watch_a_run_that_a_time_limit_cuts_
     logs = tree / "outputs/watched/logs"
     rows = [json.loads(line) for line in (logs / "teacher.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows if "loss" in row]
-    assert first < 20 and steps == [10, 20] and rows[-1]["slept"] == 0.25, "every row once: rank zero wrote it"
+    assert first < 20 and steps == [10, 20] and rows[-1]["slept"] == 0.125, "every row once: rank zero wrote it"
     assert rows[-1]["validation_bits_per_byte"] > 0 and any("lr-MuonAdamW/pg1" in row for row in rows)
     assert list(logs.rglob("metrics.csv"))
     wanted, found = (folder / "artifacts/teacher/model.safetensors" for folder in (tree, tree / "outputs/watched"))
