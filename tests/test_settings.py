@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from stages.files.artifacts import ROOT, Refusal, sha256_of
+from stages.run import unchanged
 from stages.settings.compose import compose, explain
 from stages.settings.lightning import duration_seconds
 from stages.settings.schema import SECTIONS, Settings, as_yaml, leaves, refuse_uneven_batches, validate
@@ -582,3 +583,83 @@ def test_a_trial_is_refused_under_dvc_which_would_keep_its_outs():
     code = f"import os, stages.config; os.environ['DVC_STAGE'] = 'config'; stages.config.main({sheet_words})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode and "trainer.fast_dev_run: DVC would keep its outs: run it by hand" in done.stderr
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A copy whose stage config has run under DVC; `again` runs it once more and tells whether it composed."""
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    shutil.copytree(ROOT / "stages", tmp_path / "stages", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "text.txt").write_text("a text\n")
+    sheet = (ROOT / "params.yaml").read_text().replace("corpus: stdlib", "corpus: {source: files, paths: [text.txt]}")
+    (tmp_path / "params.yaml").write_text(sheet)
+    assert composed_again(tmp_path), "nothing is remembered yet"
+    return tmp_path
+
+
+def composed_again(project, **variables):
+    code = "import sys, stages.config; stages.config.main(); print('hydra' in sys.modules)"
+    environment = os.environ | {"DVC_STAGE": "config", "PYTHONPATH": str(project)} | variables
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=project, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip() == "True"
+
+
+def test_settings_of_which_nothing_changed_are_not_composed_again_and_inputs_are_looked_at(project):
+    outs = {name: (project / name).read_bytes() for name in ("resolved.yaml", "inputs.json")}
+    assert not composed_again(project)
+    assert outs == {name: (project / name).read_bytes() for name in outs}
+    (project / "inputs.json").unlink()
+    assert not composed_again(project) and (project / "inputs.json").read_bytes() == outs["inputs.json"]
+    (project / "text.txt").write_text("another text\n")
+    assert not composed_again(project) and (project / "inputs.json").read_bytes() != outs["inputs.json"]
+
+
+CHANGES = {  # a file: what is done to it
+    "params.yaml": lambda text: text.replace("seed: 1 ", "seed: 2 "),
+    "conf/scale/demo.yaml": lambda text: text.replace("steps: 400", "steps: 401"),
+    "conf/config.yaml": lambda text: f"{text}# a word\n",
+    "conf/experiment/mine.yaml": lambda _: "# @package _global_\nseed: 3\n",
+    "stages/settings/schema.py": lambda text: f"{text}# a word\n",
+    "stages/training/launchers/mine.py": lambda _: "",
+    "resolved.yaml": lambda text: text.replace("seed: 1", "seed: 5"),
+    "stages/config.py": lambda text: f"{text}# a word\n",
+    ".runs/accepted/params.yaml": lambda text: f"{text}# a word\n",
+    ".runs/accepted/composed.json": lambda text: text[:20],
+}
+
+
+def test_after_any_change_settings_are_composed_again(project):
+    for name, change in CHANGES.items():
+        path = project / name
+        before = path.read_bytes() if path.exists() else None
+        path.write_text(change(before.decode() if before else ""))
+        assert path.read_bytes() != before and unchanged.unchanged_corpus(project) is None, name
+        path.unlink()
+        assert before is None or unchanged.unchanged_corpus(project) is None, f"without {name}"
+        if before is not None:
+            path.write_bytes(before)
+        assert unchanged.unchanged_corpus(project), f"{name} is as it was"
+    (project / "params.yaml").write_text((project / "params.yaml").read_text().replace("seed: 1 ", "seed: 2 "))
+    assert composed_again(project) and not composed_again(project)
+    assert yaml.safe_load((project / "resolved.yaml").read_text())["seed"] == 2
+
+
+@pytest.mark.parametrize("value", ["${oc.env:SEED}", "${oc.decode:${oc.env:SEED}}", "${now:%S}", "${distill.steps}"])
+def test_a_value_from_elsewhere_is_never_taken_for_unchanged(sheet, value):
+    assert unchanged._composed_of(sheet)
+    edited(sheet, ("seed: 1 ", f"seed: {value} "))
+    assert unchanged._composed_of(sheet) is None
+
+
+def test_a_value_of_the_environment_is_read_again_each_time(project):
+    edited(project, ("seed: 1 ", "seed: ${oc.env:SEED} "))
+    assert composed_again(project, SEED="4") and composed_again(project, SEED="5")
+    assert yaml.safe_load((project / "resolved.yaml").read_text())["seed"] == 5
+
+
+def test_other_libraries_compose_again(project, monkeypatch):
+    assert unchanged.unchanged_corpus(project).paths == ["text.txt"]
+    monkeypatch.setattr(unchanged.metadata, "version", lambda name: "0")
+    assert unchanged.unchanged_corpus(project) is None
