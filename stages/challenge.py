@@ -12,7 +12,7 @@ Muon, so that the steps are the same on every machine. It is read from artifacts
 of the same cost, as after another temperature, do not train these models again.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from stages.files.artifacts import Refusal, read_json, rounded, write_json
 from stages.run.entry import Place, run_stage

@@ -81,7 +81,7 @@ def vocabulary(place: Place) -> int:
 
 
 def warm_start(build: Callable, teacher, calibration: list, keep: Callable, needed: bool) -> dict:
-    """A student's weights from the teacher, and what was copied; empty where nothing of it fits and it is not needed."""
+    """A student's weights from the teacher and what was copied; empty where it fits no student and is not needed."""
     from stages.compress.warm_start import initialise_student
 
     def make():

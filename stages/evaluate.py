@@ -5,8 +5,8 @@
 
 Quality in bits per byte, top-1 accuracy and calibration with 95% intervals by a paired bootstrap over documents, the
 words of the claims (quality kept, gap closed, quality lost), each model against its controls, parameters, operations
-per token, activation checkpointing, samples. Nothing here depends on the clock; that is the stage `profile`. Scoring is in float32 in one
-process; its progress is saved, and an interrupted evaluation ends with the same bytes.
+per token, activation checkpointing, samples. Nothing here depends on the clock; that is the stage `profile`. Scoring is
+in float32 in one process; its progress is saved, and an interrupted evaluation ends with the same bytes.
 """
 
 import io
