@@ -24,7 +24,7 @@ from stages.files.artifacts import rounded, write_json
 from stages.measure import flops as cost
 from stages.measure import memory
 from stages.measure.scoring import Estimate
-from stages.measure.subjects import device_name, load_models, training_loss
+from stages.measure.subjects import PRODUCTS, device_name, load_models, training_loss
 from stages.model.experts import route
 from stages.model.families.family import Routing
 from stages.model.families.registry import family_of
@@ -44,7 +44,7 @@ def main(settings, place: Place, run) -> dict:
     conditions = device_conditions(int(torch.cuda.is_available())) | {"threads": cores(), "precision": "float32"}
     keep_freed_memory()  # as a rank does
     split = Tokens(place.read("artifacts/data"), "test")
-    loaded = load_models(place.read("artifacts"), split.vocab_size)
+    loaded = load_models(place.read("artifacts"), split.vocab_size, PRODUCTS)  # a control has the shape of one of them
     tokens = split.window(0, min(len(split), e.checkpoint_batch_sequences * (T + 1) + p.prefill_tokens))
     teacher = loaded["teacher"]
     policies = memory.policies(e.checkpoint_every_blocks, len(teacher.blocks))

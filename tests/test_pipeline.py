@@ -56,9 +56,11 @@ def test_finished_work_whose_outs_dvc_has_saved_leaves_no_state(tree):
 def test_going_back_to_settings_that_were_run_before_trains_nothing(tree):
     sheet, before = tree / "params.yaml", outs_of(tree)
     text, page = sheet.read_text(), (tree / "report/index.html").read_bytes()
+    costs = (tree / "artifacts/costs/distill.json").read_bytes()
     try:
         sheet.write_text(text.replace("temperature: 1.0     # T", "temperature: 2.0     # T"))
         assert stages_run(user_types(tree, *DVC, "repro", "distill").stdout) == ["config", "distill"]
+        assert (tree / "artifacts/costs/distill.json").read_bytes() == costs, "its rivals need not be trained again"
     finally:
         sheet.write_text(text)
         again = user_types(tree, *DVC, "repro").stdout
@@ -106,18 +108,37 @@ def test_sparse_models_are_physically_smaller(tree):
         assert sizes[1] < 0.9 * sizes[0]
 
 
+def test_a_model_from_nothing_costs_what_its_rival_cost_with_all_that_it_was_made_from(tree):
+    metrics = json.loads((tree / "metrics/challenge.json").read_text())
+    own, whole = metrics["training_flops"], metrics["whole_training_flops"]
+    for name in ("student", "sparse_teacher", "sparse_student"):
+        spent, steps = own[f"scratch_{name}"], metrics[f"scratch_{name}_steps"]
+        assert spent <= whole[name] < spent + spent // steps, name
+        smaller = (tree / f"artifacts/scratch_{name}/model.safetensors").stat().st_size
+        assert smaller == pytest.approx((tree / f"artifacts/{name}/model.safetensors").stat().st_size, rel=0.01)
+
+
 def test_a_hydra_sweep_runs_every_job_and_leaves_dvc_clean(tree):
-    done = user_types(tree, sys.executable, "-m", "stages.distill", "-m", "distill.temperature=1,2", "distill.steps=4")
-    assert "distill.temperature=1" in done.stdout and "distill.temperature=2" in done.stdout
+    swept = ["distill.init=teacher,random", "distill.steps=4"]
+    done = user_types(tree, sys.executable, "-m", "stages.distill", "-m", *swept)
+    assert "distill.init=teacher" in done.stdout and "distill.init=random" in done.stdout
     jobs = sorted((tree / "multirun" / "distill").glob("*/*/metrics/distill.json"))
     assert len(jobs) == 2
     assert jobs[0].read_bytes() != jobs[1].read_bytes()
+
+    def weights(job: Path, name: str) -> bytes:
+        return (job.parent.parent / f"artifacts/{name}/model.safetensors").read_bytes()
+
+    names = ("student", "control", "warm_control", "cold_student")
+    warm, cold = ([weights(job, name) for name in names] for job in jobs)
+    assert len(set(warm)) == 4, "four cells, four models"
+    assert cold == [warm[3], warm[1], warm[2], warm[3]], "the student is the cold one, the others stay what they are"
     assert user_types(tree, *DVC, "status").stdout.split() == ["config:", "always", "changed"]
 
 
 def test_the_largest_seed_that_is_accepted_runs_in_every_stage(tree):
     shorter = {"pretrain": "pretrain.steps=2", "distill": "distill.steps=2", "sparsify": "sparsify.recovery.steps=2"}
-    shorter["evaluate"] = "evaluate.test_tokens=1000"
+    shorter |= {"challenge": "challenge.batch_sequences=64", "evaluate": "evaluate.test_tokens=1000"}
     for stage, words in shorter.items():
         command = [sys.executable, "-m", f"stages.{stage}", f"seed={2**32 - 1}", words]
         assert f"{stage} wrote outputs/" in user_types(tree, *command).stderr

@@ -22,12 +22,23 @@ LOST = "no outcome: its process ended early"
 COLUMNS = {
     "prepare": ("train.tokens", "train.bytes_per_token", "train.documents", "vocab_size"),
     "pretrain": ("validation_bits_per_byte", "tokens"),
-    "distill": ("validation_bits_per_byte", "control_validation_bits_per_byte", "tokens"),
+    "distill": (
+        "validation_bits_per_byte",
+        "control_validation_bits_per_byte",
+        "warm_control_validation_bits_per_byte",
+        "cold_student_validation_bits_per_byte",
+        "tokens",
+    ),
     "sparsify": (
         "sparse_student_validation_bits_per_byte",
         "sparse_teacher_validation_bits_per_byte",
         "continued_student_validation_bits_per_byte",
         "continued_teacher_validation_bits_per_byte",
+    ),
+    "challenge": (
+        "scratch_student_validation_bits_per_byte",
+        "scratch_sparse_teacher_validation_bits_per_byte",
+        "scratch_sparse_student_validation_bits_per_byte",
     ),
     "evaluate": ("teacher_bits_per_byte", "student_bits_per_byte", "quality_kept", "gap_closed", "test_documents"),
 }
@@ -36,6 +47,7 @@ SCORED = {
     "pretrain": COLUMNS["pretrain"][:1],
     "distill": COLUMNS["distill"][:1],
     "sparsify": COLUMNS["sparsify"][:2],
+    "challenge": COLUMNS["challenge"],
 }
 
 

@@ -113,14 +113,19 @@ class Trainer(Section):
     log_every_steps: Count
 
 
-class Training(Section):
-    """One fit: how long, with what batches, and how often it is looked at."""
+class Recipe(Section):
+    """With what batches a model is trained, and how often it is looked at."""
 
-    steps: Count
     batch_sequences: Count  # of all ranks together
     learning_rate_scale: Positive
     validate_every_steps: Count
     validation_sequences: Count
+
+
+class Training(Recipe):
+    """One fit, which also says how long."""
+
+    steps: Count
 
 
 class Pretrain(Training):
@@ -168,6 +173,10 @@ class Sparsify(Section):
     calibration_sequences: Annotated[int, Field(ge=8, le=MOST)]
 
 
+class Challenge(Recipe):
+    """The models trained from nothing: their steps follow from what the others cost."""
+
+
 class Evaluate(Section):
     test_tokens: Count
     batch_sequences: Count
@@ -199,6 +208,7 @@ class Settings(Section):
     pretrain: Pretrain
     distill: Distill
     sparsify: Sparsify
+    challenge: Challenge
     evaluate: Evaluate
     profile: Profile
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)]
@@ -347,6 +357,7 @@ BATCHES = {
     "pretrain": "pretrain.batch_sequences",
     "distill": "distill.batch_sequences",
     "sparsify": "sparsify.recovery.batch_sequences",
+    "challenge": "challenge.batch_sequences",
 }
 
 RULES = (

@@ -46,6 +46,7 @@ class Fit:
     out: str
     bias_update_rate: float = 0.0  # of the auxiliary-loss-free balancing (MoE only)
     notes: dict = field(default_factory=dict)  # figures known before the fit, kept with its results
+    prepared_flops: int = 0  # operations before the first step: calibration, warm start
 
 
 def split_targets(tokens_BT1: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,6 @@ hyperparameters. Nor does it import torch, whose import costs seconds.
 
 import contextlib
 import json
-import math
 import shutil
 import threading
 import time
@@ -63,7 +62,8 @@ def launch(build_fits: Callable, settings, place, inputs: list[str], run) -> tup
     observed = {name: observer_targets(getattr(settings, name)) for name in OBSERVERS if getattr(settings, name)}
     clock = {"seconds": time.monotonic() - started, "ranks": conditions["ranks"]}
     clock |= {"accelerator": accelerator(conditions)}
-    write_json(place.write(f"measurements/{stage}.json"), rounded(clock | speeds))
+    took = {f"{name}/seconds": fit["seconds"] for name, fit in result.items()}
+    write_json(place.write(f"measurements/{stage}.json"), rounded(clock | speeds | took))
     return result, conditions | observed
 
 
@@ -73,9 +73,10 @@ def observer_targets(wanted: dict[str, dict]) -> str:
 
 
 def _extent(stage: str, plain: dict, ranks: int) -> str:
-    few = int(plain["trainer"]["fast_dev_run"])
-    steps = min(plain[stage].get("recovery", plain[stage])["steps"], few or math.inf)
-    return f"{ranks} rank{'s' if ranks > 1 else ''}, {steps} steps per model"
+    steps, few = plain[stage].get("recovery", plain[stage]).get("steps"), int(plain["trainer"]["fast_dev_run"])
+    if few:
+        steps = min(steps or few, few)
+    return f"{ranks} rank{'s' if ranks > 1 else ''}" + (f", {steps} steps per model" if steps else "")
 
 
 def _reason(stage: str, code: int, state: Path) -> str:
@@ -129,6 +130,11 @@ def _hand_over(path: Path, position: int, run, speeds: dict[str, float]) -> int:
             run.metrics(row["figures"], step=row["step"], at=row["time"])
             speeds |= {k: v for k, v in row["figures"].items() if k.endswith("tokens_per_second")}
     return position + sum(len(line) + 1 for line in lines)
+
+
+def write_costs(place, stage: str, result: dict) -> None:
+    """What each model is and what its training took: nothing here depends on the weights."""
+    write_json(place.write(f"artifacts/costs/{stage}.json"), {name: fit["made"] for name, fit in result.items()})
 
 
 def write_curves(place, stage: str, result: dict) -> None:

@@ -37,11 +37,13 @@ from torch.utils.data import DataLoader
 
 from stages.data.shards import Tokens, Windows, read_card
 from stages.model import hub as models
+from stages.model.families.registry import family_of
 from stages.run.heap import keep_freed_memory
 from stages.settings.lightning import duration_seconds
 from stages.training import observers
 from stages.training.callbacks import AgreeOnStep, BalanceExperts, ExactResume, RecordSteps
 from stages.training.checkpoints import Checkpoint, made_once
+from stages.training.cost import step_flops
 from stages.training.fit import (
     VALIDATION_BATCH,
     Fit,
@@ -125,10 +127,12 @@ def run_fit(fit: Fit, rank: Rank) -> dict:
     progress.load(fit.model, optimizer, quiet=rank.rank != 0)
     if progress.step and rank.rank == 0:
         print(f"{fit.name}: continues after step {progress.step} of {fit.steps}", flush=True)
+    continued_from, started = progress.step, time.monotonic()
     if progress.step < fit.steps:
         train(fit, rank, progress, optimizer)
         if rank.rank == 0:
             progress.save(fit.model, optimizer)
+    seconds = time.monotonic() - started
     fit.model.cpu()
     if rank.rank == 0 and not rank.few_steps:
         progress.checkpoint.wait()
@@ -140,6 +144,22 @@ def run_fit(fit: Fit, rank: Rank) -> dict:
         "max_violation": [max_violation(load) for load in loads],
         "curve": progress.curve,
         "notes": fit.notes,
+        "made": how_made(fit, rank),
+        # of the whole fit, from the steps of this process; none where all were done before
+        "seconds": seconds * fit.steps / (fit.steps - continued_from) if continued_from < fit.steps else None,
+    }
+
+
+def how_made(fit: Fit, rank: Rank) -> dict:
+    """The model's architecture as in its config.json, its balancing, and the operations of its training."""
+    tokens = fit.batch_sequences * rank.accumulate * rank.sequence_tokens
+    teacher = getattr(fit.objective, "teacher", None)
+    return {
+        "config": family_of(fit.model.shape).config_of(fit.model.shape),
+        "bias_update_rate": fit.bias_update_rate,
+        "balance_loss_weight": getattr(fit.objective, "balance_loss_weight", 0.0),
+        "training_flops": fit.steps * step_flops(fit.model, tokens, rank.sequence_tokens, teacher)
+        + fit.prepared_flops,
     }
 
 
