@@ -26,7 +26,6 @@ from stages.files.artifacts import Refusal, write_atomically
 
 FOLDER = ROOT / ".runs" / "claims"
 WRITTEN = ROOT / "docs" / "claims.md"
-LAST_STAGE = "profile"
 
 
 def package_folder(name: str) -> str:
@@ -59,7 +58,7 @@ def prepare_checkout(folder: Path, corpus: dict, seed: int) -> None:
 
 @hydra.main(version_base=None, config_path=".", config_name="sweep")
 def job(settings: DictConfig) -> None:
-    """One corpus and one seed: the pipeline up to its measurements."""
+    """One corpus and one seed: the whole pipeline."""
     words = OmegaConf.to_container(settings, resolve=True)
     corpus, seed = words["corpus"], words["seed"]
     if corpus not in words["corpora"]:
@@ -69,7 +68,7 @@ def job(settings: DictConfig) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         prepare_checkout(folder, words["corpora"][corpus], seed)
     print(f"claims: {corpus}, seed {seed}: {folder.relative_to(ROOT)}", flush=True)
-    done = subprocess.run([*DVC, "repro", LAST_STAGE], cwd=folder, env=environment())
+    done = subprocess.run([*DVC, "repro", "--quiet"], cwd=folder, env=environment())
     if done.returncode:
         raise Refusal(f"claims: {corpus}, seed {seed} ended early: the same command continues it")
 

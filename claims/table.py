@@ -53,7 +53,7 @@ class Runs:
     @classmethod
     def of(cls, folder: Path) -> "Runs":
         found: dict[str, dict[int, Path]] = {}
-        for path in sorted(folder.glob("*-*/measurements/profile.json")):
+        for path in sorted(folder.glob("*-*/report/claims.json")):
             corpus, _, seed = path.parents[1].name.rpartition("-")
             found.setdefault(corpus, {})[int(seed)] = path.parents[1]
         return cls(found)
