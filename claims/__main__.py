@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from benchmarks.checkout import DVC, checkout, environment
 from benchmarks.table import ROOT
 from claims.table import MIN_CORPORA, MIN_SEEDS, Runs, page
-from stages.files.artifacts import Refusal, write_atomically
+from stages.files.artifacts import write_atomically
 
 FOLDER = ROOT / ".runs" / "claims"
 WRITTEN = ROOT / "docs" / "claims.md"
@@ -32,7 +32,7 @@ def package_folder(name: str) -> str:
     """Where an installed package keeps its files."""
     found = importlib.util.find_spec(name)
     if found is None or not found.submodule_search_locations:
-        raise Refusal(f"claims/sweep.yaml: the package {name} is not installed: choose another corpus")
+        sys.exit(f"claims/sweep.yaml: the package {name} is not installed: choose another corpus")
     return found.submodule_search_locations[0]
 
 
@@ -62,7 +62,7 @@ def job(settings: DictConfig) -> None:
     words = OmegaConf.to_container(settings, resolve=True)
     corpus, seed = words["corpus"], words["seed"]
     if corpus not in words["corpora"]:
-        raise Refusal(f"claims: corpus={corpus} is not one of {', '.join(words['corpora'])} (claims/sweep.yaml)")
+        sys.exit(f"claims: corpus={corpus} is not one of {', '.join(words['corpora'])} (claims/sweep.yaml)")
     folder = FOLDER / code_key() / f"{corpus}-{seed}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -70,26 +70,21 @@ def job(settings: DictConfig) -> None:
     print(f"claims: {corpus}, seed {seed}: {folder.relative_to(ROOT)}", flush=True)
     done = subprocess.run([*DVC, "repro", "--quiet"], cwd=folder, env=environment())
     if done.returncode:
-        raise Refusal(f"claims: {corpus}, seed {seed} ended early: the same command continues it")
+        sys.exit(f"claims: {corpus}, seed {seed} ended early: the same command continues it")
 
 
-def main() -> int:
+def main() -> None:
     OmegaConf.register_new_resolver("package", package_folder)
-    try:
-        job()
-        runs = Runs.of(FOLDER / code_key())
-    except Refusal as refusal:
-        print(refusal, file=sys.stderr)
-        return 1
+    job()
+    runs = Runs.of(FOLDER / code_key())
     text = page(runs)
     print(text)
     if runs.seeds < MIN_SEEDS or len(runs.corpora) < MIN_CORPORA:
         print(f"not written: {MIN_CORPORA} corpora with {MIN_SEEDS} seeds each are needed")
-        return 0
+        return
     write_atomically(WRITTEN, text)
     print(f"written: {WRITTEN.relative_to(ROOT)}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

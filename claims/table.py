@@ -165,8 +165,8 @@ def page(runs: Runs) -> str:
     parts = [
         "# The claims over seeds and corpora",
         "Written by `make claims`. Intervals and p values resample seeds and test documents apart (with three seeds"
-        " they are rough); p is corrected for the number of comparisons (Holm). The effect is the mean paired difference"
-        " of a document in standard deviations. A control is beaten, or better, where the corrected p is below 0.05.",
+        " they are rough); p is corrected for the number of comparisons (Holm). The effect is the mean difference of a"
+        " document in its standard deviations. A control is beaten, or better, where the corrected p is below 0.05.",
         listed(conditions()),
         "## Models against their strongest controls",
         comparisons_table(found),
