@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import hydra
 import yaml
@@ -59,7 +60,7 @@ def prepare_checkout(folder: Path, corpus: dict, seed: int) -> None:
 @hydra.main(version_base=None, config_path=".", config_name="sweep")
 def job(settings: DictConfig) -> None:
     """One corpus and one seed: the whole pipeline."""
-    words = OmegaConf.to_container(settings, resolve=True)
+    words: Any = OmegaConf.to_container(settings, resolve=True)
     corpus, seed = words["corpus"], words["seed"]
     if corpus not in words["corpora"]:
         sys.exit(f"claims: corpus={corpus} is not one of {', '.join(words['corpora'])} (claims/sweep.yaml)")

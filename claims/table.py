@@ -76,7 +76,8 @@ class Comparison:
     model: str
     equal: str
     control: str
-    better: scoring.Estimate  # bits per byte; below zero the control is better
+    better: float  # bits per byte; below zero the control is better
+    interval: str
     by_seed: list[float]
     effect: float  # mean over documents and seeds of the paired difference, in its standard deviations (Cohen's d_z)
     p: float  # two-sided, of the bootstrap
@@ -110,9 +111,9 @@ class Corpus:
         return make_claims(self.metrics, read_json(self.folders[0] / "measurements/profile.json"))
 
     def comparison(self, model: str, equal: str) -> Comparison:
-        control = strongest(controls_of(model, self.metrics), equal).name
+        strong = strongest(controls_of(model, self.metrics), equal)
+        control = strong.name
         theirs, own = self.tables[control], self.tables[model]
-        better, _ = scoring.difference(self.bootstrap, theirs, own)
         resampled_R = self.bootstrap.bits_per_byte(theirs) - self.bootstrap.bits_per_byte(own)
         tail = min((resampled_R <= 0).mean(), (resampled_R >= 0).mean())
         by_seed = [np.split(table, len(self.folders)) for table in (theirs, own)]
@@ -120,7 +121,7 @@ class Corpus:
         paired = (theirs[:, scoring.NATS] - own[:, scoring.NATS]) / own[:, scoring.BYTES]
         effect = paired.mean() / paired.std(ddof=1)
         p = min(1.0, max(2 * tail, 1 / RESAMPLES))
-        return Comparison(self.name, model, equal, control, better, seeds, effect, p)
+        return Comparison(self.name, model, equal, control, strong.ahead.value, strong.interval(), seeds, effect, p)
 
 
 def holm(values: list[float]) -> list[float]:
@@ -135,7 +136,7 @@ def holm(values: list[float]) -> list[float]:
 def outcome(comparison: Comparison, p: float) -> str:
     if p >= 0.05:
         return "level"
-    return "control beaten" if comparison.better.value > 0 else "control is better"
+    return "control beaten" if comparison.better > 0 else "control is better"
 
 
 def comparisons_table(found: list[Comparison]) -> str:
@@ -146,8 +147,8 @@ def comparisons_table(found: list[Comparison]) -> str:
             comparison.corpus,
             words(comparison.model),
             f"{words(comparison.control)} ({comparison.equal})",
-            signed_number(comparison.better.value),
-            f"{signed_number(comparison.better.low)} to {signed_number(comparison.better.high)}",
+            signed_number(comparison.better),
+            comparison.interval,
             ", ".join(map(signed_number, comparison.by_seed)),
             number(comparison.effect),
             f"{p:.2g}",
