@@ -119,7 +119,8 @@ def test_a_model_from_nothing_costs_what_its_rival_cost_with_all_that_it_was_mad
 
 
 def test_a_hydra_sweep_runs_every_job_and_leaves_dvc_clean(tree):
-    done = user_types(tree, sys.executable, "-m", "stages.distill", "-m", "distill.init=teacher,random", "distill.steps=4")
+    words = ["-m", "distill.init=teacher,random", "distill.steps=4"]
+    done = user_types(tree, sys.executable, "-m", "stages.distill", *words)
     assert "distill.init=teacher" in done.stdout and "distill.init=random" in done.stdout
     jobs = sorted((tree / "multirun" / "distill").glob("*/*/metrics/distill.json"))
     assert len(jobs) == 2

@@ -20,7 +20,7 @@ from pydantic import BaseModel
 
 from stages.files.artifacts import ROOT, Refusal, sha256_of
 from stages.settings.compose import compose, explain
-from stages.settings.schema import SECTIONS, Settings, as_yaml, leaves, refuse_uneven_batches, validate
+from stages.settings.schema import BATCHES, SECTIONS, Settings, as_yaml, leaves, refuse_uneven_batches, validate
 
 SCALES = sorted(file.stem for file in (ROOT / "conf/scale").glob("*.yaml"))
 CORPORA = sorted(file.stem for file in (ROOT / "conf/corpus").glob("*.yaml"))
@@ -159,10 +159,7 @@ BESIDE = {
     "prepare.vocab_size": {"prepare.tokenizer": "bytes"},
     "optimizer.warmup_share": {"optimizer.decay_share": 0},
     "optimizer.decay_share": {"optimizer.warmup_share": 0},
-    "trainer.ranks": {
-        key: 65536
-        for key in ("pretrain.batch_sequences", "distill.batch_sequences", "sparsify.recovery.batch_sequences")
-    },
+    "trainer.ranks": dict.fromkeys(BATCHES.values(), 65536),
 }
 
 
