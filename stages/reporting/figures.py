@@ -101,8 +101,8 @@ def cost_table(metrics: dict) -> Table:
     return Table(
         ["model", "parameters", "active", "FLOPs/token", "counted", "training FLOPs", "with all before"],
         rows,
-        "FLOPs per token: forward, by the formula and as counted; training FLOPs: of its own training, and with those of "
-        "the models that it was made from.",
+        "FLOPs per token: forward, by the formula and as counted; training FLOPs: of its own training, and with those "
+        "of the models that it was made from.",
     )
 
 
