@@ -26,6 +26,8 @@ from stages.measure import memory
 from stages.measure.scoring import Estimate
 from stages.measure.subjects import PRODUCTS, device_name, load_models, training_loss
 from stages.model.experts import route
+from stages.model.families.family import Routing
+from stages.model.families.registry import family_of
 from stages.model.generation import Reader
 from stages.model.kernels.routing import loads, permutation
 from stages.model.layers import can_compile
@@ -118,7 +120,11 @@ def checkpointing_time(model, policies: list[str], loss_of, repetitions: int, se
 
 @torch.no_grad()
 def router_time(tokens: int, shape, experts: int, per_token: int, repetitions: int, seed: int) -> dict:
-    """Our router against the plain one: same tokens and weights, from hidden states to rows by expert."""
+    """Our router against the plain one: same tokens and weights, from hidden states to rows by expert.
+
+    The width and the gating are those of `shape`; of a model without experts, the gating is the default.
+    """
+    gating, route_scale = family_of(shape).routing(shape) or Routing()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator().manual_seed(seed)
     x_ND = torch.randn(tokens, shape.width, generator=generator).to(device)
@@ -129,7 +135,7 @@ def router_time(tokens: int, shape, experts: int, per_token: int, repetitions: i
         return plain_router(x_ND, router_ED, per_token)
 
     def ours():
-        gates = route(x_ND, router_ED, bias_E, per_token, shape.gating, shape.route_scale)
+        gates = route(x_ND, router_ED, bias_E, per_token, gating, route_scale)
         return gates.weight_NK, *permutation(gates.expert_index_NK), loads(gates.expert_index_NK, experts)
 
     if x_ND.is_cuda and can_compile():  # as training compiles it; in one graph, for alone it is nothing but launches

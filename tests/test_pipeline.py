@@ -119,8 +119,8 @@ def test_a_model_from_nothing_costs_what_its_rival_cost_with_all_that_it_was_mad
 
 
 def test_a_hydra_sweep_runs_every_job_and_leaves_dvc_clean(tree):
-    words = ["-m", "distill.init=teacher,random", "distill.steps=4"]
-    done = user_types(tree, sys.executable, "-m", "stages.distill", *words)
+    swept = ["distill.init=teacher,random", "distill.steps=4"]
+    done = user_types(tree, sys.executable, "-m", "stages.distill", "-m", *swept)
     assert "distill.init=teacher" in done.stdout and "distill.init=random" in done.stdout
     jobs = sorted((tree / "multirun" / "distill").glob("*/*/metrics/distill.json"))
     assert len(jobs) == 2
@@ -212,6 +212,83 @@ def test_training_interrupted_and_resumed_gives_the_bytes_of_an_uninterrupted_ru
     again = subprocess.run(command, cwd=tree, env=under_dvc, check=True, capture_output=True, text=True)
     assert "teacher: continues after step 20 of 20" in again.stdout
     assert (tree / "artifacts/teacher/model.safetensors").read_bytes() == whole
+
+
+WATCHERS = """
+import json, time
+from pathlib import Path
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+class Slow(Callback):
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        time.sleep(self.seconds)
+        module.log("slept", self.seconds)
+        assert trainer.callback_metrics["loss"] > 0
+
+class Lines(Logger):
+    name, version = "lines", 0
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = Path(path)
+
+    def log_hyperparams(self, params):
+        pass
+
+    @rank_zero_only
+    def log_metrics(self, metrics, step):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step} | metrics) + "\\n")
+"""
+PRESETS = {
+    "callbacks/slow.yaml": "slow: {_target_: watchers.Slow, seconds: 0.125}",
+    "logger/lines.yaml": "lines: {_target_: watchers.Lines, path: '${run:folder}/${run:fit}.jsonl'}",
+}
+
+
+def test_a_callback_and_a_logger_of_ones_own_watch_a_run_that_a_time_limit_cuts_in_two_and_change_no_byte(tree):
+    """Each is one YAML file beside a class."""
+    added = {tree / "watchers.py": WATCHERS} | {tree / "conf" / name: text for name, text in PRESETS.items()}
+    words = ["logger=[csv,lines]", "callbacks=[learning_rate,slow]", "trainer.log_every_steps=10"]
+    command = [sys.executable, "-m", "stages.pretrain", *words, "hydra.run.dir=outputs/watched"]
+    for path, text in added.items():
+        path.write_text(text)
+    try:
+        cut = user_types(tree, *command, "trainer.max_time=00:00:00:01", check=False)
+        stop = "teacher: stopped by trainer.max_time (00:00:00:01) after step "
+        assert cut.returncode == 1 and stop in cut.stderr and "the same command continues from there" in cut.stderr
+        assert "Traceback" not in cut.stderr and not list((tree / "outputs/watched").rglob("*.safetensors"))
+        done = user_types(tree, *command)
+    finally:
+        for path in added:
+            path.unlink()
+    first = int(re.search(r"continues after step (\d+) of 20", done.stdout)[1])
+    logs = tree / "outputs/watched/logs"
+    rows = [json.loads(line) for line in (logs / "teacher.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if "loss" in row]
+    assert first < 20 and steps == [10, 20] and rows[-1]["slept"] == 0.125, "every row once: rank zero wrote it"
+    assert rows[-1]["validation_bits_per_byte"] > 0 and any("lr-MuonAdamW/pg1" in row for row in rows)
+    assert list(logs.rglob("metrics.csv"))
+    wanted, found = (folder / "artifacts/teacher/model.safetensors" for folder in (tree, tree / "outputs/watched"))
+    assert found.read_bytes() == wanted.read_bytes()
+
+
+def test_a_trial_goes_through_every_fit_and_leaves_nothing_that_could_be_taken_for_a_model(tree):
+    recorded = len(list((tree / ".runs/tracking").iterdir()))
+    words = ["trainer.fast_dev_run=1", "hydra.run.dir=outputs/trial", "logger=csv"]
+    done = user_types(tree, sys.executable, "-m", "stages.distill", *words)
+    said = "offramp: distill: trainer.fast_dev_run: control, student went through; no model was kept"
+    assert done.stderr.splitlines() == [said] and "student: step 1/1" in done.stdout
+    left = {path.name for path in (tree / "outputs/trial").rglob("*") if path.is_file()}
+    assert left == {"resolved.yaml", "config.yaml", "hydra.yaml", "overrides.yaml"}
+    assert len(list((tree / ".runs/tracking").iterdir())) == recorded
+    assert not list((tree / ".runs/resume").glob("distill-*"))
 
 
 def test_two_runs_of_the_same_work_never_share_their_state(tree):

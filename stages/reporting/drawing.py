@@ -207,8 +207,8 @@ def _leader(x: float, y: float, box: tuple[float, float, float, float]) -> str:
     end_x, end_y = min(max(x, box[0] - 2), box[2] + 2), min(max(y, box[1] + 2), box[3] - 2)
     if math.hypot(end_x - x, end_y - y) <= 14:
         return ""
-    ends = f'x1="{x:.1f}" y1="{y:.1f}" x2="{end_x:.1f}" y2="{end_y:.1f}"'
-    return f'<line {ends} stroke="var(--muted)" stroke-width="0.8"/>'
+    line = f'x1="{x:.1f}" y1="{y:.1f}" x2="{end_x:.1f}" y2="{end_y:.1f}"'
+    return f'<line {line} stroke="var(--muted)" stroke-width="0.8"/>'
 
 
 def _overlap(one, other):

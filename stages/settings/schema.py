@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from stages.files.artifacts import ROOT, Refusal
 from stages.settings import shapes
+from stages.settings.lightning import Batches, Duration, FewSteps, Observers
 from stages.settings.reading import refuse, refuse_first, refuse_unknown, shown
 
 OWN_FILES = "in params.yaml corpus: {source: files, paths: [texts/*.txt]}, or corpus=files 'corpus.paths=[texts/*.txt]'"
@@ -92,7 +93,6 @@ class Optimizer(Section):
     muon_momentum: Momentum
     adamw_beta1: Momentum
     adamw_beta2: Annotated[float, Field(ge=0, le=0.99999)]
-    clip_norm: Positive
     warmup_share: Share
     decay_share: Share
 
@@ -105,6 +105,10 @@ class Trainer(Section):
     deterministic: bool
     ranks: Annotated[int, Field(ge=1, le=65536)] | Literal["auto"]
     accumulate_grad_batches: Annotated[int, Field(ge=1, le=65536)]
+    gradient_clip_val: Positive | None
+    max_time: Duration
+    limit_val_batches: Batches
+    fast_dev_run: FewSteps
     checkpoint_every_seconds: Annotated[float, Field(ge=0, le=1e9)]
     log_every_steps: Count
 
@@ -199,6 +203,8 @@ class Settings(Section):
     student: Student
     optimizer: Optimizer
     trainer: Trainer
+    callbacks: Observers
+    logger: Observers
     pretrain: Pretrain
     distill: Distill
     sparsify: Sparsify
