@@ -75,7 +75,7 @@ def observer_targets(wanted: dict[str, dict]) -> str:
 def _extent(stage: str, plain: dict, ranks: int) -> str:
     few = int(plain["trainer"]["fast_dev_run"])
     steps = min(plain[stage].get("recovery", plain[stage])["steps"], few or math.inf)
-    return f"{ranks} rank{'s' if ranks > 1 else ''}, {steps} steps per model"
+    return f"{ranks} rank{'s' if ranks > 1 else ''}, {steps} step{'s' if steps > 1 else ''} per model"
 
 
 def _reason(stage: str, code: int, state: Path) -> str:
