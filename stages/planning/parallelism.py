@@ -47,7 +47,9 @@ def data_parallel_wire_bytes(parameters: float, ranks: int, bytes_per_parameter:
     return (ranks - 1) / ranks * parameters * bytes_per_parameter
 
 
-def tensor_parallel_wire_bytes(tokens: int, width: int, layers: int, ranks: int, activation_bytes: Number) -> Number:
+def tensor_parallel_wire_bytes(
+    tokens: float, width: int, layers: float, ranks: int, activation_bytes: Number
+) -> Number:
     """Two all-reduces forward and two backward in each layer (Shoeybi et al. 2019, arXiv 1909.08053, section 3).
 
     With sequence parallelism they become reduce-scatters and all-gathers of the same bytes (arXiv 2205.05198).
@@ -55,7 +57,7 @@ def tensor_parallel_wire_bytes(tokens: int, width: int, layers: int, ranks: int,
     return 4 * layers * 2 * (ranks - 1) / ranks * tokens * width * activation_bytes
 
 
-def pipeline_wire_bytes(tokens: int, width: int, virtual_stages: int, activation_bytes: Number) -> Number:
+def pipeline_wire_bytes(tokens: float, width: int, virtual_stages: int, activation_bytes: Number) -> Number:
     """Activations forward and their gradients backward over each boundary that a chip feeds: v of each.
 
     arXiv 2104.04473, section 2.2.2: interleaving multiplies the traffic by v.
@@ -65,7 +67,7 @@ def pipeline_wire_bytes(tokens: int, width: int, virtual_stages: int, activation
 
 def moe_wire_bytes_per_token(
     width: int,
-    layers: int,
+    layers: float,
     destinations_per_token: float,
     expert_ranks: int,
     dispatch_bytes: Number,

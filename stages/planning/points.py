@@ -106,8 +106,8 @@ class Point(Row):
                 )
             if self.chips // spread.pp % (spread.ep * spread.etp):
                 raise ValueError(
-                    f"layout: ep {spread.ep} x etp {spread.etp} does not divide the {self.chips // spread.pp} chips of a"
-                    " pipeline stage; change ep or etp"
+                    f"layout: ep {spread.ep} x etp {spread.etp} does not divide the {self.chips // spread.pp} chips of"
+                    " a pipeline stage; change ep or etp"
                 )
         return self
 

@@ -167,8 +167,8 @@ def refuse_unless_it_fits(layout: Layout, chip: Chip, nodes: int) -> None:
         raise Refusal(f"nodes = {nodes}: must be at least 1")
     if layout.chips != chips:
         raise Refusal(
-            f"tp {layout.tp} x pp {layout.pp} x cp {layout.cp} x dp {layout.dp} = {layout.chips} chips, but {nodes} nodes"
-            f" of {chip.chips_per_node} {chip.name} have {chips}: change the layout or the nodes"
+            f"tp {layout.tp} x pp {layout.pp} x cp {layout.cp} x dp {layout.dp} = {layout.chips} chips, but {nodes}"
+            f" nodes of {chip.chips_per_node} {chip.name} have {chips}: change the layout or the nodes"
         )
 
 
@@ -180,8 +180,8 @@ def _work_seconds(model, layout, chip, anchor, fitted):
     work = left / (rounds * slower) - micro_batch_traffic_seconds(model, layout, chip)
     if work <= 0:
         raise Refusal(
-            f"the anchor's step of {anchor.step_seconds:g} s is shorter than its traffic over {chip.name}'s links alone:"
-            " check its batch, its layout and the links"
+            f"the anchor's step of {anchor.step_seconds:g} s is shorter than its traffic over {chip.name}'s links"
+            " alone: check its batch, its layout and the links"
         )
     return work
 
