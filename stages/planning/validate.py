@@ -165,10 +165,10 @@ def _without_publisher(found, pairs, grid, registry):
 
 def _head(table):
     return [
-        "Each point is predicted from its anchor, the smaller run of the same set. Errors are predicted over published,",
-        "minus 1. Three numbers are fitted, each time without the set that the point belongs to (leave-one-set-out): the",
-        "share of traffic that is exposed over fast links, the same over slow links, and the slowdown for each e-fold of",
-        "chips. Linear scaling keeps the anchor's throughput per chip.",
+        "Each point is predicted from its anchor, the smaller run of the same set. Errors are predicted over published",
+        "minus 1. Three numbers are fitted, each time without the set that the point belongs to (leave-one-set-out):",
+        "the share of traffic that is exposed over fast links, the same over slow links, and the slowdown for each",
+        "e-fold of chips. Linear scaling keeps the anchor's throughput per chip.",
     ]
 
 
