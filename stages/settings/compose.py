@@ -17,6 +17,7 @@ from stages.settings.schema import SECTIONS, leaves
 
 ORDER = ("corpus", "scale", "experiment")  # as conf/config.yaml lays the presets
 DEFAULTS = {"experiment": "none"}  # of the groups that params.yaml need not name
+NO_PRESETS = ("hydra", "plan")  # folders of conf/ with files that no word chooses
 
 
 def compose(overrides: Any = (), root: Path = ROOT) -> dict[str, Any]:
@@ -129,8 +130,9 @@ def read_sheet(words: Any = (), root: Path = ROOT) -> tuple[dict[str, str], dict
 
 def preset_groups(root: Path = ROOT) -> dict[str, list[str]]:
     """The folders of conf/ that a word of params.yaml chooses from."""
-    folders = [folder for folder in sorted((root / "conf").iterdir()) if folder.is_dir() and folder.name != "hydra"]
-    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+    folders = [folder for folder in sorted((root / "conf").iterdir()) if folder.is_dir()]
+    chosen = [folder for folder in folders if folder.name not in NO_PRESETS]
+    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in chosen}
 
 
 def preset_of(file: Path, root: Path = ROOT) -> dict[str, Any]:
