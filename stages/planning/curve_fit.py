@@ -56,7 +56,7 @@ def explain(
         ]
     )
     fits = []
-    for name, collective in _algorithms(chip, chips_per_node, parameters * BYTES_PER_PARAMETER / layers).items():
+    for name, collective in algorithms(chip, chips_per_node, parameters * BYTES_PER_PARAMETER / layers).items():
         reduces = REDUCES_PER_LAYER * layers
         fixed = np.array([collective(n, chip.inter_bytes_per_second, 0.0) for n in nodes]) * reduces
         slope = np.array([collective(n, chip.inter_bytes_per_second, 1.0) for n in nodes]) * reduces - fixed
@@ -67,7 +67,8 @@ def explain(
     return fits
 
 
-def _algorithms(chip: Chip, g: int, layer_bytes: float) -> dict[str, Seconds]:
+def algorithms(chip: Chip, g: int, layer_bytes: float) -> dict[str, Seconds]:
+    """Seconds of an all-reduce of a layer on nodes of `g` chips."""
     intra, latency = chip.intra_bytes_per_second, chip.intra_latency_seconds
     return {
         "flat ring": lambda n, speed, alpha: ring_all_reduce_seconds(layer_bytes, n * g, speed, alpha),

@@ -148,7 +148,7 @@ def sentence(what: Subject, old: Answer, moves: Sequence[Leaving], plan: Any) ->
     for move in moves:
         if move.change is not None:
             ends = f"{_signed(move.change.low)} to {_signed(move.change.high)}"
-            place = f"on one's own at {plan.utilization:.0%} use" if move.to == OWN else f"at {move.to}"
+            place = f"owned at {plan.utilization:.0%} use" if move.to == OWN else f"at {move.to}"
             parts.append(f"{_signed(move.change.value)} ({ends}) {place}")
     if not parts:
         return f"{start}; no other provider that is asked for has a dated price"

@@ -5,6 +5,7 @@ those hours only; an owned chip costs the same whether it works or not.
 """
 
 import datetime
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -28,8 +29,8 @@ def annuity_dollars(capital_dollars: float, cost_of_capital: float, years: float
     """
     if cost_of_capital == 0:
         return capital_dollars * (1 - residual) / years
-    discount = (1 + cost_of_capital) ** -years
-    return capital_dollars * (1 - residual * discount) * cost_of_capital / (1 - discount)
+    discounted = -math.expm1(-years * math.log1p(cost_of_capital))  # 1 - (1 + r)^-n, exact for small r too
+    return capital_dollars * (1 - residual * (1 - discounted)) * cost_of_capital / discounted
 
 
 def power_dollars_per_hour(owned: Owning) -> float:
@@ -65,11 +66,14 @@ def break_even_utilization(owned: Owning, rent_dollars_per_hour: float, years: f
 
 
 def grid(
-    owned: Owning, utilizations: Sequence[float], rents: Sequence[float], lives: Sequence[float]
-) -> dict[str, list[list[float | None]]]:
+    owned: Owning, utilizations: Sequence[float], rents: Sequence[float], years: Sequence[float]
+) -> dict[str, Sequence]:
     """Tables over utilization (rows): cost of an owned hour by years of life, and months to break even by rent."""
     return {
-        "own_dollars_per_hour": [[own_dollars_per_hour(owned, n, u) for n in lives] for u in utilizations],
+        "utilizations": utilizations,
+        "rents": rents,
+        "years": years,
+        "own_dollars_per_hour": [[own_dollars_per_hour(owned, n, u) for n in years] for u in utilizations],
         "break_even_months": [[break_even_months(owned, rent, u) for rent in rents] for u in utilizations],
     }
 

@@ -96,11 +96,11 @@ def plots(content: dict) -> dict[str, str]:
         [each["provider"], each["nodes"], each["chips"], *(each["dollars"] or ["", "", ""]), each["days"][0]]
         for each in content["answers"]
     ]
-    own, asked = content["rent_or_own"], content["question"]["grid"]
+    grid = content["rent_or_own"]["grid"] if content["rent_or_own"] else {}
     heat = [
         [share, rent, months]
-        for share, row in zip(asked["utilization"], own["grid"]["break_even_months"] if own else [], strict=False)
-        for rent, months in zip(asked["dollars_per_chip_hour"], row, strict=True)
+        for share, row in zip(grid.get("utilizations", ()), grid.get("break_even_months", ()), strict=True)
+        for rent, months in zip(grid["rents"], row, strict=True)
     ]
     return {
         "scaling": _csv("chips,tokens_per_second,low,high,linear_tokens_per_second", scaling),

@@ -28,6 +28,7 @@ COLUMNS = {
         "continued_student_validation_bits_per_byte",
         "continued_teacher_validation_bits_per_byte",
     ),
+    "plan": ("cheapest.dollars", "cheapest.days", "cheapest.tokens_per_second"),
     "evaluate": ("teacher_bits_per_byte", "student_bits_per_byte", "quality_kept", "gap_closed", "test_documents"),
 }
 # Those whose mean ranks the jobs; the lower the better. The other stages do not make models better or worse.
