@@ -114,9 +114,7 @@ def test_a_curve_made_with_a_latency_gives_that_latency_back(told, algorithm):
     reduces = curve_fit.REDUCES_PER_LAYER * assumed.layers
     seconds = [compute + reduces * collective(n, chip.inter_bytes_per_second, latency) for n in nodes]
     speeds = [assumed.tokens_per_chip_step * 8 * n / each for n, each in zip(nodes, seconds, strict=True)]
-    fits = curve_fit.explain(
-        nodes, speeds, 8, assumed.tokens_per_chip_step, assumed.parameters, assumed.layers, chip
-    )
+    fits = curve_fit.explain(nodes, speeds, 8, assumed.tokens_per_chip_step, assumed.parameters, assumed.layers, chip)
     (fit,) = [fit for fit in fits if (fit.algorithm, fit.fitted) == (algorithm, "latency_seconds")]
     assert fit.needed == pytest.approx(latency, rel=1e-4) and fit.compute_seconds == pytest.approx(compute)
     assert fit.error < 1e-9 and fit.plausible
