@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.files.artifacts import ROOT, Refusal
 from stages.planning.chips import Chip
@@ -38,14 +38,25 @@ class Model(Row):
     """What is published of a model's shape; null is unknown."""
 
     name: str
-    total_parameters: Size | None
-    active_parameters: Size | None
+    total_parameters: Size | None = None
+    active_parameters: Size | None = None
     layers: Count | None = None
     width: Count | None = None
     vocabulary: Count | None = None
     experts: Count | None = None  # routed, in a layer; null for a dense model
     experts_per_token: Count | None = None
     source: str | None = None
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if (self.active_parameters or 0) > (self.total_parameters or math.inf):
+            raise ValueError(
+                f"active_parameters = {self.active_parameters:g}: more than total_parameters"
+                f" ({self.total_parameters:g}); swap or correct them"
+            )
+        if (self.experts_per_token or 0) > (self.experts or math.inf):
+            raise ValueError(f"experts_per_token = {self.experts_per_token}: must be at most experts ({self.experts})")
+        return self
 
     @property
     def routed_parameters(self) -> float:

@@ -66,7 +66,7 @@ def validate(points: Sequence[Point], registry: Iterable[Point] | None = None) -
 
     A set of the registry that shares a measurement with the points is left out too, whatever its name.
     """
-    registry = list(points if registry is None and _is_registry(points) else registry or load_points(POINTS))
+    registry = load_points(POINTS) if registry is None else list(registry)
     grid = Grid(predictable(registry))
     pairs = {pair.point.id: pair for pair in predictable(points, registry)}
     anchors = {point.id: point for point in [*registry, *points]}
@@ -92,10 +92,6 @@ def validate(points: Sequence[Point], registry: Iterable[Point] | None = None) -
         sets={name: _errors([row for row in found if row.point.set == name]) for name in _sets_of(found)},
         by_publisher=_without_publisher(found, pairs, grid, registry),
     )
-
-
-def _is_registry(points):
-    return {point.id for point in points} == {point.id for point in load_points(POINTS)}
 
 
 def _sets_with(point, registry):
