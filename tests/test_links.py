@@ -21,7 +21,7 @@ def test_the_prediction_is_the_ring_and_the_share_of_a_core():
 def test_the_table_shows_each_number_beside_its_prediction():
     run = Measured(2, 100, 1_000_000, 0.5, 0.32, 4e6, 4e6)
     assert [what for what, *_ in rows_of(ALONE, run, 2)][-1] == "training step"
-    text = as_markdown(ALONE, [run], cores=2, load=0.1)
+    text = as_markdown([(ALONE, run)], cores=2, load=0.1)
     assert "| 2 | 100 | bytes a rank sends in an all-reduce | 4,000,000 B | 4,000,000 B | +0.0% |" in text
 
 
