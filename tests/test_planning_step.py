@@ -98,8 +98,16 @@ def test_a_faster_chip_and_a_smaller_model_take_less_time():
 def test_a_layout_that_does_not_multiply_to_the_chips_is_refused():
     with pytest.raises(Refusal, match="tp 8 x pp 4 x cp 1 x dp 5 = 160 chips, but 16 nodes of 8 H100 have 128"):
         step(layout(dp=5), 16)
+    with pytest.raises(Refusal, match="global_batch_sequences = 130: must be a multiple of dp x micro_batch_sequences"):
+        step(layout(global_batch_sequences=130), 16)
     with pytest.raises(Refusal, match="nodes = 0: must be at least 1"):
         step(layout(), 0)
+
+
+def test_a_chip_whose_links_are_unknown_is_refused_where_they_are_needed():
+    anchor = Anchor(30.0, layout(), 16)
+    with pytest.raises(Refusal, match="chip MI250X: intra_bytes_per_second is not known: write it in conf/plan/chips"):
+        predict(DENSE, layout(dp=2, pp=2), CHIPS["MI250X"], 8, anchor, PLAIN)
 
 
 def test_an_anchor_that_is_shorter_than_its_own_traffic_is_refused():

@@ -94,9 +94,9 @@ class Layout(Row):
         return self.tp * self.pp * self.cp * self.dp
 
     @property
-    def micro_batches(self) -> float:
+    def micro_batches(self) -> int:
         """Of one pipeline in a step."""
-        return self.global_batch_sequences / (self.dp * self.micro_batch_sequences)
+        return self.global_batch_sequences // (self.dp * self.micro_batch_sequences)
 
     @property
     def tokens_per_step(self) -> int:
@@ -181,6 +181,17 @@ def refuse_unless_it_fits(layout: Layout, chip: Chip, nodes: int) -> None:
             f"tp {layout.tp} x pp {layout.pp} x cp {layout.cp} x dp {layout.dp} = {layout.chips} chips, but {nodes}"
             f" nodes of {chip.chips_per_node} {chip.name} have {chips}: change the layout or the nodes"
         )
+    at_once = layout.dp * layout.micro_batch_sequences
+    if layout.global_batch_sequences % at_once:
+        raise Refusal(
+            f"global_batch_sequences = {layout.global_batch_sequences}: must be a multiple of dp x"
+            f" micro_batch_sequences ({at_once}): change the batch or the layout"
+        )
+    used = {"intra_bytes_per_second": min(chips, chip.fast_domain_chips) > 1} if chips > 1 else {}
+    used |= {"inter_bytes_per_second": chips > chip.fast_domain_chips}
+    unknown = [name for name, needed in used.items() if needed and getattr(chip, name) is None]
+    if unknown and not chip.all_reduce_bytes_per_second:
+        raise Refusal(f"chip {chip.name}: {unknown[0]} is not known: write it in conf/plan/chips.yaml or in the row")
 
 
 def _work_seconds(model, layout, chip, anchor, fitted):
@@ -252,9 +263,7 @@ def _replicas_seconds(parameters, ranks, stride, layout, chip):
         return 0.0, 0.0
     if chip.all_reduce_bytes_per_second:
         return 0.0, parameters * layout.gradient_bytes / chip.all_reduce_bytes_per_second
-    each = data_parallel_bytes_per_parameter(
-        layout.zero, math.ceil(layout.micro_batches), BFLOAT16_BYTES, layout.gradient_bytes
-    )
+    each = data_parallel_bytes_per_parameter(layout.zero, layout.micro_batches, BFLOAT16_BYTES, layout.gradient_bytes)
     size = parameters * each / 2  # an all-reduce moves each byte twice
     inside = min(ranks, max(1, chip.fast_domain_chips // stride))
     domains = math.ceil(ranks / inside)
