@@ -111,8 +111,16 @@ def test_a_chip_whose_links_are_unknown_is_refused_where_they_are_needed():
 
 
 def test_an_anchor_that_is_shorter_than_its_own_traffic_is_refused():
+    anchor = Anchor(0.01, layout(overlapped=False), 16)
     with pytest.raises(Refusal, match="shorter than its traffic over H100's links alone"):
-        step(layout(), 16, seconds=0.01)
+        predict(DENSE, layout(overlapped=False), CHIPS["H100"], 16, anchor, PLAIN)
+
+
+def test_traffic_of_a_micro_batch_that_the_anchor_has_no_time_for_was_hidden():
+    across = layout(tp=1, pp=1, ep=64, dp=128)
+    anchor = Anchor(0.01, across, 16)
+    twice = across.model_copy(update={"dp": 256, "global_batch_sequences": 256})
+    assert predict(MIXTURE, twice, CHIPS["H100"], 32, anchor, PLAIN).step_seconds == pytest.approx(0.01)
 
 
 def test_the_fitted_file_is_a_fit_of_the_registry():

@@ -149,10 +149,14 @@ def predict(model: Model, layout: Layout, chip: Chip, nodes: int, anchor: Anchor
     was_model, was_chip = anchor.model or model, anchor.chip or chip
     refuse_unless_it_fits(layout, chip, nodes)
     refuse_unless_it_fits(anchor.layout, was_chip, anchor.nodes)
-    work = _work_seconds(was_model, anchor.layout, was_chip, anchor, fitted)
-    work *= _flops(model, layout) / _flops(was_model, anchor.layout)
-    work *= was_chip.peak(anchor.layout.precision) / chip.peak(layout.precision)
-    unit = work + micro_batch_traffic_seconds(model, layout, chip)
+    scale = _flops(model, layout) / _flops(was_model, anchor.layout)
+    scale *= was_chip.peak(anchor.layout.precision) / chip.peak(layout.precision)
+    was_unit = _measured_unit_seconds(was_model, was_chip, anchor, fitted)
+    was_traffic = micro_batch_traffic_seconds(was_model, anchor.layout, was_chip)
+    if was_traffic < was_unit:
+        unit = (was_unit - was_traffic) * scale + micro_batch_traffic_seconds(model, layout, chip)
+    else:  # the measured time has no room for it: it was hidden
+        unit = was_unit * scale
     compute = layout.micro_batches * unit
     bubble = pipeline_bubble_micro_batches(layout.pp, layout.vp) * unit
     straggler = (compute + bubble) * straggler_growth(layout.chips) * fitted.straggler_share
@@ -194,18 +198,18 @@ def refuse_unless_it_fits(layout: Layout, chip: Chip, nodes: int) -> None:
         raise Refusal(f"chip {chip.name}: {unknown[0]} is not known: write it in conf/plan/chips.yaml or in the row")
 
 
-def _work_seconds(model, layout, chip, anchor, fitted):
-    """A chip's own computation for one micro-batch: the step's equation solved for it."""
+def _measured_unit_seconds(model, chip, anchor, fitted):
+    """A chip's time for one micro-batch: the step's equation solved for it."""
+    layout = anchor.layout
     rounds = layout.micro_batches + pipeline_bubble_micro_batches(layout.pp, layout.vp)
     slower = 1 + straggler_growth(layout.chips) * fitted.straggler_share
     left = anchor.step_seconds - exposed_seconds(model, layout, chip, fitted)
-    work = left / (rounds * slower) - micro_batch_traffic_seconds(model, layout, chip)
-    if work <= 0:
+    if left <= 0:
         raise Refusal(
             f"the anchor's step of {anchor.step_seconds:g} s is shorter than its traffic over {chip.name}'s links"
             " alone: check its batch, its layout and the links"
         )
-    return work
+    return left / (rounds * slower)
 
 
 def _flops(model, layout):
