@@ -275,20 +275,23 @@ def rows_of(alone: Measured, run: Measured, cores: int) -> Iterator[tuple[str, f
     yield "training step", step, run.step_seconds, "s"
 
 
-def as_markdown(alone: Measured, runs: Sequence[Measured], cores: int, load: float) -> str:
+def as_markdown(pairs: Sequence[tuple[Measured, Measured]], cores: int, load: float) -> str:
+    """Each run with the step of one rank alone, measured just before it: others may use the machine meanwhile."""
+    alone = [one.step_seconds for one, _ in pairs]
     lines = [
         "# Training over links of known bandwidth",
         "",
         f"`python -m benchmarks.links` on {cores} cores, load {load:.1f} when it began. The teacher of scale demo"
-        f" ({alone.gradient_floats:,} parameters), float32, {SEQUENCES} sequences of {TOKENS} tokens a rank, DDP over"
-        f" gloo, one thread a rank. One rank alone takes {alone.step_seconds:.3f} s a step: the planner's anchor."
-        " Nothing is fitted.",
+        f" ({pairs[0][0].gradient_floats:,} parameters), float32, {SEQUENCES} sequences of {TOKENS} tokens a rank, DDP",
+        "over gloo, one thread a rank. The planner's anchor is the step of one rank alone, measured before each run:"
+        f" {min(alone):.3f} to {max(alone):.3f} s.",
+        "Nothing is fitted.",
         "",
         "| ranks | link, Mbit/s | what | predicted | measured | error |",
         "| ---: | ---: | --- | ---: | ---: | ---: |",
     ]
-    for run in runs:
-        for what, expected, measured, unit in rows_of(alone, run, cores):
+    for one, run in pairs:
+        for what, expected, measured, unit in rows_of(one, run, cores):
             form = ",.0f" if unit == "B" else ".3f"
             both = f"{expected:{form}} {unit} | {measured:{form}} {unit}"
             error = 100 * (expected / measured - 1)
@@ -302,9 +305,8 @@ def main() -> None:
     cores, load = os.cpu_count() or 1, os.getloadavg()[0]
     if load > 0.5 * cores:
         print(f"others use this machine (load {load:.1f}): expect noise", file=sys.stderr)
-    alone = measure(1, 0)
-    runs = [measure(ranks, megabits) for ranks, megabits in itertools.product(RANKS, MEGABITS)]
-    text = as_markdown(alone, runs, cores, load)
+    pairs = [(measure(1, 0), measure(ranks, megabits)) for ranks, megabits in itertools.product(RANKS, MEGABITS)]
+    text = as_markdown(pairs, cores, load)
     print(text)
     write_atomically(ROOT / "benchmarks/links.md", text)
 

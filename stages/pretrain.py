@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from stages.files.artifacts import rounded, write_json
 from stages.run.entry import Place, run_stage
-from stages.training.launch import launch, write_curves
+from stages.training.launch import launch, write_costs, write_curves
 
 SECTIONS = ("sequence_tokens", "seed", "teacher", "pretrain", "optimizer", "trainer")
 
@@ -39,6 +39,7 @@ def fits(settings, place: Place, _) -> Iterator:
 def main(settings, place: Place, run) -> dict:
     result, conditions = launch(fits, settings, place, ["artifacts/data"], run)
     write_curves(place, "pretrain", result)
+    write_costs(place, "pretrain", result)
     teacher = result["teacher"]
     metrics = {k: teacher[k] for k in ("validation_bits_per_byte", "expert_load", "max_violation")}
     batches = settings.pretrain.steps * settings.trainer.accumulate_grad_batches

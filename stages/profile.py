@@ -24,8 +24,10 @@ from stages.files.artifacts import rounded, write_json
 from stages.measure import flops as cost
 from stages.measure import memory
 from stages.measure.scoring import Estimate
-from stages.measure.subjects import device_name, load_models, training_loss
+from stages.measure.subjects import PRODUCTS, device_name, load_models, training_loss
 from stages.model.experts import route
+from stages.model.families.family import Routing
+from stages.model.families.registry import family_of
 from stages.model.generation import Reader
 from stages.model.kernels.routing import loads, permutation
 from stages.model.layers import can_compile
@@ -43,7 +45,7 @@ def main(settings, place: Place, run) -> dict:
     conditions = device_conditions(int(torch.cuda.is_available())) | {"threads": cores(), "precision": "float32"}
     keep_freed_memory()  # as a rank does
     split = Tokens(place.read("artifacts/data"), "test")
-    loaded = load_models(place.read("artifacts"), split.vocab_size)
+    loaded = load_models(place.read("artifacts"), split.vocab_size, PRODUCTS)  # a control has the shape of one of them
     tokens = split.window(0, min(len(split), e.checkpoint_batch_sequences * (T + 1) + p.prefill_tokens))
     teacher = loaded["teacher"]
     policies = memory.policies(e.checkpoint_every_blocks, len(teacher.blocks))
@@ -132,7 +134,11 @@ def training_time(models: dict, losses: dict[str, Callable], repetitions: int) -
 
 @torch.no_grad()
 def router_time(tokens: int, shape, experts: int, per_token: int, repetitions: int, seed: int) -> dict:
-    """Our router against the plain one: same tokens and weights, from hidden states to rows by expert."""
+    """Our router against the plain one: same tokens and weights, from hidden states to rows by expert.
+
+    The width and the gating are those of `shape`; of a model without experts, the gating is the default.
+    """
+    gating, route_scale = family_of(shape).routing(shape) or Routing()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator().manual_seed(seed)
     x_ND = torch.randn(tokens, shape.width, generator=generator).to(device)
@@ -143,7 +149,7 @@ def router_time(tokens: int, shape, experts: int, per_token: int, repetitions: i
         return plain_router(x_ND, router_ED, per_token)
 
     def ours():
-        gates = route(x_ND, router_ED, bias_E, per_token, shape.gating, shape.route_scale)
+        gates = route(x_ND, router_ED, bias_E, per_token, gating, route_scale)
         return gates.weight_NK, *permutation(gates.expert_index_NK), loads(gates.expert_index_NK, experts)
 
     if x_ND.is_cuda and can_compile():  # as training compiles it; in one graph, for alone it is nothing but launches

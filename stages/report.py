@@ -22,11 +22,12 @@ from stages.run.provenance import RECORDS, record_path
 
 SECTIONS = ("seed",)
 
-STAGES = ("pretrain", "distill", "sparsify", "evaluate", "profile", "plan")
+STAGES = ("pretrain", "distill", "sparsify", "challenge", "evaluate", "profile", "plan")
 CURVES = {  # the models that each stage trains
     "pretrain": ("teacher",),
-    "distill": ("student", "control"),
+    "distill": ("student", "control", "warm_control", "cold_student"),
     "sparsify": ("sparse_teacher", "continued_teacher", "sparse_student", "continued_student"),
+    "challenge": ("scratch_student", "scratch_sparse_teacher", "scratch_sparse_student"),
 }
 
 

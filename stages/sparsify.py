@@ -12,22 +12,27 @@ from functools import partial
 
 from stages.files.artifacts import rounded, write_json
 from stages.run.entry import Place, run_stage
-from stages.training.launch import launch, write_curves
+from stages.training.launch import launch, write_costs, write_curves
 
 SECTIONS = ("sequence_tokens", "seed", "sparsify", "optimizer", "trainer")
 INPUTS = ["artifacts/data", "artifacts/teacher", "artifacts/student"]
+CALIBRATION_SEQUENCES = 8  # of a batch
+# At most: forward and backward once for heads, forward once for neurons and once for experts.
+CALIBRATION_PASSES = 5
 
 
 def fits(settings, place: Place, keep: Callable) -> Iterator:
     from stages.compress.pruning import prune
     from stages.data.shards import Tokens, Windows
     from stages.model import hub as models
+    from stages.training.cost import forward_flops
     from stages.training.fit import Distillation, Fit, NextToken
 
     recipe, data = settings.sparsify.recovery, place.read("artifacts/data")
     windows = Windows(Tokens(data, "train"), settings.sequence_tokens, settings.seed + 1)
-    calibration = [windows.batch(i, 0, 1, 8) for i in range(settings.sparsify.calibration_sequences // 8)]
-    held_out = [windows.batch(len(calibration), 0, 1, 8)]
+    batches = settings.sparsify.calibration_sequences // CALIBRATION_SEQUENCES
+    *calibration, held_out = (windows.batch(i, 0, 1, CALIBRATION_SEQUENCES) for i in range(batches + 1))
+    calibration_tokens = batches * CALIBRATION_SEQUENCES * settings.sequence_tokens
     common = {
         "steps": recipe.steps,
         "batch_sequences": recipe.batch_sequences,
@@ -39,7 +44,7 @@ def fits(settings, place: Place, keep: Callable) -> Iterator:
         dense = models.load(place.read(f"artifacts/{name}"))
         shares = {key.removeprefix("keep_"): share for key, share in vars(getattr(settings.sparsify, name)).items()}
         words = vars(settings.sparsify.score)
-        kept = keep(f"{name}_calibration", partial(calibrate, dense, shares, words, calibration, held_out))
+        kept = keep(f"{name}_calibration", partial(calibrate, dense, shares, words, calibration, [held_out]))
         sparse = prune(dense, shares, kept["importance"])
         yield Fit(
             name=f"sparse_{name}",
@@ -49,6 +54,8 @@ def fits(settings, place: Place, keep: Callable) -> Iterator:
             ),
             out=f"artifacts/sparse_{name}",
             notes={"one_shot_loss_ratio": kept["one_shot_loss_ratio"]},
+            prepared_flops=CALIBRATION_PASSES
+            * round(forward_flops(dense.shape, calibration_tokens, settings.sequence_tokens)),
             **common,
         )
         yield Fit(
@@ -75,6 +82,7 @@ def calibrate(dense, shares: dict[str, float], words: dict[str, str], calibratio
 def main(settings, place: Place, run) -> dict:
     result, conditions = launch(fits, settings, place, INPUTS, run)
     write_curves(place, "sparsify", result)
+    write_costs(place, "sparsify", result)
     metrics = {f"{name}_validation_bits_per_byte": fit["validation_bits_per_byte"] for name, fit in result.items()}
     for name in ("sparse_teacher", "sparse_student"):
         metrics[f"{name}_one_shot_loss_ratio"] = result[name]["notes"]["one_shot_loss_ratio"]

@@ -57,7 +57,7 @@ def test_every_folder_a_stage_imports_is_among_its_dependencies(stage):
     assert declared <= folders, f"not imported by {stage}: {sorted(declared - folders)}"
 
 
-@pytest.mark.parametrize("stage", ["prepare", "pretrain", "distill", "sparsify"])
+@pytest.mark.parametrize("stage", ["prepare", "pretrain", "distill", "sparsify", "challenge"])
 def test_an_edit_where_runs_are_recorded_measured_or_reported_reruns_no_training(stage):
     assert not {"stages/tracking", "stages/reporting", "stages/measure"} & set(STAGES[stage]["deps"])
 

@@ -114,7 +114,7 @@ def load(folder: Path | str) -> Any:
     """The model of a folder, in eval mode; a damaged, altered or foreign folder is refused in one line."""
     folder = Path(folder)
     config = read_json(folder / CONFIG)
-    shape = _shape_from(config, folder / CONFIG)
+    shape = shape_from(config, folder / CONFIG)
     tensors = _read_weights(folder / WEIGHTS, config.get("weights_sha256"))
     _refuse_larger_than(tensors, shape, folder / CONFIG)
     family, model = family_of(shape), empty_model(shape)
@@ -124,7 +124,8 @@ def load(folder: Path | str) -> Any:
     return model.requires_grad_().eval()
 
 
-def _shape_from(config: Any, path: Path) -> Any:
+def shape_from(config: Any, path: Path) -> Any:
+    """The shape that the content of a config.json describes; `path` is for messages."""
     if not isinstance(config, dict):
         raise Refusal(f"{path} is not a mapping: run dvc repro again")
     if config.get("config_sha256", (own := _config_sha256(config))) != own:

@@ -7,9 +7,10 @@ the best one is chosen again without the set. Each set weighs the same, or a lon
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from stages.planning.points import Point
-from stages.planning.step import Anchor, Fitted, predict
+from stages.planning.step import Anchor, Fitted, Layout, predict
 
 FAST_LINKS = (0.0, 0.1, 0.25, 0.5, 1.0)
 SLOW_LINKS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
@@ -24,12 +25,20 @@ class Pair:
     point: Point
     anchor: Point
 
-    def step_seconds(self, fitted: Fitted) -> float:
-        point, anchor = self.point, self.anchor
-        measured = anchor.step_seconds()
+    @cached_property
+    def layout(self) -> Layout:
+        return self.point.whole_layout
+
+    @cached_property
+    def run(self) -> Anchor:
+        """The smaller run as it was measured."""
+        anchor, measured = self.anchor, self.anchor.step_seconds()
         assert measured
-        run = Anchor(measured, anchor.whole_layout, anchor.nodes, anchor.model, anchor.chip)
-        return predict(point.model, point.whole_layout, point.chip, point.nodes, run, fitted).step_seconds
+        return Anchor(measured, anchor.whole_layout, anchor.nodes, anchor.model, anchor.chip)
+
+    def step_seconds(self, fitted: Fitted) -> float:
+        point = self.point
+        return predict(point.model, self.layout, point.chip, point.nodes, self.run, fitted).step_seconds
 
     def error(self, step_seconds: float) -> float:
         """Of the row's own metric: predicted over published, minus 1."""
@@ -39,10 +48,8 @@ class Pair:
 
     def linear_seconds(self) -> float:
         """The step if each chip kept the anchor's throughput."""
-        point, anchor = self.point.whole_layout, self.anchor.whole_layout
-        measured = self.anchor.step_seconds()
-        assert measured
-        return measured * (point.tokens_per_step / point.chips) / (anchor.tokens_per_step / anchor.chips)
+        layout, was = self.layout, self.run.layout
+        return self.run.step_seconds * (layout.tokens_per_step / layout.chips) / (was.tokens_per_step / was.chips)
 
 
 def predictable(points: Iterable[Point], registry: Iterable[Point] = ()) -> list[Pair]:

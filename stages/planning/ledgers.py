@@ -1,6 +1,8 @@
 """Ledgers: YAML files of rows under conf/plan/. A bad row is refused in one line: file, row, field, cure."""
 
+import difflib
 import re
+import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from stages.files.artifacts import Refusal
 from stages.settings.reading import RULES, shown
+
+DATES = {"date_type": "must be a date such as 2025-01-31, without quotes"}
 
 
 class Row(BaseModel):
@@ -63,17 +67,28 @@ def row_of(kind: type[R], values: Any, place: str) -> R:
         raise Refusal(f"{place}: {_first_mistake(error, kind)}") from None
 
 
+def _fields_at(place, kind):
+    """The fields of a row, or of the mapping inside it where pydantic found the mistake."""
+    for name in place:
+        inner = kind.model_fields[name].annotation if isinstance(name, str) and name in kind.model_fields else None
+        found = [each for each in (inner, *typing.get_args(inner)) if isinstance(each, type) and issubclass(each, Row)]
+        kind = found[0] if found else kind
+    return list(kind.model_fields)
+
+
 def _first_mistake(error: ValidationError, kind: type[Row]) -> str:
     order = {"extra_forbidden": 0, "missing": 1}
     first = min(error.errors(include_url=False), key=lambda each: order.get(each["type"], 2))
     field = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"{field}: no such field; there are {', '.join(kind.model_fields)}"
+        known = _fields_at(first["loc"][:-1], kind)
+        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        return f"{field}: no such field; {f'did you mean {close[0]}?' if close else 'there are ' + ', '.join(known)}"
     if first["type"] == "missing":
-        return f"{field}: missing; write it (null where it is not published)"
+        return f"{field}: missing; write it"
     if first["type"] == "value_error":
         return f"{field + ': ' if field else ''}{first['ctx']['error']}"
     if first["type"] == "literal_error":
         return f"{field} = {shown(first['input'])}: must be {first['ctx']['expected'].replace(chr(39), '')}"
-    rule = RULES.get(first["type"], first["msg"]).format(**first.get("ctx", {}))
+    rule = (RULES | DATES).get(first["type"], first["msg"]).format(**first.get("ctx", {}))
     return f"{field} = {shown(first['input'])}: {rule}"

@@ -104,6 +104,12 @@ class Point(Row):
                     f"layout: tp {spread.tp} x pp {spread.pp} x cp {spread.cp} x dp {spread.dp or 'free'} makes {ranks}"
                     f" ranks on {self.chips} chips; change the layout or chips"
                 )
+            at_once = self.chips // others * (self.micro_batch_sequences or 1)
+            if self.global_batch_sequences and self.global_batch_sequences % at_once:
+                raise ValueError(
+                    f"global_batch_sequences = {self.global_batch_sequences}: must be a multiple of dp x"
+                    f" micro_batch_sequences ({at_once}); change the batch or the layout"
+                )
             if self.chips // spread.pp % (spread.ep * spread.etp):
                 raise ValueError(
                     f"layout: ep {spread.ep} x etp {spread.etp} does not divide the {self.chips // spread.pp} chips of"
@@ -189,7 +195,10 @@ class Point(Row):
 
 
 def load_points(paths: str | Path | Iterable[str | Path] = POINTS) -> list[Point]:
-    """The rows of files, and of the files of folders; ids are unique and anchors lead to a row without one."""
+    """The rows of files, and of the files of folders; ids are unique and anchors lead to a row without one.
+
+    An anchor may also be a row of the registry.
+    """
     chips = load_chips()
     models = load_models()
     found: dict[str, Point] = {}
@@ -204,8 +213,13 @@ def load_points(paths: str | Path | Iterable[str | Path] = POINTS) -> list[Point
             if point.id in found:
                 raise Refusal(f"{place}: the id stands in {places[point.id]} too; give each row its own")
             found[point.id], places[point.id] = point, place
+    if not found:
+        raise Refusal(f"{paths}: has no file with rows; name a file of rows, or a folder of *.yaml")
+    known = found
+    if any(point.anchor is not None and point.anchor not in found for point in found.values()) and paths != POINTS:
+        known = {point.id: point for point in load_points(POINTS)} | found
     for point in found.values():
-        _refuse_bad_anchor(point, found, places[point.id])
+        _refuse_bad_anchor(point, known, places[point.id])
     return list(found.values())
 
 

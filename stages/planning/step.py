@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.files.artifacts import ROOT, Refusal
 from stages.planning.chips import Chip
@@ -38,14 +38,25 @@ class Model(Row):
     """What is published of a model's shape; null is unknown."""
 
     name: str
-    total_parameters: Size | None
-    active_parameters: Size | None
+    total_parameters: Size | None = None
+    active_parameters: Size | None = None
     layers: Count | None = None
     width: Count | None = None
     vocabulary: Count | None = None
     experts: Count | None = None  # routed, in a layer; null for a dense model
     experts_per_token: Count | None = None
     source: str | None = None
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if (self.active_parameters or 0) > (self.total_parameters or math.inf):
+            raise ValueError(
+                f"active_parameters = {self.active_parameters:g}: more than total_parameters"
+                f" ({self.total_parameters:g}); swap or correct them"
+            )
+        if (self.experts_per_token or 0) > (self.experts or math.inf):
+            raise ValueError(f"experts_per_token = {self.experts_per_token}: must be at most experts ({self.experts})")
+        return self
 
     @property
     def routed_parameters(self) -> float:
@@ -83,9 +94,9 @@ class Layout(Row):
         return self.tp * self.pp * self.cp * self.dp
 
     @property
-    def micro_batches(self) -> float:
+    def micro_batches(self) -> int:
         """Of one pipeline in a step."""
-        return self.global_batch_sequences / (self.dp * self.micro_batch_sequences)
+        return self.global_batch_sequences // (self.dp * self.micro_batch_sequences)
 
     @property
     def tokens_per_step(self) -> int:
@@ -138,10 +149,14 @@ def predict(model: Model, layout: Layout, chip: Chip, nodes: int, anchor: Anchor
     was_model, was_chip = anchor.model or model, anchor.chip or chip
     refuse_unless_it_fits(layout, chip, nodes)
     refuse_unless_it_fits(anchor.layout, was_chip, anchor.nodes)
-    work = _work_seconds(was_model, anchor.layout, was_chip, anchor, fitted)
-    work *= _flops(model, layout) / _flops(was_model, anchor.layout)
-    work *= was_chip.peak(anchor.layout.precision) / chip.peak(layout.precision)
-    unit = work + micro_batch_traffic_seconds(model, layout, chip)
+    scale = _flops(model, layout) / _flops(was_model, anchor.layout)
+    scale *= was_chip.peak(anchor.layout.precision) / chip.peak(layout.precision)
+    was_unit = _measured_unit_seconds(was_model, was_chip, anchor, fitted)
+    was_traffic = micro_batch_traffic_seconds(was_model, anchor.layout, was_chip)
+    if was_traffic < was_unit:
+        unit = (was_unit - was_traffic) * scale + micro_batch_traffic_seconds(model, layout, chip)
+    else:  # the measured time has no room for it: it was hidden
+        unit = was_unit * scale
     compute = layout.micro_batches * unit
     bubble = pipeline_bubble_micro_batches(layout.pp, layout.vp) * unit
     straggler = (compute + bubble) * straggler_growth(layout.chips) * fitted.straggler_share
@@ -170,20 +185,31 @@ def refuse_unless_it_fits(layout: Layout, chip: Chip, nodes: int) -> None:
             f"tp {layout.tp} x pp {layout.pp} x cp {layout.cp} x dp {layout.dp} = {layout.chips} chips, but {nodes}"
             f" nodes of {chip.chips_per_node} {chip.name} have {chips}: change the layout or the nodes"
         )
+    at_once = layout.dp * layout.micro_batch_sequences
+    if layout.global_batch_sequences % at_once:
+        raise Refusal(
+            f"global_batch_sequences = {layout.global_batch_sequences}: must be a multiple of dp x"
+            f" micro_batch_sequences ({at_once}): change the batch or the layout"
+        )
+    used = {"intra_bytes_per_second": min(chips, chip.fast_domain_chips) > 1} if chips > 1 else {}
+    used |= {"inter_bytes_per_second": chips > chip.fast_domain_chips}
+    unknown = [name for name, needed in used.items() if needed and getattr(chip, name) is None]
+    if unknown and not chip.all_reduce_bytes_per_second:
+        raise Refusal(f"chip {chip.name}: {unknown[0]} is not known: write it in conf/plan/chips.yaml or in the row")
 
 
-def _work_seconds(model, layout, chip, anchor, fitted):
-    """A chip's own computation for one micro-batch: the step's equation solved for it."""
+def _measured_unit_seconds(model, chip, anchor, fitted):
+    """A chip's time for one micro-batch: the step's equation solved for it."""
+    layout = anchor.layout
     rounds = layout.micro_batches + pipeline_bubble_micro_batches(layout.pp, layout.vp)
     slower = 1 + straggler_growth(layout.chips) * fitted.straggler_share
     left = anchor.step_seconds - exposed_seconds(model, layout, chip, fitted)
-    work = left / (rounds * slower) - micro_batch_traffic_seconds(model, layout, chip)
-    if work <= 0:
+    if left <= 0:
         raise Refusal(
             f"the anchor's step of {anchor.step_seconds:g} s is shorter than its traffic over {chip.name}'s links"
             " alone: check its batch, its layout and the links"
         )
-    return work
+    return left / (rounds * slower)
 
 
 def _flops(model, layout):
@@ -241,9 +267,7 @@ def _replicas_seconds(parameters, ranks, stride, layout, chip):
         return 0.0, 0.0
     if chip.all_reduce_bytes_per_second:
         return 0.0, parameters * layout.gradient_bytes / chip.all_reduce_bytes_per_second
-    each = data_parallel_bytes_per_parameter(
-        layout.zero, math.ceil(layout.micro_batches), BFLOAT16_BYTES, layout.gradient_bytes
-    )
+    each = data_parallel_bytes_per_parameter(layout.zero, layout.micro_batches, BFLOAT16_BYTES, layout.gradient_bytes)
     size = parameters * each / 2  # an all-reduce moves each byte twice
     inside = min(ranks, max(1, chip.fast_domain_chips // stride))
     domains = math.ceil(ranks / inside)

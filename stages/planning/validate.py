@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from stages.files.artifacts import Refusal
 from stages.planning.fitting import Grid, Pair, mean, predictable, reason_against
+from stages.planning.plausibility import Finding, check, load_claims, of_points
 from stages.planning.points import POINTS, Point, load_points
 from stages.planning.step import Fitted, has_slow_links
 
@@ -17,6 +18,19 @@ UNITS = {
     "mfu_percent": "% MFU",
     "efficiency_percent": "% of the anchor",
 }
+
+
+INTRODUCTION = """# The planner against published points
+
+Written by the code, not by hand; a test compares. `python -m stages.plan validate` prints the table of the registry
+(`conf/plan/points`), and with `--points FILE` that of any other file of rows. The format of a row stands at the top of
+`stages/planning/points.py`.
+
+What leaving a set out cannot show: the form of the equation and the boundary of slow links (20 GB/s for a chip) were
+chosen with all sets in view. Where a source does not state something that the equation needs, the note of the row says
+what stands in: the micro-batches of S23 and of S20's largest run are the defaults of their software, the traffic of FF
+is not overlapped and has the middle of the published bandwidths, the network of LF is 400 Gb/s a GPU.
+"""
 
 
 @dataclass(frozen=True)
@@ -56,9 +70,11 @@ class Table:
     summary: Mapping[str, Errors]
     sets: Mapping[str, Errors]
     by_publisher: Errors | None  # fitted without the publisher instead of without the set
+    findings: tuple[Finding, ...]  # numbers of these rows that cannot be, or are beyond what is usual
 
     def markdown(self) -> str:
-        return "\n".join([*_head(self), "", *_summary(self), "", *_sets(self), "", *_points(self), *_unpredicted(self)])
+        parts = _head(), _summary(self), _sets(self), _points(self), _unpredicted(self), _findings(self.findings)
+        return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
 
 def validate(points: Sequence[Point], registry: Iterable[Point] | None = None) -> Table:
@@ -66,7 +82,7 @@ def validate(points: Sequence[Point], registry: Iterable[Point] | None = None) -
 
     A set of the registry that shares a measurement with the points is left out too, whatever its name.
     """
-    registry = list(points if registry is None and _is_registry(points) else registry or load_points(POINTS))
+    registry = load_points(POINTS) if registry is None else list(registry)
     grid = Grid(predictable(registry))
     pairs = {pair.point.id: pair for pair in predictable(points, registry)}
     anchors = {point.id: point for point in [*registry, *points]}
@@ -91,11 +107,8 @@ def validate(points: Sequence[Point], registry: Iterable[Point] | None = None) -
         summary={name: _errors(of) for name in ("all", *CLASSES) if (of := _of_class(found, name))},
         sets={name: _errors([row for row in found if row.point.set == name]) for name in _sets_of(found)},
         by_publisher=_without_publisher(found, pairs, grid, registry),
+        findings=tuple(check(of_points(points))),
     )
-
-
-def _is_registry(points):
-    return {point.id for point in points} == {point.id for point in load_points(POINTS)}
 
 
 def _sets_with(point, registry):
@@ -163,13 +176,23 @@ def _without_publisher(found, pairs, grid, registry):
 # ---- as Markdown
 
 
-def _head(table):
+def document() -> str:
+    """docs/planner-validation.md: the registry, and what is wrong in the published tables."""
+    wrong = _findings(check(load_claims()), "Published tables (`conf/plan/published`), checked against themselves:")
+    return "\n".join([INTRODUCTION, validate(load_points()).markdown(), "", *wrong]) + "\n"
+
+
+def _head():
     return [
         "Each point is predicted from its anchor, the smaller run of the same set. Errors are predicted over published",
         "minus 1. Three numbers are fitted, each time without the set that the point belongs to (leave-one-set-out):",
         "the share of traffic that is exposed over fast links, the same over slow links, and the slowdown for each",
         "e-fold of chips. Linear scaling keeps the anchor's throughput per chip.",
     ]
+
+
+def _number(value):
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _percent(share, sign=True):
@@ -209,7 +232,7 @@ def _points(table):
             _row(
                 row.point.id,
                 f"{row.point.value:,.6g} {unit}",
-                f"{row.predicted:,.4g}",
+                _number(row.predicted),
                 _percent(row.error),
                 _percent(row.linear_error),
                 ", ".join(row.classes),
@@ -223,8 +246,12 @@ def _points(table):
 def _unpredicted(table):
     left = [row for row in table.rows if row.error is None]
     without = [row for row in left if row.reason != "no anchor"]
-    lines = ["", *(f"- {row.point.id}: {row.reason}" for row in without)] if without else []
+    lines = [f"- {row.point.id}: {row.reason}" for row in without]
     alone = [row.point.id for row in left if row.reason == "no anchor"]
     if alone:
         lines += ["", f"{len(alone)} rows are anchors or have none: {', '.join(alone)}."]
     return lines
+
+
+def _findings(findings, head="Numbers of these rows that cannot be, or are beyond what is usual:"):
+    return [head, "", *(f"- {each.severity}: {each.message}" for each in findings)] if findings else []

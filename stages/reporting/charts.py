@@ -40,13 +40,14 @@ def scatter(
     y_format: Format = number,
     links: Iterable[tuple[str, str]] = (),
 ) -> Markup:
-    """Marks with vertical error bars and their names beside them; links joins pairs of points by label."""
-    points = [point for point in points if drawing.finite(point.x, point.y)]
+    """Marks with vertical error bars and their names beside them, those of one x side by side; links joins pairs of
+    points by label."""
+    points = drawing.side_by_side([point for point in points if drawing.finite(point.x, point.y)])
     if not points:
         return drawing.empty(title, *SCATTER)
     xs = [point.x for point in points]
     ys = [end for point in points for end in (point.y, *(point.interval or ()))]
-    frame = Frame(*SCATTER, drawing.padded(xs, 0.12), drawing.padded(ys, 0.12))
+    frame = Frame(*SCATTER, drawing.padded(xs, 0.2), drawing.padded(ys, 0.12))
     by_label = {point.label: point for point in points}
     body = [drawing.axes(frame, x_label, y_label, x_format, y_format)]
     for start, end in links:

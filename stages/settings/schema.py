@@ -26,6 +26,7 @@ from stages.settings.bounds import (
     Share,
     Word,
 )
+from stages.settings.lightning import Batches, Duration, FewSteps, Observers
 from stages.settings.plan import Plan, plan_rules
 from stages.settings.reading import refuse, refuse_first, refuse_unknown, shown
 
@@ -91,7 +92,6 @@ class Optimizer(Section):
     muon_momentum: Momentum
     adamw_beta1: Momentum
     adamw_beta2: Annotated[float, Field(ge=0, le=0.99999)]
-    clip_norm: Positive
     warmup_share: Share
     decay_share: Share
 
@@ -104,18 +104,27 @@ class Trainer(Section):
     deterministic: bool
     ranks: Annotated[int, Field(ge=1, le=65536)] | Literal["auto"]
     accumulate_grad_batches: Annotated[int, Field(ge=1, le=65536)]
+    gradient_clip_val: Positive | None
+    max_time: Duration
+    limit_val_batches: Batches
+    fast_dev_run: FewSteps
     checkpoint_every_seconds: Annotated[float, Field(ge=0, le=1e9)]
     log_every_steps: Count
 
 
-class Training(Section):
-    """One fit: how long, with what batches, and how often it is looked at."""
+class Recipe(Section):
+    """With what batches a model is trained, and how often it is looked at."""
 
-    steps: Count
     batch_sequences: Count  # of all ranks together
     learning_rate_scale: Positive
     validate_every_steps: Count
     validation_sequences: Count
+
+
+class Training(Recipe):
+    """One fit, which also says how long."""
+
+    steps: Count
 
 
 class Pretrain(Training):
@@ -163,6 +172,10 @@ class Sparsify(Section):
     calibration_sequences: Annotated[int, Field(ge=8, le=MOST)]
 
 
+class Challenge(Recipe):
+    """The models trained from nothing: their steps follow from what the others cost."""
+
+
 class Evaluate(Section):
     test_tokens: Count
     batch_sequences: Count
@@ -189,9 +202,12 @@ class Settings(Section):
     student: Student
     optimizer: Optimizer
     trainer: Trainer
+    callbacks: Observers
+    logger: Observers
     pretrain: Pretrain
     distill: Distill
     sparsify: Sparsify
+    challenge: Challenge
     evaluate: Evaluate
     profile: Profile
     plan: Plan
@@ -341,6 +357,7 @@ BATCHES = {
     "pretrain": "pretrain.batch_sequences",
     "distill": "distill.batch_sequences",
     "sparsify": "sparsify.recovery.batch_sequences",
+    "challenge": "challenge.batch_sequences",
 }
 
 RULES = (

@@ -13,7 +13,7 @@ from stages.model.experts import MoE
 from stages.model.families import prunable
 from stages.model.families.deepseek_v3 import dense, hub
 from stages.model.families.deepseek_v3.model import DeepseekV3, DeepseekV3Shape
-from stages.model.families.family import DenseSource
+from stages.model.families.family import DenseSource, Routing
 from stages.model.families.prunable import Prunable
 from stages.settings import shapes
 
@@ -71,6 +71,9 @@ class DeepseekV3Family:
             routed = moe.gate_up.numel() + moe.down.numel()
             idle += routed // n_experts * (n_experts - moe.experts_per_token)
         return sum(parameter.numel() for parameter in model.parameters()) - idle
+
+    def routing(self, shape: DeepseekV3Shape) -> Routing | None:
+        return Routing(shape.gating, shape.route_scale) if shape.dense_layers < shape.layers else None
 
     def prunable(self, model: DeepseekV3) -> list[Prunable]:
         places = []

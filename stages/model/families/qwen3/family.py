@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from stages.model.families import hub_layout, prunable
-from stages.model.families.family import DenseSource
+from stages.model.families.family import DenseSource, Routing
 from stages.model.families.prunable import Prunable
 from stages.model.families.qwen3.model import Qwen3, Qwen3Shape
 from stages.settings import shapes
@@ -69,6 +69,9 @@ class Qwen3Family:
 
     def active_parameters(self, model: Qwen3) -> int:
         return sum(parameter.numel() for parameter in model.parameters())
+
+    def routing(self, shape: Qwen3Shape) -> Routing | None:
+        return None
 
     def prunable(self, model: Qwen3) -> list[Prunable]:
         """A key/value head stays or goes with all its query heads."""
