@@ -63,7 +63,7 @@ SAMPLES = {
 
 def evaluation(documents=40):
     return {
-        "test": {"documents": documents, "tokens": 98_304, "bytes": 337_716},
+        "test": {"documents": documents, "tokens": 98_304, "bytes": 337_716, "split_tokens": 350_742},
         "models": {
             "teacher": model(1.6912, 11_843_072, 5_214_000, 14_210_000, 0.447),
             "student": model(1.7634, 4_102_144, 4_102_144, 8_380_000, 0.431),

@@ -50,6 +50,9 @@ class Prepare(Section):
     vocab_size: Annotated[int, Field(ge=1, le=1_000_000)]
     max_documents: Natural  # 0: all
     shard_tokens: Count
+    near_duplicates: Literal["keep", "group", "drop"]
+    near_duplicate_similarity: Annotated[float, Field(ge=0.4, le=0.99)]  # Jaccard; the bands miss 6% of pairs at 0.4
+    near_duplicate_words: Annotated[int, Field(ge=1, le=100)]  # of an n-gram
     val_share: HeldOut
     test_share: HeldOut
 
