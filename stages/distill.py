@@ -49,15 +49,19 @@ def fits(settings, place: Place, keep: Callable) -> Iterator:
     warm_flops = WARM_START_PASSES * round(forward_flops(teacher.shape, recipe.batch_sequences * T, T))
 
     def cell(name: str, from_teacher: bool, soft_targets: bool) -> Fit:
-        model, own = build_student(settings.student, vocab_size, T, settings.seed), {}
+        model = build_student(settings.student, vocab_size, T, settings.seed)
         if from_teacher:
             model.load_state_dict(warm["weights"])
-            own = {"notes": {"copied": warm["copied"]}, "prepared_flops": warm_flops}
-        objective = NextToken()
-        if soft_targets:
-            soft = recipe.divergence, recipe.temperature, recipe.soft_weight, recipe.chunk_tokens
-            objective = Distillation(teacher, *soft)
-        return Fit(name=name, model=model, objective=objective, out=f"artifacts/{name}", **own, **common)
+        soft = recipe.divergence, recipe.temperature, recipe.soft_weight, recipe.chunk_tokens
+        return Fit(
+            name=name,
+            model=model,
+            objective=Distillation(teacher, *soft) if soft_targets else NextToken(),
+            out=f"artifacts/{name}",
+            notes={"copied": warm["copied"]} if from_teacher else {},
+            prepared_flops=warm_flops if from_teacher else 0,
+            **common,
+        )
 
     yield cell("student", from_teacher=recipe.init == "teacher", soft_targets=True)
     yield cell("control", from_teacher=False, soft_targets=False)

@@ -96,7 +96,7 @@ def test_a_step_without_validation_is_left_out_rather_than_drawn_as_zero(plots):
 
 
 def test_distillation_losses_and_cross_entropies_have_no_axis_in_common(plots):
-    distilled = {"student", "sparse_teacher", "sparse_student"}
+    distilled = {"student", "cold_student", "sparse_teacher", "sparse_student"}
     for name, plot in plots.items():
         if name.startswith("training loss"):
             assert set(lines_of(plot)) <= distilled or not set(lines_of(plot)) & distilled, name
@@ -139,7 +139,7 @@ def test_the_readmes_table_of_experiments_fits_120_columns(repository):
             settings["distill"]["temperature"] = temperature
             (repository / path).write_text(yaml.safe_dump(settings))
         write_json(repository / "metrics/evaluate.json", headline(evaluation()))
-        for stage in ("prepare", "pretrain", "distill", "sparsify"):
+        for stage in ("prepare", "pretrain", "distill", "sparsify", "challenge"):
             write_json(repository / f"metrics/{stage}.json", {"temperature": temperature, "tokens": 10_240})
         if temperature == 1.0:
             run(repository, "git", "add", "--all")

@@ -22,7 +22,7 @@ from stages.files.artifacts import ROOT, Refusal, sha256_of
 from stages.run import unchanged
 from stages.settings.compose import compose, explain
 from stages.settings.lightning import duration_seconds
-from stages.settings.schema import SECTIONS, Settings, as_yaml, leaves, refuse_uneven_batches, validate
+from stages.settings.schema import BATCHES, SECTIONS, Settings, as_yaml, leaves, refuse_uneven_batches, validate
 from stages.settings.untracked import OBSERVERS, SECTION, UNTRACKED, divided, joined
 
 SCALES = sorted(file.stem for file in (ROOT / "conf/scale").glob("*.yaml"))
@@ -185,10 +185,7 @@ BESIDE = {
     "prepare.vocab_size": {"prepare.tokenizer": "bytes"},
     "optimizer.warmup_share": {"optimizer.decay_share": 0},
     "optimizer.decay_share": {"optimizer.warmup_share": 0},
-    "trainer.ranks": {
-        key: 65536
-        for key in ("pretrain.batch_sequences", "distill.batch_sequences", "sparsify.recovery.batch_sequences")
-    },
+    "trainer.ranks": dict.fromkeys(BATCHES.values(), 65536),
 }
 
 

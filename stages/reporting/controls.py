@@ -1,6 +1,6 @@
 """Each model beside the models that it is held against: what else the same tokens, or the same operations, give."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from stages.reporting.wording import number, signed_number, words
 
@@ -24,9 +24,9 @@ BEATEN, LEVEL, STRONGER = "beaten", "level", "stronger"
 class Interval(NamedTuple):
     """A figure and the ends of its 95% interval; None where one is not known."""
 
-    value: float
-    low: float | None = None
-    high: float | None = None
+    value: Any
+    low: Any = None
+    high: Any = None
 
 
 class Control(NamedTuple):
