@@ -85,6 +85,12 @@ def test_the_metrics_hold_what_a_person_compares_and_the_columns_of_a_sweep(chec
     assert 0 < metrics["circulated"]["wrong"] < metrics["circulated"]["claims"]
 
 
+def test_the_readme_says_what_the_default_question_is_answered(checkout):
+    plan.main(settings(), place_in(checkout), SilentRun())
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert read_json(checkout / "artifacts/plan.json")["sentence"] in readme
+
+
 def test_the_machines_price_turns_its_times_into_dollars(checkout):
     plan.main(settings(machine_dollars_per_hour=0.5), place_in(checkout), SilentRun())
     money = read_json(checkout / "measurements/plan.json")
