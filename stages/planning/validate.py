@@ -73,7 +73,8 @@ class Table:
     findings: tuple[Finding, ...]  # numbers of these rows that cannot be, or are beyond what is usual
 
     def markdown(self) -> str:
-        parts = _head(), _summary(self), _sets(self), _points(self), _unpredicted(self), _findings(self.findings)
+        predicted = [_head(), _summary(self), _sets(self), _points(self)] if self.summary else []
+        parts = [*predicted, _unpredicted(self), _findings(self.findings)]
         return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
 
@@ -249,7 +250,7 @@ def _unpredicted(table):
     lines = [f"- {row.point.id}: {row.reason}" for row in without]
     alone = [row.point.id for row in left if row.reason == "no anchor"]
     if alone:
-        lines += ["", f"{len(alone)} rows are anchors or have none: {', '.join(alone)}."]
+        lines += [*([""] if lines else []), f"{len(alone)} rows are anchors or have none: {', '.join(alone)}."]
     return lines
 
 
