@@ -88,7 +88,7 @@ def test_an_unseen_model_is_predicted_from_its_anchor(tmp_path):
 
 def test_rows_without_anchors_are_listed_without_empty_tables(tmp_path):
     text = validate(load_points(written(tmp_path, GOOD))).markdown()
-    assert text == "1 rows are anchors or have none: a."
+    assert text == "Without an anchor, so not predicted: a."
 
 
 def test_what_a_prediction_lacks_is_named(tmp_path):
