@@ -86,6 +86,11 @@ def test_an_unseen_model_is_predicted_from_its_anchor(tmp_path):
     assert second.error == pytest.approx(second.predicted / 6300 - 1)
 
 
+def test_rows_without_anchors_are_listed_without_empty_tables(tmp_path):
+    text = validate(load_points(written(tmp_path, GOOD))).markdown()
+    assert text == "Without an anchor, so not predicted: a."
+
+
 def test_what_a_prediction_lacks_is_named(tmp_path):
     large = {"id": "b", "chips": 512, "nodes": 64, "layout": None, "anchor": "a", "global_batch_sequences": None}
     _, second = rows_of(tmp_path, GOOD, GOOD | large)

@@ -1,5 +1,6 @@
 """Published points beside the planner's predictions of them, and beside plain linear scaling."""
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -73,7 +74,8 @@ class Table:
     findings: tuple[Finding, ...]  # numbers of these rows that cannot be, or are beyond what is usual
 
     def markdown(self) -> str:
-        parts = _head(), _summary(self), _sets(self), _points(self), _unpredicted(self), _findings(self.findings)
+        predicted = [_head(), _summary(self), _sets(self), _points(self)] if self.summary else []
+        parts = [*predicted, _unpredicted(self), _findings(self.findings)]
         return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
 
@@ -82,8 +84,7 @@ def validate(points: Sequence[Point], registry: Iterable[Point] | None = None) -
 
     A set of the registry that shares a measurement with the points is left out too, whatever its name.
     """
-    registry = load_points(POINTS) if registry is None else list(registry)
-    grid = Grid(predictable(registry))
+    registry, grid = _registry() if registry is None else _with_grid(registry)
     pairs = {pair.point.id: pair for pair in predictable(points, registry)}
     anchors = {point.id: point for point in [*registry, *points]}
     fits: dict[frozenset[str], Fitted] = {}
@@ -109,6 +110,17 @@ def validate(points: Sequence[Point], registry: Iterable[Point] | None = None) -
         by_publisher=_without_publisher(found, pairs, grid, registry),
         findings=tuple(check(of_points(points))),
     )
+
+
+@functools.cache
+def _registry():
+    """The rows of conf/plan/points and the errors of all fits to them: read and computed once in a process."""
+    return _with_grid(load_points(POINTS))
+
+
+def _with_grid(points):
+    points = list(points)
+    return points, Grid(predictable(points))
 
 
 def _sets_with(point, registry):
@@ -249,7 +261,7 @@ def _unpredicted(table):
     lines = [f"- {row.point.id}: {row.reason}" for row in without]
     alone = [row.point.id for row in left if row.reason == "no anchor"]
     if alone:
-        lines += ["", f"{len(alone)} rows are anchors or have none: {', '.join(alone)}."]
+        lines += [*([""] if lines else []), f"Without an anchor, so not predicted: {', '.join(alone)}."]
     return lines
 
 
