@@ -77,8 +77,10 @@ def main(settings, place: Place, run) -> None:
     clocked = money_of(timings, models, chips[plan.chip], rates, plan, place) if timings and models else None
     if clocked:
         write_json(place.write("measurements/plan.json"), rounded(clocked))
+    answer = tables.for_people(rounded(content), clocked and rounded(clocked))
     run.metrics(headline)
-    print(tables.for_people(rounded(content), clocked and rounded(clocked)), flush=True)
+    run.text("answer.txt", answer)
+    print(answer, flush=True)
 
 
 def day_of(today: str, place: Place) -> datetime.date:

@@ -85,6 +85,14 @@ def test_the_metrics_hold_what_a_person_compares_and_the_columns_of_a_sweep(chec
     assert 0 < metrics["circulated"]["wrong"] < metrics["circulated"]["claims"]
 
 
+def test_the_provider_that_is_left_is_not_the_cheapest_of_those_asked_for(checkout):
+    plan.main(settings(provider=("aws",)), place_in(checkout), SilentRun())
+    answers = read_json(checkout / "artifacts/plan.json")["answers"]
+    cheapest = min(each["dollars"][0] for each in answers if each["provider"] == "aws")
+    assert read_json(checkout / "metrics/plan.json")["cheapest"]["dollars"] == cheapest
+    assert cheapest > min(each["dollars"][0] for each in answers)
+
+
 def test_the_readme_says_what_the_default_question_is_answered(checkout):
     plan.main(settings(), place_in(checkout), SilentRun())
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
@@ -161,6 +169,8 @@ def test_the_command_line_of_the_documentation_prints_a_table(tmp_path):
     done = typed(*words, f"hydra.run.dir={tmp_path}")
     rows = [line.split() for line in done.stdout.splitlines()]
     assert [row[0] for row in rows if row[1:3] == ["512", "64"]] == ["coreweave", "aws", "own"]
+    dollars = {each["provider"]: each["dollars"] for each in read_json(tmp_path / "artifacts/plan.json")["answers"]}
+    assert read_json(tmp_path / "metrics/plan.json")["cheapest"]["dollars"] == dollars["own"][0]
     assert read_json(tmp_path / "metrics/plan.json")["cheapest"]["chips"] == 512
 
 

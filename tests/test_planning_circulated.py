@@ -74,6 +74,12 @@ def test_the_loss_of_leaving_stands_beside_the_worst_that_was_published(cells):
     assert cells["loss of leaving", "512 nodes", "training efficiency lost"].holds
 
 
+def test_the_latency_of_leaving_is_left_open_because_the_claim_names_no_model(cells):
+    cell = cells["latency of leaving", "inference", "share added inside a node"]
+    assert cell.holds is None and cell.recomputed == 0
+    assert "waits 1.8 ms more" in cell.why, "2 all-reduces x 32 layers x 2 hops x 14 microseconds"
+
+
 def test_a_right_table_is_told_to_hold(told):
     rows = [circulated.MonthOfRent(id="a", chips=2, chip="H100", dollars_per_chip_hour=3.0, dollars=4_320.0)]
     assert circulated.month_of_rent(rows)[0].holds

@@ -37,6 +37,9 @@ class SilentRun:
     def metrics(self, values):
         pass
 
+    def text(self, name, text):
+        pass
+
 
 def model(bits, parameters, active, flops, accuracy):
     return {

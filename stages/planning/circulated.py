@@ -13,6 +13,7 @@ from pydantic import Field
 from stages.files.artifacts import Refusal
 from stages.planning import curve_fit
 from stages.planning.chips import Chip
+from stages.planning.collectives import hierarchical_all_reduce_seconds
 from stages.planning.compute import compute_seconds
 from stages.planning.dated import Dollars, Text
 from stages.planning.ledgers import Row, load_ledger, row_of
@@ -104,6 +105,7 @@ KINDS: dict[str, type[Row]] = {
     "year_of_training": YearOfTraining,
     "duration": Duration,
     "loss_of_leaving": Loss,
+    "latency_of_leaving": Loss,
 }
 
 
@@ -274,6 +276,28 @@ def loss_of_leaving(row: Loss, rows: list[Throughput], worst: tuple[str, float] 
     return cells
 
 
+def latency_of_leaving(row: Loss, chip: Chip, assumed: Assumed) -> list[Cell]:
+    """What the network adds to a generated token: nothing inside a node; two all-reduces a layer across two nodes.
+
+    Megatron-LM's tensor parallelism (arXiv 1909.08053): one all-reduce after attention and one after the MLP. Of so few
+    bytes only the latency counts.
+    """
+
+    def waiting(nodes: int) -> float:
+        each = hierarchical_all_reduce_seconds(
+            0.0, nodes, assumed.chips_per_node, 1.0, 1.0, chip.intra_latency_seconds, chip.inter_latency_seconds
+        )
+        seconds: float = 2 * assumed.layers * each
+        return seconds
+
+    inside, across = waiting(1), waiting(2)
+    why = "a model that fits a node sends nothing over the network: the same chips and software answer as fast; "
+    why += f"over two nodes each token waits {1e3 * (across - inside):.2g} ms more ({assumed.layers} layers), on any cloud"
+    why += f"; the claim of {row.low:.0%} to {row.high:.0%} names no chip, model or measurement"
+    middle = (row.low + row.high) / 2
+    return [Cell("latency of leaving", row.id, "share added inside a node", middle, 0.0, None, why)]
+
+
 def recomputed(
     rows: dict[str, list], assumed: Assumed, chip: Chip, owned: Owning, worst: tuple[str, float] | None
 ) -> list[Cell]:
@@ -288,6 +312,8 @@ def recomputed(
         cells += duration(row, chip, assumed)
     for row in rows["loss_of_leaving"]:
         cells += loss_of_leaving(row, speeds, worst)
+    for row in rows["latency_of_leaving"]:
+        cells += latency_of_leaving(row, chip, assumed)
     return cells
 
 

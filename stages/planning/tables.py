@@ -60,7 +60,8 @@ def ledger(prices: Ledger, books: Books, points: Iterable[Point], today: datetim
 def headline(content: dict) -> dict[str, Any]:
     """What a person compares runs by: metrics/plan.json."""
     found: dict[str, Any] = {}
-    priced = [each for each in content["answers"] if each["dollars"]]
+    asked = content["question"]["provider"]
+    priced = [each for each in content["answers"] if each["dollars"] and each["provider"] in asked]
     if priced:
         best = min(priced, key=lambda each: each["dollars"][0])
         found["cheapest"] = {"chips": best["chips"], "days": best["days"][0]} | _range("dollars", best["dollars"])
