@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: env repro test chaos bench recipe ui lint audit
+.PHONY: env repro test chaos claims bench recipe ui lint audit
 .DELETE_ON_ERROR:
 
 env: .venv/.run .venv/.develop
@@ -44,6 +44,9 @@ test: .venv/.develop
 
 chaos: .venv/.develop
 	python -m chaos
+
+claims: .venv/.develop
+	python -m claims
 
 bench: .venv/.develop
 	python -m benchmarks

@@ -290,9 +290,9 @@ def latency_of_leaving(row: Loss, chip: Chip, assumed: Assumed) -> list[Cell]:
         seconds: float = 2 * assumed.layers * each
         return seconds
 
-    inside, across = waiting(1), waiting(2)
+    milliseconds = 1e3 * (waiting(2) - waiting(1))
     why = "a model that fits a node sends nothing over the network: the same chips and software answer as fast; "
-    why += f"over two nodes each token waits {1e3 * (across - inside):.2g} ms more ({assumed.layers} layers), everywhere; "
+    why += f"over two nodes each token waits {milliseconds:.2g} ms more ({assumed.layers} layers), on any cloud; "
     why += f"the claim of {row.low:.0%} to {row.high:.0%} names no chip, model or measurement"
     middle = (row.low + row.high) / 2
     return [Cell("latency of leaving", row.id, "share added inside a node", middle, 0.0, None, why)]
