@@ -163,7 +163,7 @@ def test_timings_taken_again_reach_the_page(tree):
     page, before = tree / "report/index.html", outs_of(tree)
     shown = page.read_bytes()
     user_types(tree, *DVC, "repro", "--force", "--single-item", "profile")
-    assert stages_run(user_types(tree, *DVC, "repro").stdout) == ["config", "report"]
+    assert stages_run(user_types(tree, *DVC, "repro").stdout) == ["config", "plan", "report"]
     assert page.read_bytes() != shown and outs_of(tree) == before
 
 

@@ -1,19 +1,25 @@
 """The report shows the metrics' numbers, escapes what models wrote, loads nothing, refuses missing files by name."""
 
+import functools
 import hashlib
+import html
 import json
 import math
 import random
 import re
+import shutil
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from stages import report
+from stages import plan, report
 from stages.data import shards
-from stages.files.artifacts import Refusal, read_json, write_json
+from stages.files.artifacts import ROOT, Refusal, read_json, write_json
 from stages.reporting import charts, claims, controls, drawing, wording
+from stages.settings.compose import compose
+from stages.settings.schema import validate
 
 
 def place_in(root: Path):
@@ -26,6 +32,12 @@ def place_in(root: Path):
 
 class SilentRun:
     def artifact(self, path):
+        pass
+
+    def metrics(self, values):
+        pass
+
+    def text(self, name, text):
         pass
 
 
@@ -165,7 +177,8 @@ def write_fixture(root: Path):
     """A checkout after a run of about the default scale's shape."""
     write_json(root / "artifacts/evaluation.json", evaluation())
     write_json(root / "artifacts/samples.json", SAMPLES)
-    write_json(root / "metrics/distill.json", {"validation_bits_per_byte": 1.77, "temperature": 1.0})
+    distilled = {"validation_bits_per_byte": 1.77, "temperature": 1.0, "tokens": 307_200}
+    write_json(root / "metrics/distill.json", distilled)
     write_json(root / "metrics/sparsify.json", {})
     write_json(root / "metrics/challenge.json", CHALLENGE)
     noise = random.Random(3)
@@ -224,10 +237,27 @@ def write_fixture(root: Path):
             "corpus": {"source": "stdlib", "name": "the standard library of Python 3.11.2"},
         },
     )
-    for stage in ("prepare", "pretrain", "distill", "sparsify", "challenge", "evaluate", "profile"):
-        own = {"threads": 2} if stage in ("evaluate", "profile") else {"ranks": 2} if stage != "prepare" else {}
+    for stage in ("prepare", "pretrain", "distill", "sparsify", "challenge", "evaluate", "profile", "plan"):
+        threads, ranks = stage in ("evaluate", "profile"), stage in ("pretrain", "distill", "sparsify", "challenge")
+        own = {"threads": 2} if threads else {"ranks": 2} if ranks else {}
         write_json(root / f"provenance/{stage}.json", {"conditions": {"torch": "2.13.0+cpu", **own}})
     write_json(root / "measurements/profile.json", timings())
+    for path, content in planned().items():
+        write_json(root / path, content)
+
+
+@functools.cache
+def planned() -> dict[str, dict]:
+    """What the stage `plan` writes after such a run."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        shutil.copytree(ROOT / "conf/plan", root / "conf/plan")
+        write_json(root / "artifacts/evaluation.json", evaluation())
+        write_json(root / "measurements/profile.json", timings())
+        write_json(root / "metrics/pretrain.json", {"tokens": 819_200})
+        write_json(root / "metrics/distill.json", {"tokens": 307_200})
+        plan.main(validate(compose(["scale=tiny"])), place_in(root), SilentRun())
+        return {path: read_json(root / path) for path in ("artifacts/plan.json", "measurements/plan.json")}
 
 
 def timings():
@@ -243,9 +273,20 @@ def timings():
                 ("teacher", 1.0),
                 ("student", 0.55),
                 ("sparse_teacher", 0.7),
+                ("sparse_student", 0.41),
                 ("control", 0.55),
             )
         },
+        "training": {
+            name: timed("step_seconds", 0.12 * speed)
+            for name, speed in (
+                ("teacher", 1.0),
+                ("student", 0.6),
+                ("sparse_teacher", 0.7),
+                ("sparse_student", 0.45),
+            )
+        },
+        "workload": {"prefill_tokens": 256, "training_tokens": 1024},
         "checkpointing": {
             row["policy"]: slowed(1 + row["recomputed_flops_share"] / 2.5) for row in evaluation()["checkpointing"]
         },
@@ -341,7 +382,36 @@ def test_what_a_model_wrote_cannot_become_markup(checkout):
 def test_the_page_loads_nothing_from_anywhere(checkout):
     page = (checkout / "report/index.html").read_text(encoding="utf-8")
     assert "default-src 'none'" in page
+    page = re.sub(r'<a (rel="noreferrer" )?href="(#row-[\w.-]+|https://[^"]+)">', "", page)  # followed by a click only
     assert not re.search(r"https?:|\bsrc=|\bhref=|url\(|@import|<link|<iframe|<img", page)
+
+
+def test_every_number_of_the_planner_links_to_its_row_with_date_and_source(checkout):
+    page = (checkout / "report/index.html").read_text(encoding="utf-8")
+    links, rows = set(re.findall(r'href="#(row-[^"]+)"', page)), re.findall(r'<tr id="(row-[^"]+)"', page)
+    assert {"row-S1-512", "row-coreweave-h100-2026-03", "row-aws-h100-2026-03", "row-power-h100"} <= links <= set(rows)
+    assert len(rows) == len(set(rows))
+    ledger = read_json(checkout / "artifacts/plan.json")["ledger"]
+    for row in ledger["rents"]:
+        assert row["source"] and f'<tr id="row-{row["id"]}">' in page
+
+
+def test_the_planners_answers_on_the_page_are_those_of_its_file(checkout):
+    page = html.unescape((checkout / "report/index.html").read_text(encoding="utf-8"))
+    planned = read_json(checkout / "artifacts/plan.json")
+    assert planned["sentence"] in page
+    for answer in planned["answers"]:
+        assert f"${wording.number(answer['dollars'][0])}" in page
+    for cell in planned["circulated"]["cells"]:
+        assert cell["why"] in page
+    for change in (each["change"] for each in planned["leaving"]):
+        assert wording.signed(change[0]) in page
+
+
+def test_a_heat_map_tells_both_sides_apart(checkout):
+    drawn = charts.heat_map("t", ["a", "b"], ["r"], [[-0.5, 0.25]], "x", "y", wording.signed)
+    assert drawn.count("<rect") == 2 and "var(--series-0)" in drawn and "var(--series-1)" in drawn
+    assert "−50.0%" in drawn and "+25.0%" in drawn
 
 
 def test_a_missing_file_is_refused_by_name(measured):

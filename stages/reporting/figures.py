@@ -29,11 +29,12 @@ SPLITS = ("train", "val", "test")
 
 
 class Table(NamedTuple):
-    """The first column is words, the others numbers."""
+    """The first column is words, the others numbers; with `prose` the last one is words, too."""
 
     head: list[str]
     rows: list[list[str]]
     note: str = ""
+    prose: bool = False
 
 
 class Figure(NamedTuple):
