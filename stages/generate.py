@@ -18,10 +18,10 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from stages.files.artifacts import ROOT, Refusal
+from stages.files.artifacts import Refusal
+from stages.model.folders import folder_of
 
 COLUMN_GAP = "  |  "
 LEAST_COLUMN = 20  # characters
@@ -96,27 +96,17 @@ def timed(ids: Iterator[int], clock: Clock) -> Iterator[int]:
 
 
 def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
-    """The text up to the first of `stops`; what may be the beginning of one is held back until it is known."""
+    """The text up to the stop that is complete first; what may be the beginning of one is held back until then."""
     held = ""
     for piece in pieces:
         held += piece
-        if found := [held.find(stop) for stop in stops if stop in held]:
-            yield held[: min(found)]
+        if found := [(held.find(stop) + len(stop), held.find(stop)) for stop in stops if stop in held]:
+            yield held[: min(found)[1]]
             return
         begun = max((size for stop in stops for size in range(1, len(stop)) if held.endswith(stop[:size])), default=0)
         yield held[: len(held) - begun]
         held = held[len(held) - begun :]
     yield held
-
-
-def folder_of(word: str) -> Path:
-    """artifacts/<word> or the folder of this path."""
-    for folder in (ROOT / "artifacts" / word, Path(word)):
-        if (folder / "config.json").is_file():
-            return folder
-    known = ", ".join(sorted(path.parent.name for path in (ROOT / "artifacts").glob("*/config.json")))
-    here = f"artifacts/ has {known}" if known else "artifacts/ has no model yet: run dvc repro"
-    raise Refusal(f"--model {word}: no model of that name and no folder with a config.json; {here}")
 
 
 # ---- what is typed and printed

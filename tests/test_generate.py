@@ -3,6 +3,7 @@
 import io
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -14,6 +15,7 @@ from test_student import SHAPE
 from stages import generate as command
 from stages.files.artifacts import Refusal
 from stages.model import generation
+from stages.model.folders import folder_of
 from stages.model.hub import load
 
 
@@ -26,7 +28,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def here(root, monkeypatch):
-    monkeypatch.setattr(command, "ROOT", root)
+    monkeypatch.setattr(command, "folder_of", partial(folder_of, root=root))
 
 
 def expected(root, prompt, tokens, **options):
@@ -76,11 +78,11 @@ def test_columns_break_long_lines_and_fill_short_texts():
 
 
 @given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.data())
-def test_text_is_cut_at_the_first_stop_however_it_arrives(text, stops, data):
+def test_text_is_cut_at_the_stop_that_is_complete_first_however_it_arrives(text, stops, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
     pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    ends = [text.index(stop) for stop in stops if stop in text]
-    assert "".join(command.until(pieces, stops)) == text[: min(ends, default=len(text))]
+    ends = [(text.index(stop) + len(stop), text.index(stop)) for stop in stops if stop in text]
+    assert "".join(command.until(pieces, stops)) == text[: min(ends, default=(0, len(text)))[1]]
 
 
 def test_a_character_of_several_tokens_is_printed_when_it_is_whole():

@@ -197,6 +197,15 @@ class Profile(Section):
     router_experts_per_token: Count
 
 
+class Export(Section):
+    models: Annotated[tuple[Word, ...], NotStrict]  # names under artifacts/, or folders
+    formats: Annotated[tuple[Literal["hf", "gguf", "onnx"], ...], NotStrict]
+    gguf_kinds: Annotated[tuple[Literal["f32", "f16", "q8_0"], ...], NotStrict]
+    prompts: Count
+    new_tokens: Annotated[int, Field(ge=3, le=MOST)]  # after each prompt; the first two are not timed
+    test_sequences: Count
+
+
 class Settings(Section):
     """Everything; a stage gets only the sections it declared, the others are None."""
 
@@ -214,6 +223,7 @@ class Settings(Section):
     challenge: Challenge
     evaluate: Evaluate
     profile: Profile
+    export: Export
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)]
     sequence_tokens: Annotated[int, Field(ge=2, le=MOST)]
 
@@ -328,6 +338,12 @@ def _evaluate_rules(settings):
         refuse("evaluate.checkpoint_every_blocks", [], "must name at least one period in blocks")
 
 
+def _export_rules(settings):
+    for key in ("models", "formats", "gguf_kinds"):
+        if not getattr(settings.export, key):
+            refuse(f"export.{key}", [], "must name at least one")
+
+
 def _profile_rules(settings):
     _at_most(settings, "profile.router_experts_per_token", "profile.router_experts")
 
@@ -372,6 +388,7 @@ RULES = (
     (("trainer",), _trainer_rules),
     (("evaluate",), _evaluate_rules),
     (("profile",), _profile_rules),
+    (("export",), _export_rules),
     *((("trainer", section), _ranks_share(key)) for section, key in BATCHES.items()),
 )
 

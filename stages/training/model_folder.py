@@ -12,9 +12,9 @@ from pathlib import Path
 from stages.data.hub_tokenizer import tokenizer_files
 from stages.data.shards import END_OF_TEXT, read_card
 from stages.files.artifacts import read_json, write_atomically
+from stages.model.folders import FIGURES_LATER, MODEL_CARD
 from stages.run.entry import Place
 
-CARD = "README.md"
 SOFTMAX_TYPE = "offramp_softmax_moe"  # stages/model/families/deepseek_v3/hub.py, whose import would cost torch's
 STRUCTURE = {  # what a reader looks for first in config.json, where the family has it
     "vocab_size": "vocabulary",
@@ -48,7 +48,7 @@ def complete_folder(
         write_atomically(folder / file, content)
     hashes = {parent: read_json(place.read(f"artifacts/{parent}") / "config.json") for parent in parents}
     lineage = {f"weights of `{parent}`": config["weights_sha256"] for parent, config in hashes.items()}
-    write_atomically(folder / CARD, model_card(folder, name, summary, lineage, figures, read_card(data)))
+    write_atomically(folder / MODEL_CARD, model_card(folder, name, summary, lineage, figures, read_card(data)))
 
 
 def model_card(
@@ -73,7 +73,7 @@ def model_card(
         "",
         *_table("structure", structure),
         *_table("known when this was written", {key.replace("_", " "): value for key, value in figures.items()}),
-        "Test figures with 95% intervals come later: metrics/evaluate.json and report/index.html of the same run.",
+        FIGURES_LATER,
         "",
         "## Lineage",
         "",
