@@ -15,4 +15,4 @@ def folder_of(word: str, root: Path = ROOT) -> Path:
             return folder
     known = ", ".join(sorted(path.parent.name for path in (root / "artifacts").glob("*/config.json")))
     here = f"artifacts/ has {known}" if known else "artifacts/ has no model yet: run dvc repro"
-    raise Refusal(f"--model {word}: no model of that name and no folder with a config.json; {here}")
+    raise Refusal(f"{word}: no model of that name and no folder with a config.json; {here}")
