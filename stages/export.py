@@ -21,13 +21,13 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from stages.data.hub_tokenizer import load_hub_tokenizer
-from stages.data.shards import Tokens, Windows
+from stages.data.hub_tokenizer import GENERATION_CONFIG, TOKENIZER_CONFIG
+from stages.data.shards import TOKENIZER, Tokens, Windows, read_card
 from stages.files.artifacts import Refusal, read_json, rounded, write_json
 from stages.formats.extras import extra
 from stages.formats.hugging_face import write_hugging_face
 from stages.model import hub
-from stages.model.folders import folder_of
+from stages.model.folders import MODEL_CARD, folder_of
 from stages.model.generation import generate
 from stages.run.entry import Place, run_stage
 from stages.run.provenance import cores
@@ -36,6 +36,8 @@ SECTIONS = ("export", "sequence_tokens")
 PROMPT_TOKENS = 32
 BATCH_SEQUENCES = 8
 EXTRAS = {"gguf": ("gguf", "gguf", "xllamacpp"), "onnx": ("onnx", "onnx", "onnxscript", "onnxruntime", "transformers")}
+
+COMPANIONS = (TOKENIZER, TOKENIZER_CONFIG, GENERATION_CONFIG, MODEL_CARD)
 
 Logits = Callable[[Tensor], Tensor]  # token ids [B, T] to logits [B, T, V]
 
@@ -49,7 +51,7 @@ class Yardstick:
     prompts: list[list[int]]
     new_tokens: int  # after each prompt
     end_of_text: int
-    vocab_size: int
+    tokenizer_sha256: str
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def main(settings, place: Place, run) -> dict:
     known = read_json(evaluation) if evaluation.exists() else None
     found: dict[str, dict[str, Form]] = {}
     for folder in folders:
-        load_hub_tokenizer(folder, yardstick.vocab_size)  # missing, or of other data than what measures here: refused
+        refuse_unfit(folder, yardstick.tokenizer_sha256)
         found[folder.name] = {}
         for form, measured in forms(folder, place.write(f"export/{folder.name}"), e, yardstick, known):
             print(f"export: {folder.name} as {form}: {measured.bytes:,} bytes", flush=True)
@@ -96,11 +98,21 @@ def main(settings, place: Place, run) -> dict:
     return {}
 
 
+def refuse_unfit(folder: Path, tokenizer_sha256: str) -> None:
+    """A folder that is not complete, or a model of another tokenizer than the test split's."""
+    config = read_json(folder / "config.json")
+    if config.get("tokenizer_sha256") != tokenizer_sha256:
+        raise Refusal(f"{folder} was trained with another tokenizer than artifacts/data has: export both of one run")
+    if missing := [name for name in COMPANIONS if not (folder / name).is_file()]:
+        raise Refusal(f"{folder / missing[0]} is missing: run the stage that writes the model (dvc repro)")
+
+
 def read_yardstick(place: Place, sequence_tokens: int, e: Any) -> Yardstick:
     tokens = Tokens(place.read("artifacts/data"), "test")
     windows_WT1 = Windows(tokens, sequence_tokens, seed=None).spread(max(e.test_sequences, e.prompts))
     prompts = [row[: min(PROMPT_TOKENS, sequence_tokens)].tolist() for row in windows_WT1[: e.prompts]]
-    return Yardstick(windows_WT1, tokens.bytes_per_token, prompts, e.new_tokens, tokens.end_of_text, tokens.vocab_size)
+    tokenizer_sha256 = read_card(place.read("artifacts/data"))["tokenizer_sha256"]
+    return Yardstick(windows_WT1, tokens.bytes_per_token, prompts, e.new_tokens, tokens.end_of_text, tokenizer_sha256)
 
 
 def forms(folder: Path, out: Path, e: Any, yardstick: Yardstick, known: dict | None) -> Iterator[tuple[str, Form]]:

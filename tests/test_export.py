@@ -117,6 +117,12 @@ def test_a_folder_that_is_not_complete_or_of_other_data_is_refused(root, tiny_se
     with pytest.raises(Refusal, match="no model of that name"):
         exported(root, tmp_path / "out", tiny_settings, models=("nobody",), formats=("hf",))
     shutil.copytree(root / "artifacts/student", tmp_path / "bare")
-    (tmp_path / "bare/tokenizer.json").unlink()
+    for name in ("tokenizer.json", "README.md"):
+        (tmp_path / "bare" / name).unlink()
     with pytest.raises(Refusal, match="tokenizer.json is missing"):
         exported(root, tmp_path / "out", tiny_settings, models=(str(tmp_path / "bare"),), formats=("hf",))
+    shutil.copytree(root / "artifacts/student", tmp_path / "foreign")
+    config = json.loads((tmp_path / "foreign/config.json").read_text()) | {"tokenizer_sha256": "0" * 64}
+    (tmp_path / "foreign/config.json").write_text(json.dumps(config))
+    with pytest.raises(Refusal, match="another tokenizer than artifacts/data has"):
+        exported(root, tmp_path / "out", tiny_settings, models=(str(tmp_path / "foreign"),), formats=("hf",))

@@ -100,7 +100,7 @@ def test_a_character_of_several_tokens_is_printed_when_it_is_whole():
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--model", "nobody"], "nobody: no model of that name and no folder with a config.json; artifacts/ has student"),
+        (["--model", "nobody"], "nobody: no model of that name and no folder with a config.json"),
         (["--compare", "student,"], "no model of that name"),
         (["--tokens", "0"], "--tokens 0: must be at least 1"),
         (["--temperature", "-1"], "--temperature -1: must be a number from 0 on"),

@@ -50,6 +50,12 @@ def test_it_is_read_back_as_the_tokenizer_that_it_was(written, read, text):
     assert read.bytes_of([*read.encode(text), read.end_of_text]) == text.encode() + b"<|endoftext|>"
 
 
+def test_rows_of_the_embedding_beyond_the_tokenizer_stand_for_nothing(written):
+    tokenizer, folder = written
+    read = load_hub_tokenizer(folder, tokenizer.vocab_size + 3)
+    assert read.decode([*read.encode("ab"), tokenizer.vocab_size + 2]) == "ab"
+
+
 def refusal(folder, vocab_size):
     with pytest.raises(Refusal) as caught:
         load_hub_tokenizer(folder, vocab_size)
@@ -61,7 +67,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(written, tmp_path):
     from tokenizers import Tokenizer, models
 
     tokenizer, folder = written
-    assert "they do not belong together" in refusal(folder, tokenizer.vocab_size + 1)
+    assert "they do not belong together" in refusal(folder, tokenizer.vocab_size - 1)
     assert "is missing" in refusal(tmp_path, 5)
     file = tmp_path / "tokenizer.json"
     file.write_text("{}")

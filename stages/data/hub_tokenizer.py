@@ -63,20 +63,20 @@ def _bytes_as_bpe() -> str:
 
 
 def load_hub_tokenizer(folder: Path, vocab_size: int) -> BpeTokenizer:
-    """The tokenizer beside a model of this many tokens; a file that does not fit it is refused."""
+    """The tokenizer beside a model whose embedding has this many rows; a file that does not fit it is refused."""
     from tokenizers import Tokenizer
 
     path = folder / TOKENIZER
     if not path.is_file():
         raise Refusal(f"{path} is missing: run the stage that writes the model (dvc repro)")
     try:
-        tokenizer = BpeTokenizer(Tokenizer.from_file(str(path)))
+        tokenizer = BpeTokenizer(Tokenizer.from_file(str(path)), vocab_size)
     except KeyError:
         raise Refusal(f"{path} is no byte-level BPE, the only kind that is read here") from None
     except Exception as error:  # the library raises no narrower type
         raise Refusal(f"{path} is no tokenizer: {' '.join(str(error).split())[:200]}") from None
     if tokenizer.end_of_text is None:
         raise Refusal(f"{path} has no token {END_OF_TEXT}: it is not the tokenizer of this project's models")
-    if tokenizer.vocab_size != vocab_size:
+    if tokenizer.vocab_size > vocab_size:  # embeddings may be padded, to a multiple that hardware likes
         raise Refusal(f"{path} has {tokenizer.vocab_size} tokens, the model {vocab_size}: they do not belong together")
     return tokenizer

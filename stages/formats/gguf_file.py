@@ -6,14 +6,13 @@ The names of tensors come from the package `gguf`; the values need no change, as
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 
-from stages.files.artifacts import Refusal, read_json
+from stages.files.artifacts import Refusal, read_json, written_whole
 from stages.formats.extras import extra
 from stages.model import hub
 from stages.model.families.registry import family_of
@@ -52,12 +51,11 @@ def write_gguf(folder: Path, path: Path, kind: str) -> None:
         quantised = getattr(gguf.GGMLQuantizationType, wanted)
         theirs = names.get_name(name, try_suffixes=(".weight",))
         writer.add_tensor(theirs, gguf.quants.quantize(values, quantised), raw_dtype=quantised)
-    partial = path.with_name(f".{path.name}.partial")
-    writer.write_header_to_file(partial)
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        writer.write_header_to_file(partial)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
 
 
 def _describe(gguf: Any, writer: Any, config: dict, name: str, kind: str) -> None:

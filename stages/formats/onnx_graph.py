@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stages.files.artifacts import written_whole
 from stages.formats.extras import extra
 
 INPUT, OUTPUT = "input_ids", "logits"
@@ -46,9 +46,8 @@ def write_onnx(folder: Path, path: Path) -> None:
         )
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # where in which file it was traced: paths of this machine
-    partial = path.with_name(f".{path.name}.partial")
-    program.save(str(partial), external_data=False)
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        program.save(str(partial), external_data=False)
 
 
 @contextlib.contextmanager
