@@ -28,6 +28,7 @@ Momentum = Annotated[float, Field(ge=0, le=0.9999)]
 Word = Annotated[str, Field(pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")]
 Blank = Annotated[str, Field(pattern=r"^[^\x00]+$")]  # as a separator may be
 NotStrict = Field(strict=False)  # a list of YAML is a tuple here
+Some = Field(strict=False, min_length=1)
 
 
 class Section(BaseModel):
@@ -198,9 +199,9 @@ class Profile(Section):
 
 
 class Export(Section):
-    models: Annotated[tuple[Word, ...], NotStrict]  # names under artifacts/, or folders
-    formats: Annotated[tuple[Literal["hf", "gguf", "onnx"], ...], NotStrict]
-    gguf_kinds: Annotated[tuple[Literal["f32", "f16", "q8_0"], ...], NotStrict]
+    models: Annotated[tuple[Word, ...], Some]  # names under artifacts/, or folders
+    formats: Annotated[tuple[Literal["hf", "gguf", "onnx"], ...], Some]
+    gguf_kinds: Annotated[tuple[Literal["f32", "f16", "q8_0"], ...], Some]
     prompts: Count
     new_tokens: Annotated[int, Field(ge=3, le=MOST)]  # after each prompt; the first two are not timed
     test_sequences: Count
@@ -338,12 +339,6 @@ def _evaluate_rules(settings):
         refuse("evaluate.checkpoint_every_blocks", [], "must name at least one period in blocks")
 
 
-def _export_rules(settings):
-    for key in ("models", "formats", "gguf_kinds"):
-        if not getattr(settings.export, key):
-            refuse(f"export.{key}", [], "must name at least one")
-
-
 def _profile_rules(settings):
     _at_most(settings, "profile.router_experts_per_token", "profile.router_experts")
 
@@ -388,7 +383,6 @@ RULES = (
     (("trainer",), _trainer_rules),
     (("evaluate",), _evaluate_rules),
     (("profile",), _profile_rules),
-    (("export",), _export_rules),
     *((("trainer", section), _ranks_share(key)) for section, key in BATCHES.items()),
 )
 
