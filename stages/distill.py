@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from stages.files.artifacts import Refusal, read_json, rounded, write_atomically, write_json
 from stages.run.entry import Place, run_stage
 from stages.training.launch import launch, write_costs, write_curves
+from stages.training.model_folder import complete_folder
 
 SECTIONS = ("sequence_tokens", "seed", "student", "distill", "optimizer", "trainer")
 INPUTS = ["artifacts/data", "artifacts/teacher"]
@@ -101,6 +102,20 @@ def warm_start(build: Callable, teacher, calibration: list, keep: Callable, need
         return {}
 
 
+def summaries(recipe) -> dict[str, str]:
+    """How each cell was made, in a sentence of its model card."""
+    targets = f"{recipe.divergence}, T = {recipe.temperature:g}, weight {recipe.soft_weight:g}"
+    soft = f"distilled from the teacher ({targets})"
+    start = {"teacher": "the teacher's weights", "random": "random weights"}
+    return {
+        "student": f"The dense student, started from {start[recipe.init]} and {soft}.",
+        "cold_student": f"A control of the student: the same shape and tokens, started from random weights and {soft}.",
+        "warm_control": "A control of the student: the same shape and tokens, started from the teacher's weights and"
+        " trained on the data alone.",
+        "control": "The student's control: the same shape and tokens, from random weights and the data alone.",
+    }
+
+
 def main(settings, place: Place, run) -> dict:
     result, conditions = launch(fits, settings, place, INPUTS, run)
     # A cell that is the same training as another is trained once and kept under both names.
@@ -122,6 +137,10 @@ def main(settings, place: Place, run) -> dict:
     }
     write_json(place.write("metrics/distill.json"), rounded(metrics))
     run.metrics({k: v for k, v in metrics.items() if k.endswith("bits_per_byte")})
+    for name, summary in summaries(settings.distill).items():
+        parents = () if name == "control" else ("teacher",)
+        figures = {"validation_bits_per_byte": result[name]["validation_bits_per_byte"], "tokens": metrics["tokens"]}
+        complete_folder(place, name, summary, parents, figures, settings.sequence_tokens)
     run.model(place.write("artifacts/student"))
     return {"conditions": conditions}
 

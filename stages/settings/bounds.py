@@ -18,6 +18,7 @@ Momentum = Annotated[float, Field(ge=0, le=0.9999)]
 Word = Annotated[str, Field(pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")]
 Blank = Annotated[str, Field(pattern=r"^[^\x00]+$")]  # as a separator may be
 NotStrict = Field(strict=False)  # a list of YAML is a tuple here
+Some = Field(strict=False, min_length=1)
 
 
 class Section(BaseModel):

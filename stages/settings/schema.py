@@ -24,6 +24,7 @@ from stages.settings.bounds import (
     RotaryWidth,
     Section,
     Share,
+    Some,
     Word,
 )
 from stages.settings.lightning import Batches, Duration, FewSteps, Observers
@@ -196,6 +197,15 @@ class Profile(Section):
     router_experts_per_token: Count
 
 
+class Export(Section):
+    models: Annotated[tuple[Word, ...], Some]  # names under artifacts/, or folders
+    formats: Annotated[tuple[Literal["hf", "gguf", "onnx"], ...], Some]
+    gguf_kinds: Annotated[tuple[Literal["f32", "f16", "q8_0"], ...], Some]
+    prompts: Count
+    new_tokens: Annotated[int, Field(ge=3, le=MOST)]  # after each prompt; the first two are not timed
+    test_sequences: Count
+
+
 class Settings(Section):
     """Everything; a stage gets only the sections it declared, the others are None."""
 
@@ -214,6 +224,7 @@ class Settings(Section):
     evaluate: Evaluate
     profile: Profile
     plan: Plan
+    export: Export
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)]
     sequence_tokens: Annotated[int, Field(ge=2, le=MOST)]
 
