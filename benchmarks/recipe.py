@@ -99,10 +99,10 @@ def documents_of(patterns: list[str], most_bytes: int) -> Iterator[str]:
 
 
 def prepared(documents: Iterator[str], knobs: settings.Prepare, folder: Path) -> Path:
-    """The shards that `prepare` makes of the texts."""
+    """The shards that `prepare` makes of the texts, near-duplicates kept."""
     folder.mkdir(parents=True, exist_ok=True)
     with Interruption("recipe") as interruption, tempfile.TemporaryFile() as spool:
-        found, _ = gather(documents, spool, interruption)
+        found, _ = gather(documents, spool, interruption, near=None)
         refuse_few(found, [])
         splits = split_documents(found, knobs.val_share, knobs.test_share)
         tokenizer = train_tokenizer(knobs.tokenizer, knobs.vocab_size, texts(spool, splits["train"]))

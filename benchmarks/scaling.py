@@ -106,8 +106,8 @@ def table(measured: bench.Bench, found: dict[str, Recipe], seconds: float) -> tu
     for name in dict.fromkeys(name for name, _ in cells):
         shape, each = found[name].shape, measured.seconds_per_step(found[name])
         flops = flops_per_token(shape, shape.sequence_tokens)["total"] / 1e6
-        bits = " | ".join(cells.get((name, corpus), "") for corpus in corpora)
-        lines.append(f"| {name} | {flops:.1f} | {each:.3f} | {round(seconds / each)} | {bits} |")
+        row = " | ".join(cells.get((name, corpus), "") for corpus in corpora)
+        lines.append(f"| {name} | {flops:.1f} | {each:.3f} | {round(seconds / each)} | {row} |")
     return "\n".join(lines), len(cells) == len(planned)
 
 

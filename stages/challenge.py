@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from stages.files.artifacts import Refusal, read_json, rounded, write_json
 from stages.run.entry import Place, run_stage
 from stages.training.launch import launch, write_curves
+from stages.training.model_folder import complete_folder
 
 SECTIONS = ("sequence_tokens", "seed", "challenge", "optimizer", "trainer")
 COSTS = [f"artifacts/costs/{stage}.json" for stage in ("pretrain", "distill", "sparsify")]
@@ -88,6 +89,10 @@ def main(settings, place: Place, run) -> dict:
     }
     write_json(place.write("metrics/challenge.json"), rounded(metrics))
     run.metrics({name: value for name, value in metrics.items() if name.startswith("scratch")})
+    for name in result:
+        summary = f"The shape of `{name.removeprefix('scratch_')}`, trained from nothing for what that cost as a whole."
+        figures = {key: metrics[f"{name}_{key}"] for key in ("validation_bits_per_byte", "steps")}
+        complete_folder(place, name, summary, (), figures, settings.sequence_tokens)
     return {"conditions": conditions}
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from stages.files.artifacts import Refusal, read_json, rounded, write_atomically, write_json
 from stages.run.entry import Place, run_stage
 from stages.training.launch import launch, write_costs, write_curves
+from stages.training.model_folder import complete_folder
 
 SECTIONS = ("sequence_tokens", "seed", "student", "distill", "optimizer", "trainer")
 INPUTS = ["artifacts/data", "artifacts/teacher"]
@@ -49,15 +50,19 @@ def fits(settings, place: Place, keep: Callable) -> Iterator:
     warm_flops = WARM_START_PASSES * round(forward_flops(teacher.shape, recipe.batch_sequences * T, T))
 
     def cell(name: str, from_teacher: bool, soft_targets: bool) -> Fit:
-        model, own = build_student(settings.student, vocab_size, T, settings.seed), {}
+        model = build_student(settings.student, vocab_size, T, settings.seed)
         if from_teacher:
             model.load_state_dict(warm["weights"])
-            own = {"notes": {"copied": warm["copied"]}, "prepared_flops": warm_flops}
-        objective = NextToken()
-        if soft_targets:
-            soft = recipe.divergence, recipe.temperature, recipe.soft_weight, recipe.chunk_tokens
-            objective = Distillation(teacher, *soft)
-        return Fit(name=name, model=model, objective=objective, out=f"artifacts/{name}", **own, **common)
+        soft = recipe.divergence, recipe.temperature, recipe.soft_weight, recipe.chunk_tokens
+        return Fit(
+            name=name,
+            model=model,
+            objective=Distillation(teacher, *soft) if soft_targets else NextToken(),
+            out=f"artifacts/{name}",
+            notes={"copied": warm["copied"]} if from_teacher else {},
+            prepared_flops=warm_flops if from_teacher else 0,
+            **common,
+        )
 
     yield cell("student", from_teacher=recipe.init == "teacher", soft_targets=True)
     yield cell("control", from_teacher=False, soft_targets=False)
@@ -97,6 +102,20 @@ def warm_start(build: Callable, teacher, calibration: list, keep: Callable, need
         return {}
 
 
+def summaries(recipe) -> dict[str, str]:
+    """How each cell was made, in a sentence of its model card."""
+    targets = f"{recipe.divergence}, T = {recipe.temperature:g}, weight {recipe.soft_weight:g}"
+    soft = f"distilled from the teacher ({targets})"
+    start = {"teacher": "the teacher's weights", "random": "random weights"}
+    return {
+        "student": f"The dense student, started from {start[recipe.init]} and {soft}.",
+        "cold_student": f"A control of the student: the same shape and tokens, started from random weights and {soft}.",
+        "warm_control": "A control of the student: the same shape and tokens, started from the teacher's weights and"
+        " trained on the data alone.",
+        "control": "The student's control: the same shape and tokens, from random weights and the data alone.",
+    }
+
+
 def main(settings, place: Place, run) -> dict:
     result, conditions = launch(fits, settings, place, INPUTS, run)
     # A cell that is the same training as another is trained once and kept under both names.
@@ -118,6 +137,10 @@ def main(settings, place: Place, run) -> dict:
     }
     write_json(place.write("metrics/distill.json"), rounded(metrics))
     run.metrics({k: v for k, v in metrics.items() if k.endswith("bits_per_byte")})
+    for name, summary in summaries(settings.distill).items():
+        parents = () if name == "control" else ("teacher",)
+        figures = {"validation_bits_per_byte": result[name]["validation_bits_per_byte"], "tokens": metrics["tokens"]}
+        complete_folder(place, name, summary, parents, figures, settings.sequence_tokens)
     run.model(place.write("artifacts/student"))
     return {"conditions": conditions}
 

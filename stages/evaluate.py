@@ -50,9 +50,10 @@ def main(settings, place: Place, run) -> dict:
     started = time.perf_counter()
     tokens = Tokens(place.read("artifacts/data"), "test")
     loaded = load_models(place.read("artifacts"), tokens.vocab_size)
-    stream = scoring.read_stream(tokens, tokens.end_of_text, e.test_tokens)
+    tokenizer = load_tokenizer(place.read("artifacts/data"))
+    stream = scoring.read_stream(tokens, tokenizer, e.test_tokens)
     n_tokens, n_documents = len(stream.document_of), len(stream.document_bytes)
-    print(f"evaluate: {n_tokens:,} tokens of {n_documents} test documents", flush=True)
+    print(f"evaluate: {n_tokens:,} of {len(tokens):,} tokens of {n_documents} test documents", flush=True)
 
     key = state_key(settings, conditions, place)
     with Interruption("evaluate") as interruption, ResumeState(place.root, "evaluate", key) as state:
@@ -68,8 +69,8 @@ def main(settings, place: Place, run) -> dict:
 
         interruption.at_once("counting")
         if (kept := state.load("counted")) is None:
-            texts = samples(loaded, stream, load_tokenizer(place.read("artifacts/data")), settings.seed)
-            kept = json.dumps([count(settings, loaded, stream, tables), texts]).encode()
+            texts = samples(loaded, stream, tokenizer, settings.seed)
+            kept = json.dumps([count(settings, loaded, stream, tables, len(tokens)), texts]).encode()
             state.save("counted", kept)
         metrics, texts = json.loads(kept)
         write_json(place.write("artifacts/samples.json"), texts)
@@ -99,8 +100,8 @@ def save_table(path: Path, table: np.ndarray) -> None:
 # ---- quality
 
 
-def count(settings, loaded: dict, stream: scoring.Stream, tables: dict) -> dict:
-    """All figures but timings."""
+def count(settings, loaded: dict, stream: scoring.Stream, tables: dict, split_tokens: int) -> dict:
+    """All figures but timings; `split_tokens` is the length of the test split."""
     e, T = settings.evaluate, settings.sequence_tokens
     teacher, n_documents = loaded["teacher"], len(stream.document_bytes)
     bootstrap = scoring.Bootstrap(n_documents, e.bootstrap_resamples, settings.seed)
@@ -110,9 +111,9 @@ def count(settings, loaded: dict, stream: scoring.Stream, tables: dict) -> dict:
     }
     policies = memory.policies(e.checkpoint_every_blocks, len(teacher.blocks))
     loss_of = training_loss(teacher, stream.tokens, e.checkpoint_batch_sequences, T)
-    tokens, n_bytes = len(stream.document_of), int(stream.document_bytes.sum())
+    tokens, n_bytes = int(tables["teacher"][:, scoring.TOKENS].sum()), int(stream.document_bytes.sum())
     return {
-        "test": {"documents": n_documents, "tokens": tokens, "bytes": n_bytes},
+        "test": {"documents": n_documents, "tokens": tokens, "bytes": n_bytes, "split_tokens": split_tokens},
         "models": figures,
         "comparisons": comparisons(bootstrap, tables, figures),
         "controls": control_differences(bootstrap, tables),
@@ -192,9 +193,9 @@ def quality_csv(metrics: dict) -> str:
 
 def samples(loaded: dict, stream: scoring.Stream, tokenizer, seed: int) -> dict[str, str]:
     """One prompt, the opening of the first test document that is longer, continued by each model but the controls."""
-    lengths = np.bincount(stream.document_of)
+    lengths = np.bincount(stream.document_of)[: len(stream.document_bytes)]
     document = int(np.argmax(lengths > SAMPLE_PROMPT_TOKENS))
-    start = 1 + int(lengths[:document].sum())
+    start = 1 + int(np.argmax(stream.document_of == document))
     prompt = stream.tokens[start : start + min(SAMPLE_PROMPT_TOKENS, max(1, int(lengths[document]) - 1))]
     prompt, end, texts = prompt.tolist(), tokenizer.end_of_text, {}
     for name in PRODUCTS:

@@ -6,7 +6,7 @@
 
 A document's split is a function of its own text (SHA-256), so no document is in two splits, none moves when
 others come or go (but in a corpus so small that a split would else be empty), and the order on disk is that of
-the checksums: any first n tokens are a fair sample.
+the checksums: any first n tokens are a fair sample. Near-duplicates are dropped, or all fall into one split.
 """
 
 import hashlib
@@ -19,7 +19,9 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 from stages.data.corpus import Corpus
+from stages.data.corpus_card import corpus_card
 from stages.data.fingerprints import refuse_changed
+from stages.data.near_duplicates import NearDuplicates, share_seen
 from stages.data.shards import (
     END_OF_TEXT,
     SPLITS,
@@ -31,7 +33,16 @@ from stages.data.shards import (
     write_card,
     write_split,
 )
-from stages.data.splits import Document, choose, moved, refuse_few, refuse_short, split_documents
+from stages.data.splits import (
+    Document,
+    choose,
+    leaders,
+    moved,
+    refuse_few,
+    refuse_short,
+    split_documents,
+    with_followers,
+)
 from stages.files.artifacts import Refusal, link_or_copy, rounded, sha256_of, write_atomically, write_json
 from stages.files.resuming import Interruption, ResumeState, resume_key
 from stages.run.entry import run_stage
@@ -51,14 +62,24 @@ def main(settings, place, run):
     # resumed run reads it again: that is how it knows that it is the same.
     with Interruption("prepare") as interruption, corpus, tempfile.TemporaryFile(dir=folder) as spool:
         with watch.phase("read"):
-            documents, duplicates = gather(corpus, spool, interruption)
+            handling, n = knobs.near_duplicates, knobs.near_duplicate_words
+            near = None if handling == "keep" else NearDuplicates(n, knobs.near_duplicate_similarity)
+            documents, duplicates = gather(corpus, spool, interruption, near)
             if place.out == place.root:
                 refuse_changed(settings.corpus, place.root)
-            refuse_few(documents, corpus.left_out() + [f"{duplicates:,} exact duplicates"] * bool(duplicates))
-            splits = split_documents(documents, knobs.val_share, knobs.test_share)
+        with watch.phase("split"):
+            alone, followers = leaders(documents, groups_of(near, documents, spool, interruption))
+            copies = sum(map(len, followers.values()))
+            besides = {"exact duplicates": duplicates, "near-duplicates": copies}
+            told = [f"{count:,} {what}" for what, count in besides.items() if count]
+            refuse_few(alone, corpus.left_out() + told)
+            splits = split_documents(alone, knobs.val_share, knobs.test_share)
             moved_documents = moved(splits, knobs.val_share, knobs.test_share)
+            if handling == "group":
+                splits = with_followers(splits, followers)
+            available = sum(map(len, splits.values()))
             splits = choose(splits, knobs.max_documents, knobs.val_share, knobs.test_share)
-            unused = len(documents) - sum(map(len, splits.values()))
+            unused = available - sum(map(len, splits.values()))
 
         with ResumeState(place.root, "prepare", state_key(knobs, splits)) as state:
             with watch.phase("train_tokenizer"):
@@ -85,6 +106,15 @@ def main(settings, place, run):
                 "documents_moved_to_fill_splits": moved_documents,
                 "corpus": corpus.describe(),
             }
+            if near is not None:
+                with watch.phase("compare_splits"):
+                    card["near_duplicates"] = {
+                        "handling": handling,
+                        "groups": len(followers),
+                        "documents": len(followers) + copies,
+                        "dropped": copies * (handling == "drop"),
+                        "share_of_test_seen_in_training": seen_in_training(spool, splits, n),
+                    }
             write_atomically(folder / "CORPUS.md", corpus_card(card, knobs))
             write_card(folder, rounded(card))
 
@@ -111,8 +141,11 @@ def empty_folder(folder):
 # ---- reading
 
 
-def gather(corpus, spool, interruption):
-    """Copy every text once into the spool; returns the documents and the number of duplicates dropped."""
+def gather(corpus, spool, interruption, near):
+    """Copy every text once into the spool; returns the documents and the number of duplicates dropped.
+
+    `near`, if any, receives each document that is kept.
+    """
     documents, seen, position, duplicates = [], set(), 0, 0
     with progress("reading", unit="B", unit_scale=True) as bar:
         for text in corpus:
@@ -126,16 +159,37 @@ def gather(corpus, spool, interruption):
             seen.add(digest)
             spool.write(data)
             documents.append(Document(digest, position, len(data)))
+            if near is not None:
+                near.add(data)
             position += len(data)
     spool.flush()
     return documents, duplicates
 
 
+def groups_of(near, documents, spool, interruption):
+    """Groups of near-duplicates, as numbers of documents; none where nobody asked (`near` is None)."""
+    if near is None:
+        return []
+    return near.groups(
+        lambda number: bytes_of(spool, documents[number]), lambda: interruption.check("comparing documents")
+    )
+
+
+def seen_in_training(spool, splits, words_per_gram):
+    """The share of the test split's n-grams of words that stand in the training split too."""
+    test, train = ((bytes_of(spool, document) for document in splits[split]) for split in ("test", "train"))
+    return share_seen(test, train, words_per_gram)
+
+
 def texts(spool, documents):
     """The texts of these documents, from the spool."""
     for document in documents:
-        spool.seek(document.start)
-        yield spool.read(document.size).decode("utf-8")
+        yield bytes_of(spool, document).decode("utf-8")
+
+
+def bytes_of(spool, document):
+    spool.seek(document.start)
+    return spool.read(document.size)
 
 
 def progress(title, **how):
@@ -267,10 +321,13 @@ def metrics_of(card, splits):
     """What `dvc metrics` compares."""
     digests = [document.digest for documents in splits.values() for document in documents]
     numbers = ("documents", "bytes", "tokens", "bytes_per_token")
+    near = card.get("near_duplicates", {})
     return {split: {key: card["splits"][split][key] for key in numbers} for split in SPLITS} | {
         "vocab_size": card["vocab_size"],
         "duplicates_dropped": card["duplicates_dropped"],
         "documents_in_two_splits": len(digests) - len(set(digests)),
+        **{f"near_duplicates_{key}": value for key, value in near.items() if key == "dropped"},
+        **{key: value for key, value in near.items() if key == "share_of_test_seen_in_training"},
     }
 
 
@@ -307,59 +364,6 @@ def summary(card, unused, max_documents):
     return (
         f"{documents:,} documents{limit} from {card['corpus']['name']}, {train['tokens']:,} training tokens of "
         f"{train['bytes_per_token']:.2f} bytes, vocabulary {card['vocab_size']:,}"
-    )
-
-
-def corpus_card(card, knobs):
-    """The card for a reader."""
-    corpus = card["corpus"]
-    rows = []
-    for split, part in card["splits"].items():
-        counts = f"{part['documents']:,} | {part['bytes']:,} | {part['tokens']:,}"
-        rows.append(f"| {split} | {counts} | {part['bytes_per_token']:.3f} |")
-    left_out = [
-        f"{card['duplicates_dropped']:,} exact duplicates",
-        f"{corpus['empty_documents_skipped']:,} empty documents",
-        f"{corpus['undecodable_files_skipped']:,} files that are not UTF-8",
-    ]
-    if corpus.get("rows_without_field_skipped"):
-        left_out.append(f"{corpus['rows_without_field_skipped']:,} rows without the field `{corpus['text_field']}`")
-    if corpus.get("broken_links_skipped"):
-        left_out.append(f"{corpus['broken_links_skipped']:,} broken symbolic links")
-    notes = [
-        f"Source: {corpus['name']} (`corpus.source: {corpus['source']}`), {corpus['bytes_read']:,} bytes.",
-        f"Left out: {', '.join(left_out)}.",
-    ]
-    if corpus.get("text_files_cut"):
-        notes.append(f"{corpus['text_files_cut']:,} text files were cut into pieces, which are the documents.")
-    if corpus.get("separators_kept_as_text"):
-        count = corpus["separators_kept_as_text"]
-        notes.append(f"`{END_OF_TEXT}` stands {count:,} times in the text files: `corpus.separator` would split there.")
-    if corpus["reached_max_bytes"]:
-        notes.append("Reading stopped at `corpus.max_bytes`: the source holds more.")
-    if knobs.max_documents:
-        limit = f"`prepare.max_documents` ({knobs.max_documents})"
-        notes.append(f"Of the rest, each split took its share of {limit} by checksum.")
-    count = card["documents_moved_to_fill_splits"]
-    filled = f" So that each split has enough, {count:,} went to the one next to theirs." if count else ""
-    return "\n".join(
-        [
-            "# Corpus card",
-            "",
-            *notes,
-            "",
-            "| split | documents | bytes | tokens | bytes per token |",
-            "| --- | ---: | ---: | ---: | ---: |",
-            *rows,
-            "",
-            "The split is the SHA-256 of a document's text, read as a number from 0 to 1: test below",
-            f"{knobs.test_share:g}, validation below {knobs.test_share + knobs.val_share:g}, else training.",
-            f"No document is in two splits.{filled}",
-            "",
-            f"Tokenizer: {card['tokenizer']}, {card['vocab_size']:,} tokens, from the training split only;",
-            f"`{END_OF_TEXT}` ({card['end_of_text']}) ends every document and counts no byte.",
-            "",
-        ]
     )
 
 

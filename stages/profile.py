@@ -1,4 +1,4 @@
-"""Measures what depends on the clock: latency, a training step under activation checkpointing, the router.
+"""Measures what depends on the clock: latency, training steps, one under activation checkpointing, the router.
 
     dvc repro profile
     python -m stages.profile profile.repetitions=5       # a quick look, into outputs/profile/
@@ -36,6 +36,7 @@ from stages.run.heap import keep_freed_memory
 from stages.run.provenance import cores, device_conditions
 
 SECTIONS = ("profile", "evaluate", "sequence_tokens", "seed")
+COMPRESSED = ("teacher", "student", "sparse_teacher", "sparse_student")  # whose training steps are timed
 
 
 def main(settings, place: Place, run) -> dict:
@@ -48,15 +49,17 @@ def main(settings, place: Place, run) -> dict:
     tokens = split.window(0, min(len(split), e.checkpoint_batch_sequences * (T + 1) + p.prefill_tokens))
     teacher = loaded["teacher"]
     policies = memory.policies(e.checkpoint_every_blocks, len(teacher.blocks))
-    loss_of = training_loss(teacher, tokens, e.checkpoint_batch_sequences, T)
+    losses = {name: training_loss(loaded[name], tokens, e.checkpoint_batch_sequences, T) for name in COMPRESSED}
 
     print(f"profile: {len(loaded)} models, {p.repetitions} repetitions of each timing", flush=True)
     measurements = {
         "latency": latency(loaded, tokens, p.prefill_tokens, p.decode_tokens, p.repetitions),
-        "checkpointing": checkpointing_time(teacher, policies, loss_of, p.repetitions, settings.seed),
+        "checkpointing": checkpointing_time(teacher, policies, losses["teacher"], p.repetitions, settings.seed),
         "router": router_time(
             p.router_tokens, teacher.shape, p.router_experts, p.router_experts_per_token, p.repetitions, settings.seed
         ),
+        "training": training_time({name: loaded[name] for name in COMPRESSED}, losses, p.repetitions),
+        "workload": {"prefill_tokens": p.prefill_tokens, "training_tokens": e.checkpoint_batch_sequences * T},
         "machine": {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": device_name()},
     }
     write_json(place.write("measurements/profile.json"), rounded(measurements))
@@ -116,6 +119,17 @@ def checkpointing_time(model, policies: list[str], loss_of, repetitions: int, se
         if torch.cuda.is_available():
             rows[name]["allocator_peak_bytes"] = memory.device_peak_bytes(model, name, loss_of)
     return rows
+
+
+def training_time(models: dict, losses: dict[str, Callable], repetitions: int) -> dict:
+    """Forward and backward of each model on the same batch, without the optimizer. The models take turns."""
+
+    def step(name):
+        losses[name]().backward()
+        models[name].zero_grad(set_to_none=True)
+
+    seconds = cost.interleaved_seconds({name: partial(step, name) for name in models}, repetitions)
+    return {name: cost.median_and_quartiles("step_seconds", seconds[name]) for name in models}
 
 
 @torch.no_grad()

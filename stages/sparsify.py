@@ -13,12 +13,17 @@ from functools import partial
 from stages.files.artifacts import rounded, write_json
 from stages.run.entry import Place, run_stage
 from stages.training.launch import launch, write_costs, write_curves
+from stages.training.model_folder import complete_folder
 
 SECTIONS = ("sequence_tokens", "seed", "sparsify", "optimizer", "trainer")
 INPUTS = ["artifacts/data", "artifacts/teacher", "artifacts/student"]
 CALIBRATION_SEQUENCES = 8  # of a batch
 # At most: forward and backward once for heads, forward once for neurons and once for experts.
 CALIBRATION_PASSES = 5
+SUMMARIES = {
+    "sparse": "The {dense}, pruned (whole structures left its tensors) and recovered by distillation from it.",
+    "continued": "The control of the pruned {dense}: the {dense} itself, trained on for the same extra tokens.",
+}
 
 
 def fits(settings, place: Place, keep: Callable) -> Iterator:
@@ -79,6 +84,12 @@ def calibrate(dense, shares: dict[str, float], words: dict[str, str], calibratio
     return {"importance": scores, "one_shot_loss_ratio": after / before}
 
 
+def extra_tokens(settings) -> int:
+    recovery = settings.sparsify.recovery
+    sequences = recovery.steps * settings.trainer.accumulate_grad_batches * recovery.batch_sequences
+    return sequences * settings.sequence_tokens
+
+
 def main(settings, place: Place, run) -> dict:
     result, conditions = launch(fits, settings, place, INPUTS, run)
     write_curves(place, "sparsify", result)
@@ -88,6 +99,11 @@ def main(settings, place: Place, run) -> dict:
         metrics[f"{name}_one_shot_loss_ratio"] = result[name]["notes"]["one_shot_loss_ratio"]
     write_json(place.write("metrics/sparsify.json"), rounded(metrics))
     run.metrics(metrics)
+    for name, fit in result.items():
+        how, dense = name.split("_")
+        figures = {"validation_bits_per_byte": fit["validation_bits_per_byte"], "extra_tokens": extra_tokens(settings)}
+        summary = SUMMARIES[how].format(dense=dense)
+        complete_folder(place, name, summary, (dense,), figures, settings.sequence_tokens)
     for name in ("sparse_teacher", "sparse_student"):
         run.model(place.write(f"artifacts/{name}"))
     return {"conditions": conditions}

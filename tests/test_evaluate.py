@@ -151,6 +151,14 @@ def test_the_scores_of_documents_give_the_metrics(evaluated):
         assert len(table) == evaluated.metrics["test"]["documents"] == 6
 
 
+def test_every_test_document_counts_whatever_the_budget(evaluated, settings, tmp_path):
+    evaluate.main(with_values(settings, "evaluate", test_tokens=300), Place(evaluated.root, tmp_path), SilentRun())
+    test, whole = read_json(tmp_path / "artifacts/evaluation.json")["test"], evaluated.metrics["test"]
+    assert test["documents"] == whole["documents"] == 6
+    assert test["tokens"] == 300 and test["bytes"] == 300, "a token is a byte, and no document ends within its share"
+    assert test["split_tokens"] == whole["split_tokens"] == whole["tokens"]
+
+
 def test_the_plot_has_a_row_per_model(evaluated):
     rows = list(csv.DictReader((evaluated.root / "plots/quality.csv").open()))
     assert [row["model"] for row in rows] == list(evaluate.MODELS)

@@ -18,7 +18,9 @@ from chaos.bench import Bench, run
 from chaos.damage import damaged_settings, damaged_tokenizer
 from chaos.kills import kill9_prepare
 from stages import distill
+from stages.data.shards import load_tokenizer
 from stages.files.artifacts import Refusal
+from stages.measure.subjects import MODELS
 from stages.run import sweeps
 from stages.run.entry import Place
 
@@ -102,6 +104,20 @@ def test_the_columns_of_a_sweeps_table_are_metrics_of_the_stage(tree, stage):
     assert missing <= {"gap_closed"}, "which is left out where the gap is not real"
 
 
+def test_every_model_folder_is_complete(tree):
+    transformers = pytest.importorskip("transformers")
+    ours = load_tokenizer(tree / "artifacts/data")
+    for name in MODELS:
+        folder = tree / "artifacts" / name
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        assert theirs("def f(x):  # <|endoftext|>")["input_ids"] == ours.encode("def f(x):  # <|endoftext|>")
+        assert transformers.GenerationConfig.from_pretrained(folder).eos_token_id == ours.end_of_text
+        weights = json.loads((folder / "config.json").read_text())["weights_sha256"]
+        assert weights in (folder / "README.md").read_text()
+    student = json.loads((tree / "artifacts/student/config.json").read_text())["weights_sha256"]
+    assert f"weights of `student` | `{student}`" in (tree / "artifacts/sparse_student/README.md").read_text()
+
+
 def test_sparse_models_are_physically_smaller(tree):
     for name in ("teacher", "student"):
         sizes = [(tree / f"artifacts/{kind}{name}/model.safetensors").stat().st_size for kind in ("", "sparse_")]
@@ -163,7 +179,7 @@ def test_timings_taken_again_reach_the_page(tree):
     page, before = tree / "report/index.html", outs_of(tree)
     shown = page.read_bytes()
     user_types(tree, *DVC, "repro", "--force", "--single-item", "profile")
-    assert stages_run(user_types(tree, *DVC, "repro").stdout) == ["config", "report"]
+    assert stages_run(user_types(tree, *DVC, "repro").stdout) == ["config", "plan", "report"]
     assert page.read_bytes() != shown and outs_of(tree) == before
 
 

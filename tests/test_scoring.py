@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stages import evaluate
+from stages.data import shards
 from stages.files.artifacts import Refusal
 from stages.files.resuming import Interruption, ResumeState
 from stages.measure import scoring
@@ -215,11 +218,42 @@ def test_weights_that_are_not_finite_are_refused(tiny_settings):
         score(broken, stream_of([70, 70]))
 
 
-def test_documents_are_taken_whole_in_order_as_long_as_they_fit():
-    documents = np.array([[0, 50, 1], [50, 500, 1], [550, 30, 1], [580, 25, 1]])
-    assert scoring.choose_documents(documents, 100).tolist() == [0, 2]
-    assert scoring.choose_documents(documents, 10_000).tolist() == [0, 1, 2, 3]
-    assert scoring.choose_documents(documents, 10).tolist() == [2, 3], "two at least, the shortest"
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=30), st.integers(1, 5000))
+def test_every_document_counts_with_an_even_share_of_the_tokens(lengths, budget):
+    shares = scoring.even_shares(np.array(lengths), budget)
+    longest = shares.max()
+    assert all(share == min(length, longest) for share, length in zip(shares, lengths, strict=True))
+    assert shares.sum() <= max(budget, len(lengths))
+    if shares.sum() < sum(lengths) and longest > 1:
+        cut = sum(share < length for share, length in zip(shares, lengths, strict=True))
+        assert shares.sum() + cut > budget, "a token more of each would not fit"
+
+
+def test_the_stream_has_the_beginning_of_every_document_and_counts_its_bytes(tmp_path):
+    texts, tokenizer = ["ä" * 30, "short", "b" * 50], shards.BytesTokenizer()
+    documents = [(tokenizer.encode(text), len(text.encode())) for text in texts]
+    part = shards.write_split(tmp_path, "test", documents, tokenizer, 64)
+    card = {"vocab_size": 257, "end_of_text": 256, "dtype": "uint16", "splits": {"test": part}}
+    shards.write_card(tmp_path, card)
+    tokens = shards.Tokens(tmp_path, "test")
+    whole = scoring.read_stream(tokens, tokenizer, 1000)
+    assert whole.tokens[1:].tolist() == tokens.window(0, len(tokens)).tolist()
+    assert whole.document_bytes.tolist() == [60, 5, 50]
+    cut = scoring.read_stream(tokens, tokenizer, 30)
+    assert bytes(cut.tokens[cut.tokens < 256].tolist()).decode() == "ä" * 6 + "short" + "b" * 12
+    assert cut.document_of.tolist() == [0] * 12 + [3] + [1] * 6 + [2] * 12 + [3], "no token of document 3 is scored"
+    assert cut.tokens[1:][cut.document_of == 3].tolist() == [256, 256]
+    assert cut.document_bytes.tolist() == [12, 5, 12]
+
+
+def test_the_end_of_text_after_a_cut_document_is_not_scored(student):
+    stream = stream_of([50, 60, 40])
+    marked = stream._replace(document_of=np.where(np.arange(150) == 49, 3, stream.document_of))
+    plain, table = score(student, stream), score(student, marked)
+    assert table[:, scoring.TOKENS].tolist() == [49, 60, 40]
+    assert table[0, scoring.NATS] < plain[0, scoring.NATS]
+    sums = slice(scoring.FIRST_GAP)  # the bins of the gaps hold equally many of all tokens
+    assert table[1:, sums].tobytes() == plain[1:, sums].tobytes()
 
 
 def test_the_bootstrap_depends_on_its_seed_alone():

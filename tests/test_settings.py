@@ -22,7 +22,7 @@ from stages.files.artifacts import ROOT, Refusal, sha256_of
 from stages.run import unchanged
 from stages.settings.compose import compose, explain
 from stages.settings.lightning import duration_seconds
-from stages.settings.schema import SECTIONS, Settings, as_yaml, leaves, refuse_uneven_batches, validate
+from stages.settings.schema import BATCHES, SECTIONS, Settings, as_yaml, leaves, refuse_uneven_batches, validate
 from stages.settings.untracked import OBSERVERS, SECTION, UNTRACKED, divided, joined
 
 SCALES = sorted(file.stem for file in (ROOT / "conf/scale").glob("*.yaml"))
@@ -108,6 +108,14 @@ MISTAKES = [
     ("corpus.paths", "a.txt", "corpus.paths = 'a.txt': must be a list, such as [a, b]"),
     ("seed", "5", "seed = '5': must be a whole number, and this is text: write it without quotes"),
     ("distill.temperature", "1e3", "distill.temperature = '1e3': must be a number, and this is text"),
+    ("plan.chips", [0], "plan.chips = 0: must be at least 1"),
+    ("plan.chips", [], "plan.chips = []: must name at least one"),
+    ("plan.provider", [], "plan.provider = []: must name at least one"),
+    ("plan.grid.years", [], "plan.grid.years = []: must name at least one"),
+    ("plan.today", "2026-02-30", "plan.today = 2026-02-30: must be a day that exists, as YYYY-MM-DD, or now"),
+    ("plan.today", "soon", "plan.today = soon: must be a"),
+    ("plan.tokens", -1.0, "plan.tokens = -1.0: must be above 0"),
+    ("plan.terms", "hourly", "plan.terms = hourly: must be on_demand, spot"),
     ("teacher", 3, "teacher = 3: must be a mapping of settings"),
     ("trainer.gradient_clip_val", 0, "trainer.gradient_clip_val = 0: must be above 0"),
     ("optimizer.clip_norm", 1.0, "optimizer.clip_norm: no such setting; it is trainer.gradient_clip_val now"),
@@ -177,10 +185,7 @@ BESIDE = {
     "prepare.vocab_size": {"prepare.tokenizer": "bytes"},
     "optimizer.warmup_share": {"optimizer.decay_share": 0},
     "optimizer.decay_share": {"optimizer.warmup_share": 0},
-    "trainer.ranks": {
-        key: 65536
-        for key in ("pretrain.batch_sequences", "distill.batch_sequences", "sparsify.recovery.batch_sequences")
-    },
+    "trainer.ranks": dict.fromkeys(BATCHES.values(), 65536),
 }
 
 
@@ -406,7 +411,7 @@ def test_the_schema_for_editors_is_up_to_date_and_knows_every_setting_and_word()
 
 @pytest.mark.parametrize("file", [ROOT / "params.yaml", *sorted((ROOT / "conf").rglob("*.yaml"))], ids=lambda f: f.name)
 def test_every_file_of_settings_names_its_schema(file):
-    if file.name == "config.yaml":  # Hydra's own
+    if file.name == "config.yaml" or file.is_relative_to(ROOT / "conf/plan"):  # Hydra's own; ledgers
         return
     (line,) = [line for line in file.read_text().splitlines()[:2] if line.startswith("# yaml-language-server: ")]
     schema = file.parent / line.partition("$schema=")[2]

@@ -2,10 +2,12 @@
 
 A document's split is a function of its own text: its SHA-256, read as a number in [0, 1), is below prepare.test_share,
 below that and prepare.val_share, or above both. In a small corpus, where a split would lack the documents it needs,
-the border moves to the next checksums. No document is in two splits.
+the border moves to the next checksums. No document is in two splits. Of near-duplicates one leads, and the others go
+where it goes, or nowhere.
 """
 
 from bisect import bisect_left
+from hashlib import sha256
 from typing import Any, NamedTuple
 
 from stages.files.artifacts import Refusal
@@ -23,6 +25,27 @@ class Document(NamedTuple):
 
 
 Splits = dict[str, list[Document]]
+
+
+def leaders(documents: list[Document], groups: list[list[int]]) -> tuple[list[Document], dict[bytes, list[Document]]]:
+    """Of each group of near-duplicates one document, beside all documents of no group; and the others by its digest.
+
+    The leader is chosen by a checksum of checksums, so that a group is no likelier to be tested than a document is.
+    """
+    followers = {}
+    for group in groups:
+        members = sorted((documents[number] for number in group), key=lambda one: sha256(one.digest).digest())
+        followers[members[0].digest] = members[1:]
+    following = {document.digest for others in followers.values() for document in others}
+    return [document for document in documents if document.digest not in following], followers
+
+
+def with_followers(splits: Splits, followers: dict[bytes, list[Document]]) -> Splits:
+    """Each near-duplicate to the split of its leader."""
+    return {
+        split: sorted(other for leader in part for other in (leader, *followers.get(leader.digest, ())))
+        for split, part in splits.items()
+    }
 
 
 def split_documents(documents: list[Document], val_share: float, test_share: float) -> Splits:

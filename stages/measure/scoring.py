@@ -33,38 +33,50 @@ Models = dict[str, nn.Module]
 
 
 class Stream(NamedTuple):
-    """Whole test documents one after another, and the document and byte count of what is scored."""
+    """The beginnings of all test documents one after another, and the document and byte count of what is scored."""
 
     tokens: np.ndarray  # int64 [N + 1], led by one end-of-text token so that every token has a context
-    document_of: np.ndarray  # int64 [N]
-    document_bytes: np.ndarray  # int64 [G]
+    document_of: np.ndarray  # int64 [N]; G for the end-of-text after a document that was cut: context, not scored
+    document_bytes: np.ndarray  # int64 [G], of the tokens scored
 
 
-def choose_documents(documents: np.ndarray, budget_tokens: int) -> np.ndarray:
-    """Rows of the documents scored: in stream order, whole, each that still fits into the budget.
+def even_shares(token_counts: np.ndarray, budget_tokens: int) -> np.ndarray:
+    """How many tokens of each document are scored: all of a short one, and of the longer ones equally many, int64 [G].
 
-    A bootstrap needs two at least: where fewer fit, the two shortest are taken.
+    The sum is at most the budget, but each document has at least one token.
     """
-    chosen, left = [], budget_tokens
-    for row, (_, count, _) in enumerate(documents):
-        if count <= left:
-            chosen.append(row)
-            left -= count
-    if len(chosen) < 2:
-        chosen = sorted(np.argsort(documents[:, 1], kind="stable")[:2])
-    return np.array(chosen, dtype=np.int64)
+    shortest_first = np.sort(token_counts)
+    left = budget_tokens
+    for number, count in enumerate(shortest_first):
+        most = left // (len(shortest_first) - number)  # for each of those not yet served
+        if count > most:
+            return np.minimum(token_counts, max(1, most))
+        left -= count
+    return token_counts.copy()
 
 
-def read_stream(tokens, end_of_text: int, budget_tokens: int) -> Stream:
-    """The test stream from a `shards.Tokens`."""
-    if len(tokens.documents) == 0:
+def read_stream(tokens, tokenizer, budget_tokens: int) -> Stream:
+    """The test stream from a `shards.Tokens`: every document, the long ones cut to an even share of the budget.
+
+    An end-of-text follows a document that was cut, as it does every document in training.
+    """
+    documents = np.asarray(tokens.documents)
+    if len(documents) == 0:
         raise Refusal("artifacts/data: the test split has no document; raise prepare.test_share")
-    rows = choose_documents(np.asarray(tokens.documents), budget_tokens)
-    parts = [tokens.window(int(start), int(count)) for start, count, _ in tokens.documents[rows]]
+    shares = even_shares(documents[:, 1], budget_tokens)
+    ending = np.array([tokenizer.end_of_text])
+    parts, document_of, document_bytes = [ending], [], documents[:, 2].copy()
+    for row, ((start, count, _), share) in enumerate(zip(documents, shares, strict=True)):
+        parts.append(tokens.window(int(start), int(share)))
+        document_of.append(np.full(share, row))
+        if share < count:
+            document_bytes[row] = len(tokenizer.bytes_of(parts[-1].tolist()))
+            parts.append(ending)
+            document_of.append(np.array([len(documents)]))
     return Stream(
-        tokens=np.concatenate([np.array([end_of_text]), *parts]).astype(np.int64),
-        document_of=np.repeat(np.arange(len(rows)), [len(part) for part in parts]),
-        document_bytes=np.asarray(tokens.documents)[rows, 2].astype(np.int64),
+        tokens=np.concatenate(parts).astype(np.int64),
+        document_of=np.concatenate(document_of).astype(np.int64),
+        document_bytes=document_bytes.astype(np.int64),
     )
 
 
@@ -141,15 +153,15 @@ def score(
         on_batch(done, n_windows)
         if interruption is not None and stopping:
             interruption.check(f"scoring, after window {done:,} of {n_windows:,}")
-    tables = dict(zip(models, tables_MGS, strict=True))
+    tables, scored_N = dict(zip(models, tables_MGS, strict=True)), stream.document_of < n_documents
     for (name, table), signed_N in zip(tables.items(), signed_MN, strict=True):
         table[:, BYTES] = stream.document_bytes
-        table[:, TOKENS] = np.bincount(stream.document_of, minlength=n_documents)
+        table[:, TOKENS] = np.bincount(stream.document_of, minlength=n_documents)[:n_documents]
         if not np.isfinite(table).all():
             raise Refusal(
                 f"artifacts/{name} has a loss that is not finite on the test split: train this model again"
             )
-        table[:, FIRST_GAP:] = calibration_gaps(signed_N, stream.document_of, n_documents)
+        table[:, FIRST_GAP:] = calibration_gaps(signed_N[scored_N], stream.document_of[scored_N], n_documents)
     return tables
 
 
@@ -196,7 +208,7 @@ def _as_file(array: np.ndarray) -> bytes:
 def _add_by_document(tables_MGS: np.ndarray, document_of: np.ndarray, scores: np.ndarray) -> None:
     for table, columns in zip(tables_MGS, scores[..., :4], strict=True):
         for column, values in zip((NATS, CORRECT, AGREEMENT, KL), columns.T, strict=True):
-            table[:, column] += np.bincount(document_of, weights=values, minlength=len(table))
+            table[:, column] += np.bincount(document_of, weights=values, minlength=len(table))[: len(table)]
 
 
 def calibration_gaps(signed_N: np.ndarray, document_of: np.ndarray, n_documents: int) -> np.ndarray:

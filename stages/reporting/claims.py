@@ -105,7 +105,7 @@ def distillation_verdict(share: float, kept: Interval, control: Control) -> tupl
         return NOT_TESTABLE, "The interval includes 90%: more test documents would settle it."
     if control.outcome == BEATEN:
         return "beaten", "Above 90%, and better than its strongest control beyond the interval."
-    return CONTROL_NOT_BEATEN, f"Above 90%, but so is its strongest control, which is {standing(control)}."
+    return CONTROL_NOT_BEATEN, f"Above 90%, but its strongest control is {standing(control)}."
 
 
 def strongest_control(control: Control) -> str:

@@ -1,6 +1,6 @@
 """Each model beside the models that it is held against: what else the same tokens, or the same operations, give."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from stages.reporting.wording import number, signed_number, words
 
@@ -10,8 +10,8 @@ WHAT = {  # of each control: what is held equal, and what it is
     "warm_control": (SAME_TOKENS, "the teacher's start, the data alone"),
     "cold_student": (SAME_TOKENS, "random start, the teacher's targets"),
     "scratch_student": (SAME_OPERATIONS, "the student's shape from nothing, for the cost of teacher and student"),
-    "continued_teacher": (SAME_TOKENS, "the unpruned teacher, trained on"),
-    "continued_student": (SAME_TOKENS, "the unpruned student, trained on"),
+    "continued_teacher": (SAME_TOKENS, "the unpruned teacher, trained on; it costs more per token"),
+    "continued_student": (SAME_TOKENS, "the unpruned student, trained on; it costs more per token"),
     "scratch_sparse_teacher": (SAME_OPERATIONS, "the pruned shape from nothing, for the cost of teacher and recovery"),
     "scratch_sparse_student": (
         SAME_OPERATIONS,
@@ -24,9 +24,9 @@ BEATEN, LEVEL, STRONGER = "beaten", "level", "stronger"
 class Interval(NamedTuple):
     """A figure and the ends of its 95% interval; None where one is not known."""
 
-    value: float
-    low: float | None = None
-    high: float | None = None
+    value: Any
+    low: Any = None
+    high: Any = None
 
 
 class Control(NamedTuple):

@@ -39,6 +39,7 @@ class Line:
     points: list[tuple[float, float]]
     series: int = 0
     dashed: bool = False
+    band: tuple[tuple[float, float, float], ...] = ()  # (x, low, high), drawn behind the line
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,13 @@ def _share(value, ends, log):
     """How far between the ends a value lies."""
     low, high, value = map(math.log10, (*ends, value)) if log else (*ends, value)
     return (value - low) / (high - low)
+
+
+def band(frame: Frame, line: Line) -> str:
+    """The area between the ends of a line's interval."""
+    upper = [f"{frame.x(x):.1f},{frame.y(high):.1f}" for x, _, high in line.band]
+    lower = [f"{frame.x(x):.1f},{frame.y(low):.1f}" for x, low, _ in reversed(line.band)]
+    return f'<polygon points="{" ".join(upper + lower)}" fill="{colour_of(line.series)}" opacity="0.16"/>'
 
 
 def mark(frame: Frame, point: Point, x_format: Format, y_format: Format) -> str:

@@ -29,11 +29,12 @@ SPLITS = ("train", "val", "test")
 
 
 class Table(NamedTuple):
-    """The first column is words, the others numbers."""
+    """The first column is words, the others numbers; with `prose` the last one is words, too."""
 
     head: list[str]
     rows: list[list[str]]
     note: str = ""
+    prose: bool = False
 
 
 class Figure(NamedTuple):
@@ -81,7 +82,8 @@ def quality_table(evaluated: dict) -> Table:
     return Table(
         head,
         rows,
-        f"95%: interval over {count(evaluated['test']['documents'], 'test document')}; "
+        f"95%: interval over {count(evaluated['test']['documents'], 'test document')}, all of the split, with "
+        f"{evaluated['test']['tokens']:,} of their {evaluated['test']['split_tokens']:,} tokens (an even share each); "
         "agrees: share of tokens on which its first choice is the teacher's; "
         "calibration: expected calibration error of the first choice, 15 bins of equal mass.",
     )
@@ -217,10 +219,22 @@ def corpus_table(card: dict) -> Table:
     ]
     note = (
         f"Corpus: {card['corpus']['name']}; {card['duplicates_dropped']:,} exact duplicates dropped; "
-        f"no document is in two splits. Tokenizer: {card['tokenizer']}, {card['vocab_size']:,} tokens, "
-        f"sha256 {card['tokenizer_sha256'][:16]}…"
+        f"no document is in two splits. {near_duplicates(card)}"
+        f"Tokenizer: {card['tokenizer']}, {card['vocab_size']:,} tokens, sha256 {card['tokenizer_sha256'][:16]}…"
     )
     return Table(["split", "documents", "bytes", "tokens", "bytes per token"], rows, note)
+
+
+def near_duplicates(card: dict) -> str:
+    near = card.get("near_duplicates")
+    if near is None:
+        return "Near-duplicates were not looked for. "
+    done = f"{near['dropped']:,} dropped" if near["handling"] == "drop" else "each group in one split"
+    return (
+        f"{near['documents']:,} near-duplicates in {near['groups']:,} groups, {done}; "
+        f"{percent(near['share_of_test_seen_in_training'])} of the test split's n-grams of words "
+        "stand in the training split. "
+    )
 
 
 def conditions_table(made: dict[str, dict]) -> Table:

@@ -3,7 +3,7 @@
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from stages.reporting import charts, figures
+from stages.reporting import charts, figures, leaving
 from stages.reporting.claims import (
     CHECKPOINTING_SAVES,
     CONTROL_NOT_BEATEN,
@@ -34,6 +34,8 @@ def make_page(
     texts: dict[str, str],
     card: dict,
     timings: dict,
+    plan: dict,
+    money: dict,
     conditions: dict[str, dict],
     seed: int,
 ) -> str:
@@ -66,6 +68,9 @@ def make_page(
         checkpointing=figures.checkpointing_figure(evaluated, timings),
         policies=figures.checkpointing_table(evaluated, timings),
         latency=figures.latency_table(timings),
+        plan=plan,
+        leaving=leaving,
+        money=money,
         samples=[(words(name), text) for name, text in figures.in_order(texts)],
         corpus=figures.corpus_table(card),
         conditions=figures.conditions_table(conditions),

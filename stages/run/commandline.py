@@ -177,8 +177,10 @@ def _readers(sections, stage):
         if name != "config"
     }
     readers = [name for name, own in read.items() if not own.isdisjoint(sections)]
+    if not readers:
+        return f"python -m stages.{min(sections)} does"  # a command beside the DAG reads the section of its name
     outs = {out if isinstance(out, str) else next(iter(out)) for name in readers for out in stages[name]["outs"]}
-    taken = [path for path in stages[stage]["deps"] if path in outs and path.startswith("artifacts/")]
+    taken = [path for path in stages.get(stage, {}).get("deps", ()) if path in outs and path.startswith("artifacts/")]
     names = " and ".join([", ".join(readers[:-1]), readers[-1]] if readers[1:] else readers)
     through = f" ({stage} takes {' and '.join(taken)} from there)" if taken else ""
     return f"{names} {'does' if len(readers) == 1 else 'do'}{through}"

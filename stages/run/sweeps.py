@@ -40,6 +40,7 @@ COLUMNS = {
         "scratch_sparse_teacher_validation_bits_per_byte",
         "scratch_sparse_student_validation_bits_per_byte",
     ),
+    "plan": ("cheapest.dollars", "cheapest.days", "cheapest.tokens_per_second"),
     "evaluate": ("teacher_bits_per_byte", "student_bits_per_byte", "quality_kept", "gap_closed", "test_documents"),
 }
 # Those whose mean ranks the jobs; the lower the better. The other stages do not make models better or worse.

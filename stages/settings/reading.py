@@ -17,6 +17,7 @@ RULES = {  # by pydantic's type of error
     "bool_type": "must be true or false",
     "int_type": "must be a whole number",
     "float_type": "must be a number",
+    "too_short": "must name at least one",
     "tuple_type": "must be a list, such as [a, b]",
     "string_type": "must be a word",
     "string_unicode": "must be a word",

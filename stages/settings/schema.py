@@ -6,32 +6,32 @@ A mistake is refused before any work, in one line that names the key, the value 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, Field, ValidationError, create_model
 
 from stages.files.artifacts import ROOT, Refusal
 from stages.settings import shapes
+from stages.settings.bounds import (
+    MOST,
+    Blank,
+    Count,
+    HeldOut,
+    Keep,
+    Momentum,
+    Natural,
+    NotStrict,
+    Positive,
+    RotaryBase,
+    RotaryWidth,
+    Section,
+    Share,
+    Some,
+    Word,
+)
 from stages.settings.lightning import Batches, Duration, FewSteps, Observers
+from stages.settings.plan import Plan, plan_rules
 from stages.settings.reading import refuse, refuse_first, refuse_unknown, shown
 
 OWN_FILES = "in params.yaml corpus: {source: files, paths: [texts/*.txt]}, or corpus=files 'corpus.paths=[texts/*.txt]'"
-MOST = 2**40  # no count in here is sensible above this; beyond it sizes overflow far from their cause
-
-Count = Annotated[int, Field(ge=1, le=MOST)]
-Natural = Annotated[int, Field(ge=0, le=MOST)]
-Share = Annotated[float, Field(ge=0, le=1)]  # a part of a whole, none and all included
-Keep = Annotated[float, Field(gt=0, le=1)]  # a part kept: something always stays
-HeldOut = Annotated[float, Field(gt=0, le=0.5)]
-Positive = Annotated[float, Field(gt=0, le=1e9)]
-RotaryWidth = Annotated[int, Field(ge=2, le=MOST)]
-RotaryBase = Annotated[float, Field(gt=1, le=1e12)]
-Momentum = Annotated[float, Field(ge=0, le=0.9999)]
-Word = Annotated[str, Field(pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")]
-Blank = Annotated[str, Field(pattern=r"^[^\x00]+$")]  # as a separator may be
-NotStrict = Field(strict=False)  # a list of YAML is a tuple here
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Corpus(Section):
@@ -51,6 +51,9 @@ class Prepare(Section):
     vocab_size: Annotated[int, Field(ge=1, le=1_000_000)]
     max_documents: Natural  # 0: all
     shard_tokens: Count
+    near_duplicates: Literal["keep", "group", "drop"]
+    near_duplicate_similarity: Annotated[float, Field(ge=0.4, le=0.99)]  # Jaccard; the bands miss 6% of pairs at 0.4
+    near_duplicate_words: Annotated[int, Field(ge=1, le=100)]  # of an n-gram
     val_share: HeldOut
     test_share: HeldOut
 
@@ -194,6 +197,15 @@ class Profile(Section):
     router_experts_per_token: Count
 
 
+class Export(Section):
+    models: Annotated[tuple[Word, ...], Some]  # names under artifacts/, or folders
+    formats: Annotated[tuple[Literal["hf", "gguf", "onnx"], ...], Some]
+    gguf_kinds: Annotated[tuple[Literal["f32", "f16", "q8_0"], ...], Some]
+    prompts: Count
+    new_tokens: Annotated[int, Field(ge=3, le=MOST)]  # after each prompt; the first two are not timed
+    test_sequences: Count
+
+
 class Settings(Section):
     """Everything; a stage gets only the sections it declared, the others are None."""
 
@@ -211,6 +223,8 @@ class Settings(Section):
     challenge: Challenge
     evaluate: Evaluate
     profile: Profile
+    plan: Plan
+    export: Export
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)]
     sequence_tokens: Annotated[int, Field(ge=2, le=MOST)]
 
@@ -369,6 +383,7 @@ RULES = (
     (("trainer",), _trainer_rules),
     (("evaluate",), _evaluate_rules),
     (("profile",), _profile_rules),
+    (("plan",), plan_rules),
     *((("trainer", section), _ranks_share(key)) for section, key in BATCHES.items()),
 )
 

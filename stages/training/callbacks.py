@@ -101,7 +101,6 @@ class RecordSteps(AfterStep):
             self._observe(trainer, module, validate)
         self.line.step(progress.step, figures["loss"], figures.get("validation_bits_per_byte"))
 
-
     def _observe(self, trainer, module, validate: bool) -> None:
         """Shows the figures to the callbacks and loggers of conf/: Lightning hands them on every `log_every_steps`."""
         figures, step = module.figures, module.progress.step

@@ -76,7 +76,8 @@ def _extent(stage: str, plain: dict, ranks: int) -> str:
     steps, few = plain[stage].get("recovery", plain[stage]).get("steps"), int(plain["trainer"]["fast_dev_run"])
     if few:
         steps = min(steps or few, few)
-    return f"{ranks} rank{'s' if ranks > 1 else ''}" + (f", {steps} steps per model" if steps else "")
+    told = f", {steps} step{'s' if steps > 1 else ''} per model" if steps else ""
+    return f"{ranks} rank{'s' if ranks > 1 else ''}{told}"
 
 
 def _reason(stage: str, code: int, state: Path) -> str:

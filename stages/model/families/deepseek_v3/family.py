@@ -90,7 +90,8 @@ class DeepseekV3Family:
         return places
 
     def pruned_shape(self, shape: DeepseekV3Shape, kept: Callable[[str, int], int]) -> DeepseekV3Shape:
-        experts = kept("experts", shape.experts)
+        # transformers' router adds up the two best experts of a group, and cannot run a mixture of one
+        experts = max(kept("experts", shape.experts), min(2, shape.experts))
         return replace(
             shape,
             heads=kept("heads", shape.heads),
