@@ -12,7 +12,7 @@ ALONE = Measured(
 
 
 def test_the_prediction_is_the_ring_and_the_share_of_a_core():
-    ring = 2 * 3 / 4 * 4e6 / (100e6 / 8)
+    ring = 2 * 3 / 4 * 4e6 / (100e6 / 8 * 1448 / 1514)
     assert predicted_step_seconds(ALONE, 4, 100, cores=4) == pytest.approx(0.2 + ring)
     assert predicted_step_seconds(ALONE, 4, 100, cores=2) == pytest.approx(0.4 + ring)
     assert predicted_step_seconds(ALONE, 1, 100, cores=2) == pytest.approx(0.2)

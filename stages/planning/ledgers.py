@@ -45,7 +45,11 @@ def load_ledger(path: str | Path) -> Any:
     """The YAML of a file; what is missing or no YAML is refused by name."""
     path = Path(path)
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _OneMeaning)
+        loader = _OneMeaning(path.read_text(encoding="utf-8"))
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
     except FileNotFoundError:
         raise Refusal(f"{path}: there is no such file; name one that exists") from None
     except OSError as error:
