@@ -1,13 +1,15 @@
 # Each target makes the environment it needs in .venv first; with nothing changed that costs nothing.
 PYTHON ?= python3
 PORT ?= 5000
+MODEL ?= student
+SERVE_PORT ?= 8080
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: env repro test chaos bench recipe ui lint audit
+.PHONY: env repro test test-forms chaos claims bench recipe serve ui lint audit
 .DELETE_ON_ERROR:
 
 env: .venv/.run .venv/.develop
@@ -25,6 +27,16 @@ env: .venv/.run .venv/.develop
 .venv/.develop: .venv/.run
 	@echo "installing the packages of the tests into .venv"
 	@$(PIP) -e '.[huggingface,corpus,test,lint]'
+	@touch $@
+
+.venv/.gguf: .venv/.run
+	@echo "installing llama.cpp and the packages of GGUF into .venv"
+	@$(PIP) -e '.[gguf]'
+	@touch $@
+
+.venv/.forms: .venv/.develop .venv/.gguf
+	@echo "installing the packages of ONNX into .venv"
+	@$(PIP) -e '.[onnx]'
 	@touch $@
 
 .venv/.audit: .venv/.run
@@ -45,11 +57,20 @@ test: .venv/.develop
 chaos: .venv/.develop
 	python -m chaos
 
+claims: .venv/.develop
+	python -m claims
+
 bench: .venv/.develop
 	python -m benchmarks
 
 recipe: .venv/.develop
 	python -m benchmarks.recipe
+
+test-forms: .venv/.forms  # what make test skips where the extras gguf and onnx are not installed
+	python -m pytest tests/test_export.py tests/test_llama_cpp.py
+
+serve: .venv/.gguf
+	python -m stages.serve --model $(MODEL) --port $(SERVE_PORT)
 
 ui: .venv/.run
 	@python -c 'import socket; socket.create_server(("127.0.0.1", $(PORT)))' 2>/dev/null || \

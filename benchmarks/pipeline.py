@@ -15,7 +15,7 @@ from benchmarks.table import Row
 from benchmarks.timing import Ratio, interleaved
 from stages.files.artifacts import read_json
 
-TRAINING = ("pretrain", "distill", "sparsify")
+TRAINING = ("pretrain", "distill", "sparsify", "challenge")
 MEASURED = ("prepare", "evaluate")  # stages that write down what their phases took
 
 

@@ -157,7 +157,8 @@ class Run:
         with self.autocast():
             outcome = self.objective(model, tokens_BT1)
         outcome.loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip_norm)
+        if recipe.gradient_clip_val:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip_val)
         with orthogonalisation(recipe), self.autocast():
             for optimizer in self.optimizers:
                 optimizer.step()

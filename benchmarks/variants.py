@@ -36,6 +36,7 @@ class Recipe:
     batch_sequences: int
     bias_update_rate: float
     balance_loss_weight: float
+    gradient_clip_val: float | None
     init_scale: float = 1.0  # of every matrix
     embedding_scale: float = 1.0
     residual_scale: float = 1.0  # of the matrices that write to the residual stream
@@ -56,6 +57,7 @@ def default_recipe(settings: Settings, vocab_size: int) -> Recipe:
         settings.pretrain.batch_sequences,
         teacher.bias_update_rate,
         teacher.balance_loss_weight,
+        settings.trainer.gradient_clip_val,
     )
 
 

@@ -5,8 +5,9 @@ python -m stages.config scale=gpu     # prints the settings, changes nothing
 python -m stages.config --explain pretrain.steps     # prints a value and the file that it comes from
 python -m stages.config --schema      # prints the JSON schema of params.yaml for editors (conf/schema.json)
 
-DVC runs this stage at every `dvc repro`, because a corpus file or an environment value may have changed. The other
-stages run only when the settings or inputs that they read have.
+DVC runs this stage at every `dvc repro`, because a corpus file or an environment value may have changed. Where no file
+of settings or code has, it looks at the corpus only. The other stages run when the settings or inputs that they read
+have changed.
 """
 
 import os
@@ -15,15 +16,23 @@ import sys
 from stages.data.fingerprints import INPUTS, corpus_fingerprint, read_inputs
 from stages.files.artifacts import ROOT, Refusal, write_atomically, write_json
 from stages.files.resuming import remove_recorded
+from stages.files.streams import disk_refusals, fill_closed_streams, whole_output
 from stages.run.experiments import remember_accepted, undo_set_params
-from stages.settings.compose import compose, explain, offer_sheet
-from stages.settings.editor import json_schema
-from stages.settings.schema import as_yaml, validate
+from stages.run.unchanged import remember, unchanged_corpus
 
 HEADER = "# Written by stages/config.py from params.yaml and conf/: edit those, then dvc repro.\n"
 
 
 def main(overrides=()):
+    if "DVC_STAGE" in os.environ and not overrides and (corpus := unchanged_corpus(ROOT)):
+        write_json(ROOT / INPUTS, inputs_of(corpus))
+        remove_recorded(ROOT)
+        return
+    from stages.settings.compose import compose, explain, offer_sheet  # late: pydantic and Hydra take most of the stage
+    from stages.settings.editor import json_schema
+    from stages.settings.schema import as_yaml, validate
+    from stages.settings.untracked import SECTION, divided
+
     if overrides[:1] == ["--explain"] and len(overrides) > 1:
         print(explain(overrides[1], overrides[2:]))
         return
@@ -44,16 +53,27 @@ def main(overrides=()):
     if "DVC_STAGE" not in os.environ:
         print(as_yaml(plain), end="")
         return
-    inputs = {"corpus": corpus_fingerprint(settings.corpus, ROOT, read_inputs(ROOT))}
-    write_atomically(ROOT / "resolved.yaml", HEADER + as_yaml(plain))
+    if settings.trainer.fast_dev_run:
+        by_hand = "python -m stages.pretrain trainer.fast_dev_run=true"
+        raise Refusal(f"trainer.fast_dev_run: DVC would keep its outs: run it by hand, such as {by_hand}")
+    inputs = inputs_of(settings.corpus)
+    tracked, untracked = divided(plain)
+    write_atomically(ROOT / "resolved.yaml", HEADER + as_yaml(tracked | {SECTION: untracked}))
     write_json(ROOT / INPUTS, inputs)
     remember_accepted(ROOT)
+    remember(ROOT, plain)
     remove_recorded(ROOT)
 
 
+def inputs_of(corpus):
+    return {"corpus": corpus_fingerprint(corpus, ROOT, read_inputs(ROOT))}
+
+
 if __name__ == "__main__":
+    fill_closed_streams()
     try:
-        main(sys.argv[1:])
+        with disk_refusals("config", ROOT), whole_output():
+            main(sys.argv[1:])
     except Refusal as refusal:
         undone = undo_set_params(ROOT) if "DVC_EXP_NAME" in os.environ else ""
         sys.exit(f"offramp: {'; '.join(filter(None, [str(refusal), undone]))}")

@@ -3,10 +3,10 @@
     dvc repro evaluate
     python -m stages.evaluate evaluate.test_tokens=20000      # a quick look, into outputs/evaluate/
 
-Quality in bits per byte and top-1 accuracy with 95% intervals by a paired bootstrap over documents, the words
-of the claims (quality kept, gap closed, quality lost), parameters, operations per token, activation
-checkpointing, samples. Nothing here depends on the clock; that is the stage `profile`. Scoring is in float32 in one
-process; its progress is saved, and an interrupted evaluation ends with the same bytes.
+Quality in bits per byte, top-1 accuracy and calibration with 95% intervals by a paired bootstrap over documents, the
+words of the claims (quality kept, gap closed, quality lost), each model against its controls, parameters, operations
+per token, activation checkpointing, samples. Nothing here depends on the clock; that is the stage `profile`. Scoring is
+in float32 in one process; its progress is saved, and an interrupted evaluation ends with the same bytes.
 """
 
 import io
@@ -28,7 +28,7 @@ from stages.files.artifacts import rounded, write_atomically, write_json
 from stages.files.resuming import Interruption, ResumeState, resume_key
 from stages.measure import flops as cost
 from stages.measure import scoring
-from stages.measure.subjects import MODELS, load_models, training_loss
+from stages.measure.subjects import CONTROLS, MODELS, PRODUCTS, load_models, training_loss
 from stages.model import checkpointing
 from stages.model.generation import generate
 from stages.model.layers import can_compile
@@ -117,6 +117,7 @@ def count(settings, loaded: dict, stream: scoring.Stream, tables: dict, split_to
         "test": {"documents": n_documents, "tokens": tokens, "bytes": n_bytes, "split_tokens": split_tokens},
         "models": figures,
         "comparisons": comparisons(bootstrap, tables, figures),
+        "controls": control_differences(bootstrap, tables),
         "checkpointing": checkpointing.compare_policies(teacher, policies, loss_of),
     }
 
@@ -131,7 +132,7 @@ def quality(bootstrap: scoring.Bootstrap, table: np.ndarray, beside_teacher: boo
     for name, column in columns.items():
         resampled = bootstrap.ratio(table, column, scoring.TOKENS)
         figures |= scoring.estimate(table[:, column].sum() / tokens, resampled).named(name)
-    return figures
+    return figures | scoring.calibration_error(bootstrap, table).named("calibration_error")
 
 
 def size(model, sequence_tokens: int) -> dict:
@@ -165,8 +166,19 @@ def comparisons(bootstrap: scoring.Bootstrap, tables: dict, figures: dict) -> di
         found[f"sparse_{name}"] = {
             **scoring.quality_lost(bootstrap, dense, sparse).named("quality_lost"),
             **scoring.quality_lost(bootstrap, dense, continued).named("continued_quality_lost"),
+            **scoring.quality_lost(bootstrap, continued, sparse).named("quality_lost_to_continued"),
             "flops_cut": 1 - figures[f"sparse_{name}"]["flops_per_token"] / figures[name]["flops_per_token"],
         }
+    return found
+
+
+def control_differences(bootstrap: scoring.Bootstrap, tables: dict) -> dict:
+    """Bits per byte of each control minus those of the model held against it: above zero the model is better."""
+    found: dict[str, dict] = {}
+    for name, controls in CONTROLS.items():
+        for control in controls:
+            difference, error = scoring.difference(bootstrap, tables[control], tables[name])
+            found.setdefault(name, {})[control] = difference.named("difference") | {"standard_error": error}
     return found
 
 
@@ -181,13 +193,14 @@ def quality_csv(metrics: dict) -> str:
 
 
 def samples(loaded: dict, stream: scoring.Stream, tokenizer, seed: int) -> dict[str, str]:
-    """One prompt, the opening of the first test document that is longer, continued by each model."""
+    """One prompt, the opening of the first test document that is longer, continued by each model but the controls."""
     lengths = np.bincount(stream.document_of)[: len(stream.document_bytes)]
     document = int(np.argmax(lengths > SAMPLE_PROMPT_TOKENS))
     start = 1 + int(np.argmax(stream.document_of == document))
     prompt = stream.tokens[start : start + min(SAMPLE_PROMPT_TOKENS, max(1, int(lengths[document]) - 1))]
     prompt, end, texts = prompt.tolist(), tokenizer.end_of_text, {}
-    for name, model in loaded.items():
+    for name in PRODUCTS:
+        model = loaded[name]
         ids = generate(model, prompt, SAMPLE_NEW_TOKENS, True, SAMPLE_TEMPERATURE, seed, end)
         texts[name] = tokenizer.decode(prompt + ids)
     return texts

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 from stages.files.artifacts import rounded, write_json
 from stages.run.entry import Place, run_stage
-from stages.training.launch import launch, write_curves
+from stages.training.launch import launch, write_costs, write_curves
+from stages.training.model_folder import complete_folder
 
 SECTIONS = ("sequence_tokens", "seed", "teacher", "pretrain", "optimizer", "trainer")
 
@@ -39,12 +40,16 @@ def fits(settings, place: Place, _) -> Iterator:
 def main(settings, place: Place, run) -> dict:
     result, conditions = launch(fits, settings, place, ["artifacts/data"], run)
     write_curves(place, "pretrain", result)
+    write_costs(place, "pretrain", result)
     teacher = result["teacher"]
     metrics = {k: teacher[k] for k in ("validation_bits_per_byte", "expert_load", "max_violation")}
     batches = settings.pretrain.steps * settings.trainer.accumulate_grad_batches
     metrics["tokens"] = batches * settings.pretrain.batch_sequences * settings.sequence_tokens
     write_json(place.write("metrics/pretrain.json"), rounded(metrics))
     run.metrics({"validation_bits_per_byte": teacher["validation_bits_per_byte"]})
+    figures = {key: metrics[key] for key in ("validation_bits_per_byte", "tokens")}
+    summary = "The teacher: a mixture of experts with latent attention, trained from random weights."
+    complete_folder(place, "teacher", summary, (), figures, settings.sequence_tokens)
     run.model(place.write("artifacts/teacher"))
     return {"conditions": conditions}
 

@@ -1,4 +1,4 @@
-"""Measures what depends on the clock: latency, a training step under activation checkpointing, the router.
+"""Measures what depends on the clock: latency, training steps, one under activation checkpointing, the router.
 
     dvc repro profile
     python -m stages.profile profile.repetitions=5       # a quick look, into outputs/profile/
@@ -24,9 +24,11 @@ from stages.files.artifacts import rounded, write_json
 from stages.measure import flops as cost
 from stages.measure.breakdown import seconds_by_part
 from stages.measure.scoring import Estimate
-from stages.measure.subjects import device_name, load_models, training_loss
+from stages.measure.subjects import PRODUCTS, device_name, load_models, training_loss
 from stages.model import checkpointing
 from stages.model.experts import route
+from stages.model.families.family import Routing
+from stages.model.families.registry import family_of
 from stages.model.generation import Reader
 from stages.model.kernels.routing import loads, permutation
 from stages.model.layers import can_compile
@@ -35,6 +37,7 @@ from stages.run.heap import keep_freed_memory
 from stages.run.provenance import cores, device_conditions
 
 SECTIONS = ("profile", "evaluate", "sequence_tokens", "seed")
+COMPRESSED = ("teacher", "student", "sparse_teacher", "sparse_student")  # whose training steps are timed
 
 
 def main(settings, place: Place, run) -> dict:
@@ -43,19 +46,21 @@ def main(settings, place: Place, run) -> dict:
     conditions = device_conditions(int(torch.cuda.is_available())) | {"threads": cores(), "precision": "float32"}
     keep_freed_memory()  # as a rank does
     split = Tokens(place.read("artifacts/data"), "test")
-    loaded = load_models(place.read("artifacts"), split.vocab_size)
+    loaded = load_models(place.read("artifacts"), split.vocab_size, PRODUCTS)  # a control has the shape of one of them
     tokens = split.window(0, min(len(split), e.checkpoint_batch_sequences * (T + 1) + p.prefill_tokens))
     teacher = loaded["teacher"]
     policies = checkpointing.policies(e.checkpoint_every_blocks, len(teacher.blocks))
-    loss_of = training_loss(teacher, tokens, e.checkpoint_batch_sequences, T)
+    losses = {name: training_loss(loaded[name], tokens, e.checkpoint_batch_sequences, T) for name in COMPRESSED}
 
     print(f"profile: {len(loaded)} models, {p.repetitions} repetitions of each timing", flush=True)
     measurements = {
         "latency": latency(loaded, tokens, p.prefill_tokens, p.decode_tokens, p.repetitions),
-        "checkpointing": checkpointing_time(teacher, policies, loss_of, p.repetitions, settings.seed),
+        "checkpointing": checkpointing_time(teacher, policies, losses["teacher"], p.repetitions, settings.seed),
         "router": router_time(
             p.router_tokens, teacher.shape, p.router_experts, p.router_experts_per_token, p.repetitions, settings.seed
         ),
+        "training": training_time({name: loaded[name] for name in COMPRESSED}, losses, p.repetitions),
+        "workload": {"prefill_tokens": p.prefill_tokens, "training_tokens": e.checkpoint_batch_sequences * T},
         "machine": {"threads": torch.get_num_threads(), "torch": torch.__version__, "device": device_name()},
     }
     write_json(place.write("measurements/profile.json"), rounded(measurements))
@@ -129,9 +134,24 @@ def checkpointing_time(model, policies: list[str], loss_of, repetitions: int, se
     return rows
 
 
+def training_time(models: dict, losses: dict[str, Callable], repetitions: int) -> dict:
+    """Forward and backward of each model on the same batch, without the optimizer. The models take turns."""
+
+    def step(name):
+        losses[name]().backward()
+        models[name].zero_grad(set_to_none=True)
+
+    seconds = cost.interleaved_seconds({name: partial(step, name) for name in models}, repetitions)
+    return {name: cost.median_and_quartiles("step_seconds", seconds[name]) for name in models}
+
+
 @torch.no_grad()
 def router_time(tokens: int, shape, experts: int, per_token: int, repetitions: int, seed: int) -> dict:
-    """Our router against the plain one: same tokens and weights, from hidden states to rows by expert."""
+    """Our router against the plain one: same tokens and weights, from hidden states to rows by expert.
+
+    The width and the gating are those of `shape`; of a model without experts, the gating is the default.
+    """
+    gating, route_scale = family_of(shape).routing(shape) or Routing()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator().manual_seed(seed)
     x_ND = torch.randn(tokens, shape.width, generator=generator).to(device)
@@ -142,7 +162,7 @@ def router_time(tokens: int, shape, experts: int, per_token: int, repetitions: i
         return plain_router(x_ND, router_ED, per_token)
 
     def ours():
-        gates = route(x_ND, router_ED, bias_E, per_token, shape.gating, shape.route_scale)
+        gates = route(x_ND, router_ED, bias_E, per_token, gating, route_scale)
         return gates.weight_NK, *permutation(gates.expert_index_NK), loads(gates.expert_index_NK, experts)
 
     if x_ND.is_cuda and can_compile():  # as training compiles it; in one graph, for alone it is nothing but launches

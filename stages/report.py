@@ -22,11 +22,12 @@ from stages.run.provenance import RECORDS, record_path
 
 SECTIONS = ("seed",)
 
-STAGES = ("pretrain", "distill", "sparsify", "evaluate")
+STAGES = ("pretrain", "distill", "sparsify", "challenge", "evaluate", "profile", "plan")
 CURVES = {  # the models that each stage trains
     "pretrain": ("teacher",),
-    "distill": ("student", "control"),
+    "distill": ("student", "control", "warm_control", "cold_student"),
     "sparsify": ("sparse_teacher", "continued_teacher", "sparse_student", "continued_student"),
+    "challenge": ("scratch_student", "scratch_sparse_teacher", "scratch_sparse_student"),
 }
 
 
@@ -38,14 +39,16 @@ def main(settings, place, run) -> None:
     card = read_card(place.read("artifacts/data"))
     texts = read_json(place.read("artifacts/samples.json"))
     timings = read_json(place.read("measurements/profile.json"))
-    records = {stage: read_json(place.read(record_path(stage))) for stage in ("prepare", *STAGES, "profile")}
+    plan, money = (read_json(place.read(f"{folder}/plan.json")) for folder in ("artifacts", "measurements"))
+    records = {stage: read_json(place.read(record_path(stage))) for stage in ("prepare", *STAGES)}
     made = {stage: record["conditions"] for stage, record in records.items()}
 
     claims = make_claims(metrics, timings)
     write_json(place.write("report/claims.json"), {"claims": [rounded(claim._asdict()) for claim in claims]})
     write_atomically(place.write("report/claims.md"), claims_as_markdown(claims))
     page = place.write("report/index.html")
-    write_atomically(page, make_page(claims, metrics, curves, texts, card, timings, made, settings.seed))
+    made_page = make_page(claims, metrics, curves, texts, card, timings, plan, money, made, settings.seed)
+    write_atomically(page, made_page)
     write_json(place.write(RECORDS), records)
     run.artifact(page)
     print(f"report: {page}")
@@ -57,7 +60,7 @@ def refuse_altered(root: Path) -> None:
         return
     try:
         stages = yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8"))["stages"]
-        read = [stages[name] for name in (*STAGES, "profile") if name in stages]
+        read = [stages[name] for name in STAGES if name in stages]
         recorded = {out["path"]: out["md5"] for stage in read for out in stage["outs"]}
     except (yaml.YAMLError, ValueError, LookupError, TypeError):
         raise Refusal(f"{root / 'dvc.lock'} is damaged: restore it (git checkout dvc.lock), then dvc repro") from None

@@ -12,23 +12,33 @@ from functools import partial
 
 from stages.files.artifacts import rounded, write_json
 from stages.run.entry import Place, run_stage
-from stages.training.launch import launch, write_curves
+from stages.training.launch import launch, write_costs, write_curves
+from stages.training.model_folder import complete_folder
 
 SECTIONS = ("sequence_tokens", "seed", "sparsify", "optimizer", "trainer")
 INPUTS = ["artifacts/data", "artifacts/teacher", "artifacts/student"]
+CALIBRATION_SEQUENCES = 8  # of a batch
+# At most: forward and backward once for heads, forward once for neurons and once for experts.
+CALIBRATION_PASSES = 5
+SUMMARIES = {
+    "sparse": "The {dense}, pruned (whole structures left its tensors) and recovered by distillation from it.",
+    "continued": "The control of the pruned {dense}: the {dense} itself, trained on for the same extra tokens.",
+}
 
 
 def fits(settings, place: Place, keep: Callable) -> Iterator:
     from stages.compress.pruning import prune
     from stages.data.shards import Tokens, Windows
     from stages.model import hub as models
+    from stages.training.cost import forward_flops
     from stages.training.fit import Distillation, Fit, NextToken
 
     recipe, data = settings.sparsify.recovery, place.read("artifacts/data")
     multiple = settings.sparsify.neuron_multiple
     windows = Windows(Tokens(data, "train"), settings.sequence_tokens, settings.seed + 1)
-    calibration = [windows.batch(i, 0, 1, 8) for i in range(settings.sparsify.calibration_sequences // 8)]
-    held_out = [windows.batch(len(calibration), 0, 1, 8)]
+    batches = settings.sparsify.calibration_sequences // CALIBRATION_SEQUENCES
+    *calibration, held_out = (windows.batch(i, 0, 1, CALIBRATION_SEQUENCES) for i in range(batches + 1))
+    calibration_tokens = batches * CALIBRATION_SEQUENCES * settings.sequence_tokens
     common = {
         "steps": recipe.steps,
         "batch_sequences": recipe.batch_sequences,
@@ -42,7 +52,7 @@ def fits(settings, place: Place, keep: Callable) -> Iterator:
         shares = {key.removeprefix("keep_"): share for key, share in wanted.items() if key.startswith("keep_")}
         settle = mean_count(dense.shape, shares, wanted.get("expert_choice"), calibration)
         words = vars(settings.sparsify.score)
-        look = partial(calibrate, dense, shares, multiple, words, calibration, held_out, settle)
+        look = partial(calibrate, dense, shares, multiple, words, calibration, [held_out], settle)
         kept = keep(f"{name}_calibration", look)
         sparse = prune(dense, shares, kept["importance"], multiple)
         settle(sparse)
@@ -56,6 +66,8 @@ def fits(settings, place: Place, keep: Callable) -> Iterator:
             notes={"one_shot_loss_ratio": kept["one_shot_loss_ratio"]},
             bias_update_rate=wanted.get("bias_update_rate", 0.0),
             finish=settle,
+            prepared_flops=CALIBRATION_PASSES
+            * round(forward_flops(dense.shape, calibration_tokens, settings.sequence_tokens)),
             **common,
         )
         yield Fit(
@@ -103,9 +115,16 @@ def calibrate(
     return {"importance": scores, "one_shot_loss_ratio": after / before}
 
 
+def extra_tokens(settings) -> int:
+    recovery = settings.sparsify.recovery
+    sequences = recovery.steps * settings.trainer.accumulate_grad_batches * recovery.batch_sequences
+    return sequences * settings.sequence_tokens
+
+
 def main(settings, place: Place, run) -> dict:
     result, conditions = launch(fits, settings, place, INPUTS, run)
     write_curves(place, "sparsify", result)
+    write_costs(place, "sparsify", result)
     metrics = {f"{name}_validation_bits_per_byte": fit["validation_bits_per_byte"] for name, fit in result.items()}
     for name in ("sparse_teacher", "sparse_student"):
         metrics[f"{name}_one_shot_loss_ratio"] = result[name]["notes"]["one_shot_loss_ratio"]
@@ -113,6 +132,11 @@ def main(settings, place: Place, run) -> dict:
     metrics |= {f"sparse_teacher_max_violation_{layer}": value for layer, value in enumerate(violations)}
     write_json(place.write("metrics/sparsify.json"), rounded(metrics))
     run.metrics(metrics)
+    for name, fit in result.items():
+        how, dense = name.split("_")
+        figures = {"validation_bits_per_byte": fit["validation_bits_per_byte"], "extra_tokens": extra_tokens(settings)}
+        summary = SUMMARIES[how].format(dense=dense)
+        complete_folder(place, name, summary, (dense,), figures, settings.sequence_tokens)
     for name in ("sparse_teacher", "sparse_student"):
         run.model(place.write(f"artifacts/{name}"))
     return {"conditions": conditions}

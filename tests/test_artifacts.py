@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from stages.files.artifacts import Refusal, read_json, rounded, sha256_of, write_json
+from stages.files.artifacts import Refusal, read_json, rounded, sha256_of, write_json, written_whole
 
 
 def test_json_is_canonical_whole_and_exact(tmp_path):
@@ -44,3 +44,15 @@ def test_damaged_json_is_refused(tmp_path):
         read_json(tmp_path / "a.json")
     with pytest.raises(Refusal, match="missing"):
         read_json(tmp_path / "b.json")
+
+
+def test_a_file_that_another_writer_makes_is_there_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "model.gguf"
+    with pytest.raises(OSError), written_whole(path) as partial:
+        partial.write_bytes(b"half")
+        raise OSError("the disk is full")
+    assert not list(tmp_path.iterdir())
+    with written_whole(path) as partial:
+        partial.write_bytes(b"whole")
+        assert not path.exists()
+    assert [found.name for found in tmp_path.iterdir()] == ["model.gguf"] and path.read_bytes() == b"whole"

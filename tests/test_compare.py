@@ -45,7 +45,7 @@ def test_another_machine_is_named_with_the_move_of_the_metric_that_moved_most():
         metrics={"validation_bits_per_byte": 1.2361, "best.bits_per_byte": 1.0001},
     )
     assert said(other) == (
-        "pretrain: made on another kind of machine than the committed run (processor: AuthenticAMD family 25 model 17"
+        "pretrain: made under other conditions than the committed run (processor: AuthenticAMD family 25 model 17"
         " -> GenuineIntel family 6 model 207; ATEN_CPU_CAPABILITY: none -> avx2): bytes may differ, and do;"
         " validation_bits_per_byte 1.2345 -> 1.2361 (+0.13%), 1 more by less"
     )

@@ -11,6 +11,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 FOLDERS = sorted(path.name for path in (ROOT / "stages").iterdir() if (path / "__init__.py").exists())
+COMMANDS = {"export", "generate", "serve"}  # what a person runs beside the DAG
 MOST_LINES = 400
 
 
@@ -57,7 +58,7 @@ def test_every_folder_a_stage_imports_is_among_its_dependencies(stage):
     assert declared <= folders, f"not imported by {stage}: {sorted(declared - folders)}"
 
 
-@pytest.mark.parametrize("stage", ["prepare", "pretrain", "distill", "sparsify"])
+@pytest.mark.parametrize("stage", ["prepare", "pretrain", "distill", "sparsify", "challenge"])
 def test_an_edit_where_runs_are_recorded_measured_or_reported_reruns_no_training(stage):
     assert not {"stages/tracking", "stages/reporting", "stages/measure"} & set(STAGES[stage]["deps"])
 
@@ -69,8 +70,15 @@ def test_the_sections_a_stage_reads_are_the_params_it_declares(stage):
     assert sections == declared
 
 
-def test_beside_folders_only_the_stages_of_the_dag_stand_in_stages():
-    assert {path.stem for path in (ROOT / "stages").glob("*.py")} == {"__init__", *STAGES}
+def test_beside_folders_only_stages_of_the_dag_and_commands_stand_in_stages():
+    assert {path.stem for path in (ROOT / "stages").glob("*.py")} == {"__init__", *STAGES, *COMMANDS}
+
+
+def test_no_stage_of_the_dag_needs_a_command():
+    needed: set[Path] = set()
+    for stage in STAGES:
+        reached_from(ROOT / f"stages/{stage}.py", needed)
+    assert not {ROOT / f"stages/{name}.py" for name in COMMANDS} & needed
 
 
 def test_no_folders_import_each_other_in_a_circle():
@@ -79,7 +87,7 @@ def test_no_folders_import_each_other_in_a_circle():
         files = (ROOT / "stages" / folder).rglob("*.py")
         found = {path.relative_to(ROOT / "stages") for file in files for path in modules_imported_by(file)}
         below[folder] = {path.parts[0] for path in found} - {folder}
-        assert not {f"{name}.py" for name in STAGES} & below[folder], f"{folder} imports a stage"
+        assert not {f"{name}.py" for name in [*STAGES, *COMMANDS]} & below[folder], f"{folder} imports a stage"
     while below:
         free = {folder for folder, others in below.items() if not others & below.keys()}
         assert free, f"a circle among {sorted(below)}: {below}"

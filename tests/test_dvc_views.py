@@ -12,12 +12,14 @@ import yaml
 from benchmarks.checkout import DVC, environment
 from stages.evaluate import MODELS, headline, quality_csv
 from stages.files.artifacts import ROOT, write_json
+from stages.planning.tables import plots as plots_of_plan
 from stages.report import CURVES
 from stages.run.entry import Place
 from stages.training.launch import write_curves
-from tests.test_report import evaluation
+from tests.test_report import evaluation, planned
 
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())
+CURVES_DRAWN = [name for plot in PIPELINE["plots"] for name, shown in plot.items() if shown["template"] == "curves"]
 OUTS = [out for stage in PIPELINE["stages"].values() for out in stage["outs"]]
 
 
@@ -51,6 +53,8 @@ def write_plots(root: Path) -> None:
         curve[3]["validation_bits_per_byte"], curve[7]["validation_bits_per_byte"] = 2.0, 1.5
         write_curves(place, stage, {model: {"curve": curve} for model in models})
     place.write("plots/quality.csv").write_text(quality_csv(evaluation()))
+    for name, text in plots_of_plan(planned()["artifacts/plan.json"]).items():
+        place.write(f"plots/plan/{name}.csv").write_text(text)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +79,7 @@ def test_each_model_is_a_line_of_its_own(plots):
     for start, wanted in {"validation": trained, "training loss": trained}.items():
         drawn = [model for name, plot in plots.items() if name.startswith(start) for model in lines_of(plot)]
         assert sorted(drawn) == sorted(wanted), "each model once"
-    for name in plots.keys() - {"quality against compute"}:
+    for name in CURVES_DRAWN:
         (named,) = [step for step in plots[name]["transform"] if "calculate" in step]
         assert "datum.filename" in named["calculate"] and named["as"] == "model"
         assert plots[name]["encoding"]["color"]["field"] == "model"
@@ -86,13 +90,13 @@ def test_each_model_is_a_line_of_its_own(plots):
 
 
 def test_a_step_without_validation_is_left_out_rather_than_drawn_as_zero(plots):
-    for name in plots.keys() - {"quality against compute"}:
+    for name in CURVES_DRAWN:
         y = plots[name]["encoding"]["y"]["field"]
         assert {"filter": f"isValid(toNumber(datum['{y}']))"} in plots[name]["transform"]
 
 
 def test_distillation_losses_and_cross_entropies_have_no_axis_in_common(plots):
-    distilled = {"student", "sparse_teacher", "sparse_student"}
+    distilled = {"student", "cold_student", "sparse_teacher", "sparse_student"}
     for name, plot in plots.items():
         if name.startswith("training loss"):
             assert set(lines_of(plot)) <= distilled or not set(lines_of(plot)) & distilled, name
@@ -108,11 +112,21 @@ def test_each_point_of_quality_against_compute_has_its_models_name(plots):
     ]
 
 
+def test_the_planners_plots_show_intervals_and_colour_by_provider(plots):
+    speed, cost = plots["tokens per second by chips"], plots["dollars of the training by nodes"]
+    assert {layer["mark"]["type"] for layer in speed["layer"]} == {"area", "line"}
+    assert cost["encoding"]["color"]["field"] == "provider"
+    assert {point["provider"] for point in cost["data"]["values"]} == {"coreweave", "aws", "lambda", "own"}
+    months = plots["months to break even by rent and utilization"]
+    assert months["encoding"]["color"]["field"] == "break_even_months" and len(months["data"]["values"]) == 81
+
+
 def test_every_curve_that_a_stage_writes_is_an_out_and_is_drawn():
     written = {f"plots/{stage}/{model}.csv" for stage, models in CURVES.items() for model in models}
-    assert {out for out in OUTS if isinstance(out, str) and out.startswith("plots/")} == {*written, "plots/quality.csv"}
+    others = {"plots/quality.csv", *(f"plots/plan/{name}.csv" for name in ("scaling", "cost", "rent_or_own"))}
+    assert {out for out in OUTS if isinstance(out, str) and out.startswith("plots/")} == written | others
     drawn = {path for plot in PIPELINE["plots"] for shown in plot.values() for path in shown["y"]}
-    assert drawn == {*written, "plots/quality.csv"}
+    assert drawn == written | others
     assert written | {"artifacts/evaluation.json"} <= set(PIPELINE["stages"]["report"]["deps"])
 
 
@@ -125,7 +139,7 @@ def test_the_readmes_table_of_experiments_fits_120_columns(repository):
             settings["distill"]["temperature"] = temperature
             (repository / path).write_text(yaml.safe_dump(settings))
         write_json(repository / "metrics/evaluate.json", headline(evaluation()))
-        for stage in ("prepare", "pretrain", "distill", "sparsify"):
+        for stage in ("prepare", "pretrain", "distill", "sparsify", "challenge"):
             write_json(repository / f"metrics/{stage}.json", {"temperature": temperature, "tokens": 10_240})
         if temperature == 1.0:
             run(repository, "git", "add", "--all")

@@ -65,11 +65,12 @@ def checkout(tmp_path_factory, settings) -> Path:
     root = tmp_path_factory.mktemp("checkout")
     write_data(root / "artifacts/data")
     for index, name in enumerate(evaluate.MODELS):
+        sparse = "sparse" in name
         if "teacher" in name:
-            shape = settings.teacher.model_copy(update={"dense_width": 64 if name == "sparse_teacher" else 128})
+            shape = settings.teacher.model_copy(update={"dense_width": 64 if sparse else 128})
             model = build_teacher(shape, VOCAB, settings.sequence_tokens, seed=index)
         else:
-            shape = settings.student.model_copy(update={"mlp_width": 48 if name == "sparse_student" else 96})
+            shape = settings.student.model_copy(update={"mlp_width": 48 if sparse else 96})
             model = build_student(shape, VOCAB, settings.sequence_tokens, seed=index)
         save(model, root / "artifacts" / name)
     return root
@@ -104,7 +105,7 @@ def outs_of(root: Path) -> dict[str, bytes]:
 def test_every_model_has_its_figures_inside_their_intervals(evaluated):
     assert set(evaluated.metrics["models"]) == set(evaluate.MODELS)
     for model in evaluated.metrics["models"].values():
-        for name in ("bits_per_byte", "top1_accuracy"):
+        for name in ("bits_per_byte", "top1_accuracy", "calibration_error"):
             assert model[f"{name}_low"] <= model[name] <= model[f"{name}_high"]
         assert model["flops_per_token"] == model["counted_flops_per_token"]
         assert model["active_parameters"] <= model["parameters"]
@@ -125,7 +126,22 @@ def test_each_comparison_follows_from_the_figures_and_stands_beside_its_control(
         assert sparse["continued_quality_lost"] == pytest.approx(
             bits[f"continued_{name}"] / bits[name] - 1, abs=1e-5
         )
+        assert sparse["quality_lost_to_continued"] == pytest.approx(
+            bits[f"sparse_{name}"] / bits[f"continued_{name}"] - 1, abs=1e-5
+        )
         assert 0 < sparse["flops_cut"] < 1
+
+
+def test_each_model_is_compared_with_all_its_controls(evaluated):
+    bits = {name: model["bits_per_byte"] for name, model in evaluated.metrics["models"].items()}
+    found = evaluated.metrics["controls"]
+    assert {name: set(controls) for name, controls in found.items()} == {
+        name: set(controls) for name, controls in evaluate.CONTROLS.items()
+    }
+    for name, controls in found.items():
+        for control, figures in controls.items():
+            assert figures["difference"] == pytest.approx(bits[control] - bits[name], abs=1e-4)
+            assert figures["difference_low"] <= figures["difference"] <= figures["difference_high"]
 
 
 def test_the_scores_of_documents_give_the_metrics(evaluated):
@@ -154,12 +170,12 @@ def test_nothing_that_dvc_keeps_depends_on_the_clock(evaluated):
     assert "seconds" not in json.dumps(evaluated.metrics)
 
 
-def test_profile_times_every_model_every_policy_and_the_router(evaluated, settings, monkeypatch):
+def test_profile_times_every_shape_every_policy_and_the_router(evaluated, settings, monkeypatch):
     monkeypatch.setattr(profile, "cores", lambda: 1)
     quick = with_values(settings, "profile", repetitions=2, decode_tokens=4)
     profile.main(quick, Place(evaluated.root, evaluated.root), SilentRun())
     measured = read_json(evaluated.root / "measurements/profile.json")
-    assert set(measured["latency"]) == set(evaluate.MODELS)
+    assert set(measured["latency"]) == set(evaluate.PRODUCTS), "a control costs what the model of its shape does"
     for row in measured["latency"].values():
         assert row["prefill_seconds"] > 0 and row["decode_seconds_per_token"] > 0
         assert row["prefill_peak_bytes"] > row["weight_bytes"] > 0
@@ -176,7 +192,7 @@ def test_profile_times_every_model_every_policy_and_the_router(evaluated, settin
 
 def test_the_samples_continue_one_prompt(evaluated):
     texts = read_json(evaluated.root / "artifacts/samples.json")
-    assert set(texts) == set(evaluate.MODELS)
+    assert set(texts) == set(evaluate.PRODUCTS)
     assert all(text.startswith(LINE.format(0)[: evaluate.SAMPLE_PROMPT_TOKENS]) for text in texts.values())
 
 

@@ -4,11 +4,13 @@ import ast
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor, nn
 
 from stages.compress import scores
@@ -18,12 +20,14 @@ from stages.compress.warm_start import initialise_student
 from stages.files.artifacts import Refusal
 from stages.measure.flops import active_parameters, counted_flops_per_token, flops_per_token, total_parameters
 from stages.model.families import registry
+from stages.model.families.family import Routing
 from stages.model.families.prunable import Cut, Prunable
 from stages.model.features import Features
 from stages.model.generation import generate
 from stages.model.hub import load, new_model, save
 from stages.model.layers import LayerCache
 from stages.settings.schema import SparsifyScore
+from stages.training.callbacks import BalanceExperts
 from stages.training.fit import NextToken
 
 
@@ -109,6 +113,9 @@ class PoolingFamily:
     def active_parameters(self, model: Pooling) -> int:
         return sum(parameter.numel() for parameter in model.parameters())
 
+    def routing(self, shape: PoolingShape) -> None:
+        return None
+
     def prunable(self, model: Pooling) -> list[Prunable]:
         return [self._neurons(block, f"blocks.{index}") for index, block in enumerate(model.blocks)]
 
@@ -157,6 +164,28 @@ def test_a_family_of_ones_own_is_built_saved_loaded_counted_pruned_and_trained(p
     save(smaller, tmp_path / "sparse")
     assert torch.equal(load(tmp_path / "sparse").head.weight, smaller.head.weight)
     assert len(generate(smaller.eval(), [1, 2, 3], 4, True, 1.0, 0, None)) == 4
+
+
+def test_a_teacher_without_experts_is_profiled_with_the_default_gating(pooling):
+    from stages.profile import router_time
+
+    base = yaml.safe_load((Path(__file__).parent.parent / "conf/base.yaml").read_text())["teacher"]
+    assert Routing() == Routing(base["gating"], base["route_scale"])
+    row = router_time(tokens=64, shape=SHAPE, experts=4, per_token=2, repetitions=1, seed=0)
+    assert row["width"] == 8 and row["ours_microseconds"] > 0
+
+
+def test_the_load_of_a_family_of_ones_own_is_kept_by_layer_whatever_its_shape_says():
+    class Model:
+        def balance(self, loads, rate):
+            self.loads = loads
+
+    model, progress = Model(), SimpleNamespace(recent_loads=[])
+    module = SimpleNamespace(loads=torch.arange(6.0), mixtures=2, model=model, progress=progress)
+    module.fit = SimpleNamespace(bias_update_rate=0.1)
+    BalanceExperts().after_step(None, module)
+    assert [load.tolist() for load in model.loads] == [[0, 1, 2], [3, 4, 5]]
+    assert progress.recent_loads == [[[0, 1, 2], [3, 4, 5]]]
 
 
 def test_its_rules_hold_for_models_on_disk(pooling, tmp_path):

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stages.data.shards import BytesTokenizer
-from stages.model.generation import Reader, generate
+from stages.model.generation import Reader, generate, nucleus, stream
 from stages.model.hub import build_student, build_teacher
 from stages.model.layers import GraphLayerCache
 
@@ -35,6 +37,29 @@ def test_generation_stops_before_the_end_of_text(tiny_settings):
     assert generate(model, [5, 9], 8, end_of_text=first[0]) == []
     with pytest.raises(ValueError, match="at least one token"):
         generate(model, [], 3)
+
+
+def test_a_stream_gives_each_token_before_the_next_is_computed(tiny_settings):
+    model, computed = decided_model(tiny_settings, "student"), []
+    tokens = stream(model, [5, 9], 8, before_each=lambda: computed.append(1))
+    first = [next(tokens), next(tokens)]
+    assert len(computed) == 2 and first == generate(model, [5, 9], 2)
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=1, max_size=12), st.floats(0.01, 1))
+def test_the_nucleus_is_the_fewest_likeliest_tokens_of_that_probability(weights, top_p):
+    share_V = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    kept_V = nucleus(share_V, top_p)
+    inside = kept_V > 0
+    assert torch.equal(kept_V[inside], share_V[inside])
+    assert kept_V.sum() >= top_p - 1e-9
+    assert kept_V.sum() - kept_V[inside].min() < top_p + 1e-9, "without its last token it is too little"
+    assert inside.all() or share_V[~inside].max() <= kept_V[inside].min()
+
+
+def test_a_nucleus_of_one_token_is_greedy(tiny_settings):
+    model = decided_model(tiny_settings, "student")
+    assert generate(model, [5, 9], 8, temperature=1.0, top_p=1e-6) == generate(model, [5, 9], 8)
 
 
 @torch.no_grad()

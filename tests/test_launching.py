@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +17,7 @@ from stages import pretrain as pretraining
 from stages.files.artifacts import ROOT, Refusal, sha256_of
 from stages.run.entry import Place
 from stages.training import environment as variables
+from stages.training import launch as launching
 from stages.training.job import Job, name_of
 from stages.training.launch import launch
 
@@ -135,11 +137,35 @@ def alive(pid):
     return status.exists() and "State:\tZ" not in status.read_text()
 
 
+# self.log under Lightning, with the class that stands in for torchmetrics
+SELF_LOG = """
+import json, lightning, torch
+class Module(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+    def training_step(self, number, _):
+        for word in ("mean", "max", "min", "sum"):
+            self.log(word, number, on_step=True, on_epoch=True, reduce_fx=word, batch_size=1)
+        self.log("step", number)
+        return self.weight * number
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+trainer = lightning.Trainer(max_epochs=2, accelerator="cpu", **off)
+trainer.fit(Module(), torch.utils.data.DataLoader([torch.tensor(x) for x in (1.0, 5.0, 3.0)], batch_size=None))
+found = trainer.callback_metrics
+print(json.dumps({word: found[word].item() for word in ("mean", "max", "min", "sum", "step")}))
+"""
+
+
 def test_a_rank_does_not_import_what_lightning_wants_and_training_does_not():
     unwanted = {"scipy", "matplotlib", "transformers", "mlflow"}
-    code = f"import stages.training.rank, sys; print({unwanted} & set(sys.modules))"
+    code = f"import stages.training.rank, sys\n{SELF_LOG}\nprint({unwanted} & set(sys.modules))"
     imported = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert imported.stdout.strip() == "set()"
+    logged, found = imported.stdout.strip().splitlines()[-2:]
+    assert found == "set()"
+    assert json.loads(logged) == {"mean": 3, "max": 5, "min": 1, "sum": 9, "step": 3}, "what self.log makes of 1, 5, 3"
 
 
 def test_a_missing_input_is_named_before_a_rank_starts(tiny_settings, tmp_path):
@@ -225,6 +251,15 @@ def test_a_launcher_or_strategy_that_is_not_there_is_refused_with_those_that_are
     assert f"offramp: trainer.{key} = slurm: must be one of {words}; to add one, add a file" in done.stderr
 
 
+def test_ranks_that_a_full_disk_ended_are_told_by_that_disk(tmp_path, monkeypatch):
+    assert "ended with code 1; its last words are in" in launching._reason("pretrain", 1, tmp_path)
+    monkeypatch.setattr(launching.shutil, "disk_usage", lambda path: SimpleNamespace(free=512))
+    full = f"{tmp_path} is on a full disk (512 bytes are free): make room there, then run the command again"
+    assert launching._reason("pretrain", 1, tmp_path) == full
+    (tmp_path / "error.txt").write_text("the reason of a rank")
+    assert launching._reason("pretrain", 1, tmp_path) == "the reason of a rank"
+
+
 def test_a_job_is_read_as_it_was_written(tiny_settings, tmp_path):
     place = Place(tmp_path / "root", tmp_path / "out")
     job = Job("pretrain", name_of(pretraining.fits), tiny_settings, place, tmp_path, "cpu", "32-true")
@@ -248,9 +283,10 @@ def test_every_variable_that_training_reads_or_sets_is_listed_with_who_does():
             assert module in variables.__doc__, f"{module} reads DVC_STAGE"
 
 
-def test_gradients_of_two_batches_add_up_to_those_of_one_that_is_as_large(tree):
+def test_gradients_of_two_batches_add_up_to_those_of_one_that_is_as_large(tree, tmp_path, monkeypatch):
     from safetensors.torch import load_file
 
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     weights, losses = [], []
     halved = ["pretrain.batch_sequences=4", "trainer.accumulate_grad_batches=2"]
     for number, words in enumerate((["pretrain.batch_sequences=8"], halved)):
@@ -263,6 +299,7 @@ def test_gradients_of_two_batches_add_up_to_those_of_one_that_is_as_large(tree):
         tokens = json.loads((tree / out / "metrics/pretrain.json").read_text())["tokens"]
         assert tokens == 2 * 8 * 64
     assert losses[0] == pytest.approx(losses[1], abs=5e-4), "the same tokens"
+    assert not list(tmp_path.glob("torchelastic_*")), "torchrun's logs end with the state"
     one, two = weights
     for name in one:  # the sums differ in the last bit, and Muon rounds to bfloat16
         assert (one[name] - two[name]).norm() < 0.02 * one[name].norm(), name

@@ -206,7 +206,8 @@ def test_wrong_weights_are_refused_by_name(saved, change, told):
         ({"hidden_size": "wide"}, "hidden_size is 'wide', expected int"),
         ({"hidden_size": 48}, "config.json says"),
         ({"q_lora_rank": 8}, "q_lora_rank is 8, only None is supported"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
+        ({"tie_word_embeddings": True}, "lm_head.weight and model.embed_tokens.weight differ"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes', expected bool"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "scaled rotary positions"),
         ({"num_experts_per_tok": 99}, "must be at most experts"),
     ],
@@ -276,6 +277,66 @@ def test_any_change_of_the_bytes_is_refused_or_leaves_the_weights_as_they_were(n
 def test_a_weights_header_that_claims_the_impossible_is_refused(saved, header, length):
     (saved / "model.safetensors").write_bytes((length or len(header)).to_bytes(8, "little") + header)
     assert "damaged" in refusal_of(saved)
+
+
+def written_by_transformers(folder, dtype="float32", **changes):
+    """A random Qwen3 as transformers saves it: in several files, tied or not, in any type."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen3Config(
+        vocab_size=STUDENT.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, intermediate_size=24, max_position_embeddings=32, rms_norm_eps=1e-6, **changes,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Qwen3ForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="8KB")
+    return transformers.Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_folder_that_transformers_wrote_in_several_files_gives_its_logits(tmp_path, tied, dtype):
+    theirs = written_by_transformers(tmp_path, dtype, tie_word_embeddings=tied, rope_theta=1e6)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    tokens_BT = torch.randint(0, STUDENT.vocab_size, (3, 17), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        torch.testing.assert_close(models.load(tmp_path)(tokens_BT), theirs(tokens_BT).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_tied_model_that_was_read_is_saved_with_a_head_of_its_own(tmp_path):
+    written_by_transformers(tmp_path / "theirs", tie_word_embeddings=True)
+    model = models.load(tmp_path / "theirs")
+    assert model.head.weight.data_ptr() != model.embedding.weight.data_ptr()
+    models.save(model, tmp_path / "ours")
+    assert largest_difference_from_transformers(model, tmp_path / "ours", "Qwen3ForCausalLM") < 1e-4
+
+
+def test_a_folder_of_several_files_that_is_not_whole_is_refused(tmp_path):
+    written_by_transformers(tmp_path, tie_word_embeddings=True)
+    index, first = tmp_path / "model.safetensors.index.json", min(tmp_path.glob("*.safetensors"))
+    whole, held = json.loads(index.read_text()), first.read_bytes()
+    first.unlink()
+    assert f"{first} is missing" in refusal_of(tmp_path)
+    first.write_bytes(held[:-3])
+    assert "damaged" in refusal_of(tmp_path)
+    first.write_bytes(held)
+    name = min(whole["weight_map"])
+    for weight_map, told in (
+        (whole["weight_map"] | {name: "../model.safetensors"}, "no safetensors file of its folder"),
+        (whole["weight_map"] | {name: "pytorch_model.bin"}, "no safetensors file of its folder"),
+        (whole["weight_map"] | {name: 3}, "has no weight_map"),
+        (whole["weight_map"] | {"more": first.name}, f"{first} lacks more"),
+        ({}, "has no weight_map"),
+    ):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        assert told in refusal_of(tmp_path)
+
+
+def test_sliding_windows_which_our_attention_has_not_are_refused(tmp_path):
+    written_by_transformers(tmp_path, use_sliding_window=True, sliding_window=8, max_window_layers=0)
+    assert "use_sliding_window is True" in refusal_of(tmp_path)
 
 
 def test_bfloat16_weights_without_a_recorded_hash_are_loaded_as_float32(saved):

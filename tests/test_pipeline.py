@@ -18,7 +18,9 @@ from chaos.bench import Bench, run
 from chaos.damage import damaged_settings, damaged_tokenizer
 from chaos.kills import kill9_prepare
 from stages import distill
+from stages.data.shards import load_tokenizer
 from stages.files.artifacts import Refusal
+from stages.measure.subjects import MODELS
 from stages.run import sweeps
 from stages.run.entry import Place
 
@@ -56,9 +58,11 @@ def test_finished_work_whose_outs_dvc_has_saved_leaves_no_state(tree):
 def test_going_back_to_settings_that_were_run_before_trains_nothing(tree):
     sheet, before = tree / "params.yaml", outs_of(tree)
     text, page = sheet.read_text(), (tree / "report/index.html").read_bytes()
+    costs = (tree / "artifacts/costs/distill.json").read_bytes()
     try:
         sheet.write_text(text.replace("temperature: 1.0     # T", "temperature: 2.0     # T"))
         assert stages_run(user_types(tree, *DVC, "repro", "distill").stdout) == ["config", "distill"]
+        assert (tree / "artifacts/costs/distill.json").read_bytes() == costs, "its rivals need not be trained again"
     finally:
         sheet.write_text(text)
         again = user_types(tree, *DVC, "repro").stdout
@@ -100,24 +104,57 @@ def test_the_columns_of_a_sweeps_table_are_metrics_of_the_stage(tree, stage):
     assert missing <= {"gap_closed"}, "which is left out where the gap is not real"
 
 
+def test_every_model_folder_is_complete(tree):
+    transformers = pytest.importorskip("transformers")
+    ours = load_tokenizer(tree / "artifacts/data")
+    for name in MODELS:
+        folder = tree / "artifacts" / name
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        assert theirs("def f(x):  # <|endoftext|>")["input_ids"] == ours.encode("def f(x):  # <|endoftext|>")
+        assert transformers.GenerationConfig.from_pretrained(folder).eos_token_id == ours.end_of_text
+        weights = json.loads((folder / "config.json").read_text())["weights_sha256"]
+        assert weights in (folder / "README.md").read_text()
+    student = json.loads((tree / "artifacts/student/config.json").read_text())["weights_sha256"]
+    assert f"weights of `student` | `{student}`" in (tree / "artifacts/sparse_student/README.md").read_text()
+
+
 def test_sparse_models_are_physically_smaller(tree):
     for name in ("teacher", "student"):
         sizes = [(tree / f"artifacts/{kind}{name}/model.safetensors").stat().st_size for kind in ("", "sparse_")]
         assert sizes[1] < 0.9 * sizes[0]
 
 
+def test_a_model_from_nothing_costs_what_its_rival_cost_with_all_that_it_was_made_from(tree):
+    metrics = json.loads((tree / "metrics/challenge.json").read_text())
+    own, whole = metrics["training_flops"], metrics["whole_training_flops"]
+    for name in ("student", "sparse_teacher", "sparse_student"):
+        spent, steps = own[f"scratch_{name}"], metrics[f"scratch_{name}_steps"]
+        assert spent <= whole[name] < spent + spent // steps, name
+        smaller = (tree / f"artifacts/scratch_{name}/model.safetensors").stat().st_size
+        assert smaller == pytest.approx((tree / f"artifacts/{name}/model.safetensors").stat().st_size, rel=0.01)
+
+
 def test_a_hydra_sweep_runs_every_job_and_leaves_dvc_clean(tree):
-    done = user_types(tree, sys.executable, "-m", "stages.distill", "-m", "distill.temperature=1,2", "distill.steps=4")
-    assert "distill.temperature=1" in done.stdout and "distill.temperature=2" in done.stdout
+    swept = ["distill.init=teacher,random", "distill.steps=4"]
+    done = user_types(tree, sys.executable, "-m", "stages.distill", "-m", *swept)
+    assert "distill.init=teacher" in done.stdout and "distill.init=random" in done.stdout
     jobs = sorted((tree / "multirun" / "distill").glob("*/*/metrics/distill.json"))
     assert len(jobs) == 2
     assert jobs[0].read_bytes() != jobs[1].read_bytes()
+
+    def weights(job: Path, name: str) -> bytes:
+        return (job.parent.parent / f"artifacts/{name}/model.safetensors").read_bytes()
+
+    names = ("student", "control", "warm_control", "cold_student")
+    warm, cold = ([weights(job, name) for name in names] for job in jobs)
+    assert len(set(warm)) == 4, "four cells, four models"
+    assert cold == [warm[3], warm[1], warm[2], warm[3]], "the student is the cold one, the others stay what they are"
     assert user_types(tree, *DVC, "status").stdout.split() == ["config:", "always", "changed"]
 
 
 def test_the_largest_seed_that_is_accepted_runs_in_every_stage(tree):
     shorter = {"pretrain": "pretrain.steps=2", "distill": "distill.steps=2", "sparsify": "sparsify.recovery.steps=2"}
-    shorter["evaluate"] = "evaluate.test_tokens=1000"
+    shorter |= {"challenge": "challenge.batch_sequences=64", "evaluate": "evaluate.test_tokens=1000"}
     for stage, words in shorter.items():
         command = [sys.executable, "-m", f"stages.{stage}", f"seed={2**32 - 1}", words]
         assert f"{stage} wrote outputs/" in user_types(tree, *command).stderr
@@ -142,7 +179,7 @@ def test_timings_taken_again_reach_the_page(tree):
     page, before = tree / "report/index.html", outs_of(tree)
     shown = page.read_bytes()
     user_types(tree, *DVC, "repro", "--force", "--single-item", "profile")
-    assert stages_run(user_types(tree, *DVC, "repro").stdout) == ["config", "report"]
+    assert stages_run(user_types(tree, *DVC, "repro").stdout) == ["config", "plan", "report"]
     assert page.read_bytes() != shown and outs_of(tree) == before
 
 
@@ -191,6 +228,85 @@ def test_training_interrupted_and_resumed_gives_the_bytes_of_an_uninterrupted_ru
     again = subprocess.run(command, cwd=tree, env=under_dvc, check=True, capture_output=True, text=True)
     assert "teacher: continues after step 20 of 20" in again.stdout
     assert (tree / "artifacts/teacher/model.safetensors").read_bytes() == whole
+    shutil.rmtree(tree / ".runs/resume")  # finished, but DVC never saved it: the tests that follow begin anew
+
+
+WATCHERS = """
+import json, time
+from pathlib import Path
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+class Slow(Callback):
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        time.sleep(self.seconds)
+        module.log("slept", self.seconds)
+        assert trainer.callback_metrics["loss"] > 0
+
+class Lines(Logger):
+    name, version = "lines", 0
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = Path(path)
+
+    def log_hyperparams(self, params):
+        pass
+
+    @rank_zero_only
+    def log_metrics(self, metrics, step):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step} | metrics) + "\\n")
+"""
+PRESETS = {
+    "callbacks/slow.yaml": "slow: {_target_: watchers.Slow, seconds: 0.125}",
+    "logger/lines.yaml": "lines: {_target_: watchers.Lines, path: '${run:folder}/${run:fit}.jsonl'}",
+}
+
+
+def test_a_callback_and_a_logger_of_ones_own_watch_a_run_that_a_time_limit_cuts_in_two_and_change_no_byte(tree):
+    """Each is one YAML file beside a class."""
+    added = {tree / "watchers.py": WATCHERS} | {tree / "conf" / name: text for name, text in PRESETS.items()}
+    words = ["logger=[csv,lines]", "callbacks=[learning_rate,slow]", "trainer.log_every_steps=10"]
+    command = [sys.executable, "-m", "stages.pretrain", *words, "hydra.run.dir=outputs/watched"]
+    for path, text in added.items():
+        path.write_text(text)
+    try:
+        cut = user_types(tree, *command, "trainer.max_time=00:00:00:01", check=False)
+        stop = "teacher: stopped by trainer.max_time (00:00:00:01) after step "
+        assert cut.returncode == 1 and stop in cut.stderr and "the same command continues from there" in cut.stderr
+        assert "Traceback" not in cut.stderr and not list((tree / "outputs/watched").rglob("*.safetensors"))
+        done = user_types(tree, *command)
+    finally:
+        for path in added:
+            path.unlink()
+    first = int(re.search(r"continues after step (\d+) of 20", done.stdout)[1])
+    logs = tree / "outputs/watched/logs"
+    rows = [json.loads(line) for line in (logs / "teacher.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if "loss" in row]
+    assert first < 20 and steps == [10, 20] and rows[-1]["slept"] == 0.125, "every row once: rank zero wrote it"
+    assert rows[-1]["validation_bits_per_byte"] > 0 and any("lr-MuonAdamW/pg1" in row for row in rows)
+    assert list(logs.rglob("metrics.csv"))
+    wanted, found = (folder / "artifacts/teacher/model.safetensors" for folder in (tree, tree / "outputs/watched"))
+    assert found.read_bytes() == wanted.read_bytes()
+
+
+def test_a_trial_goes_through_every_fit_and_leaves_nothing_that_could_be_taken_for_a_model(tree):
+    recorded = len(list((tree / ".runs/tracking").iterdir()))
+    words = ["trainer.fast_dev_run=1", "hydra.run.dir=outputs/trial", "logger=csv"]
+    done = user_types(tree, sys.executable, "-m", "stages.distill", *words)
+    cells = "cold_student, control, student, warm_control"
+    said = f"offramp: distill: trainer.fast_dev_run: {cells} went through; no model was kept"
+    assert done.stderr.splitlines() == [said] and "student: step 1/1" in done.stdout
+    left = {path.name for path in (tree / "outputs/trial").rglob("*") if path.is_file()}
+    assert left == {"resolved.yaml", "config.yaml", "hydra.yaml", "overrides.yaml"}
+    assert len(list((tree / ".runs/tracking").iterdir())) == recorded
+    assert not list((tree / ".runs/resume").glob("distill-*"))
 
 
 def test_two_runs_of_the_same_work_never_share_their_state(tree):

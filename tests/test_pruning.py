@@ -1,10 +1,14 @@
 """Pruning removes the right structures, and what is left computes what it computed before."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from stages.compress.pruning import most_important, prune, pruned_shape
 from stages.compress.scores import SCORES, importance
@@ -87,6 +91,47 @@ def test_a_pruned_model_is_physically_smaller_trains_and_survives_saving(shape, 
     save(smaller, tmp_path)
     assert torch.equal(logits(load(tmp_path)), logits(smaller))
     assert torch.equal(logits(model), before), "the dense model must be left alone"
+
+
+COUNTS = {  # in config.json, and the tensor and dimension that it must equal
+    "vocab_size": ("model.embed_tokens.weight", 0),
+    "hidden_size": ("model.embed_tokens.weight", 1),
+    "intermediate_size": ("model.layers.0.mlp.gate_proj.weight", 0),
+    "n_routed_experts": ("model.layers.1.mlp.gate.weight", 0),
+    "moe_intermediate_size": ("model.layers.1.mlp.experts.0.gate_proj.weight", 0),
+}
+
+
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+@SHAPES
+def test_transformers_reloads_any_pruned_model_with_the_counts_and_logits_that_it_has(shape, tmp_path_factory, data):
+    transformers = pytest.importorskip("transformers")
+    model, folder = a_model(shape), tmp_path_factory.mktemp("pruned")
+    kept = {key: data.draw(st.floats(0.01, 1.0), label=key) for key in shares(shape)}
+    smaller = prune(model, kept, random_scores(model))
+    save(smaller, folder)
+    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    for key, (name, dim) in COUNTS.items():
+        assert key not in config or config[key] == tensors[name].shape[dim], key
+    of_heads = config.get("v_head_dim") or config["head_dim"]
+    assert config["num_attention_heads"] * of_heads == tensors["model.layers.0.self_attn.o_proj.weight"].shape[1]
+    assert sum(".mlp.experts.0.up_proj" in name for name in tensors) == config["num_hidden_layers"] - config.get(
+        "first_k_dense_replace", config["num_hidden_layers"]
+    )
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, experts_implementation="eager" if shape is TEACHER else None
+    )
+    assert not any(report.values()), report
+    with torch.no_grad():
+        theirs_BTV = theirs.eval()(batches(1, seed=9)[0][:, :-1]).logits
+    torch.testing.assert_close(theirs_BTV, logits(smaller), rtol=1e-3, atol=1e-3)
+
+
+def random_scores(model):
+    generator = torch.Generator().manual_seed(0)
+    scores = importance(model, batches(1), dict.fromkeys(WORDS, "magnitude"))
+    return {name: torch.rand(score.shape, generator=generator) for name, score in scores.items()}
 
 
 def test_teacher_shapes_shrink_uniformly_and_keep_their_invariants():

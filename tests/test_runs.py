@@ -195,7 +195,7 @@ BEST_JOBS = [
     ["distill.temperature=4", "seed=7"],
     ["scale=tiny"],
     ["scale=demo"],
-    ["pretrain.steps=50", "+optimizer.clip_norm=2"],
+    ["pretrain.steps=50", "+trainer.gradient_clip_val=2"],
     ["corpus=files", "corpus.paths=['my texts/*.txt','a [1].txt']"],
     ["corpus.max_bytes=1000", "scale=tiny"],
     ["experiment=short", "seed=4"],
@@ -247,6 +247,9 @@ def test_a_preset_is_refused_only_where_the_stage_reads_nothing_of_it():
     commandline.refuse_without_effect(words, "evaluate", ("evaluate", "seed"))
     with pytest.raises(Refusal, match="^scale: report does not read it; prepare, .* evaluate and profile do"):
         commandline.refuse_without_effect(parser.parse_overrides(["scale=tiny"]), "report", ("seed",))
+    for word in ("logger=[csv,dvclive]", "callbacks=throughput", "logger.csv.name=mine"):
+        with pytest.raises(Refusal, match=": evaluate does not read it; pretrain, distill, sparsify"):
+            commandline.refuse_without_effect(parser.parse_overrides([word]), "evaluate", ("evaluate", "seed"))
 
 
 def test_only_the_batches_of_the_stage_that_runs_must_be_shared_out_among_the_ranks(repository):
@@ -254,7 +257,8 @@ def test_only_the_batches_of_the_stage_that_runs_must_be_shared_out_among_the_ra
     sheet.write_text(sheet.read_text() + "pretrain: {batch_sequences: 7}\ntrainer: {ranks: 2}\n")
     stage, tracking = repository / "stages/distill.py", repository / "stages/tracking/record.py"
     stage.write_text(stage.read_text().replace('("distill", "seed")', '("distill", "seed", "trainer")'))
-    tracking.write_text(tracking.read_text().replace('{"distill", "seed"}', '{"distill", "seed", "trainer"}'))
+    read = '{"distill", "seed", "trainer", "callbacks", "logger"}'
+    tracking.write_text(tracking.read_text().replace('{"distill", "seed"}', read))
     assert typed(repository).returncode == 0
     refused = typed(repository, "distill.batch_sequences=9")
     assert refused.stderr == (
@@ -429,6 +433,55 @@ def test_a_link_that_the_owner_made_leads_to_another_disk(repository, tmp_path_f
     assert done.returncode == 0 and len(list(disk.rglob("seed-*/metrics/distill.json"))) == 2, done.stderr
 
 
+IN_THE_WAY = {  # what stands there, the words, under DVC, the line
+    "outputs": ([], False, "outputs is a link to /nowhere, which is not there: make that folder, or remove the link"),
+    "multirun": (["-m", "seed=1,2"], False, "multirun is a file, and a folder is needed there: move it away"),
+    ".runs": ([], True, "{root}/.runs is a link to /nowhere, which is not there: make that folder, or remove the link"),
+    ".runs/distill.lock/..": ([], True, "{root}/.runs is a file, and a folder is needed there: move it away"),
+}
+
+
+@pytest.mark.parametrize("place", IN_THE_WAY)
+def test_a_dangling_link_or_a_file_where_a_folder_is_needed_is_one_line(repository, place):
+    words, dvc, line = IN_THE_WAY[place]
+    assert not dvc or typed(repository, stage="config", dvc=True).returncode == 0
+    path = repository / place.split("/")[0]
+    shutil.rmtree(path, ignore_errors=True)
+    if "link" in line:
+        path.symlink_to("/nowhere")
+    else:
+        path.write_text("")
+    done = typed(repository, *words, dvc=dvc)
+    assert done.returncode == 1 and done.stderr == f"offramp: {line.format(root=repository)}\n"
+
+
+def test_from_another_folder_a_stage_says_where_dvc_repro_is_meant(repository, tmp_path_factory, monkeypatch):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.setenv("PYTHONPATH", str(repository))
+    done = typed(elsewhere, dvc=True)
+    assert done.stderr == f"offramp: resolved.yaml is missing: run dvc repro config in {repository}\n"
+
+
+@pytest.mark.parametrize(("to", "why"), [("> /dev/full", "No space left on device"), ("| true", "Broken pipe")])
+def test_output_that_nobody_can_be_shown_costs_the_work_nothing(repository, to, why):
+    stage = repository / "stages/distill.py"
+    stage.write_text(stage.read_text().replace("    run.metrics", "    print('at work', flush=True)\n    run.metrics"))
+    command = f"set -o pipefail; {sys.executable} -m stages.distill hydra.run.dir=outputs/mine {to}"
+    done = subprocess.run(["bash", "-c", command], cwd=repository, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and (repository / "outputs/mine/metrics/distill.json").exists()
+    lost = f"offramp: standard output cannot be written ({why}): the work goes on without it"
+    assert done.stderr.splitlines() == [lost, "offramp: distill wrote outputs/mine"]
+
+
+@pytest.mark.parametrize("command", ["stages.config", "stages.tracking status"])
+def test_an_answer_that_cannot_be_shown_is_one_line(repository, command):
+    for to, why in (("> /dev/full", "No space left on device"), (">&-", "")):
+        words = ["bash", "-c", f"{sys.executable} -m {command} {to}"]
+        done = subprocess.run(words, cwd=repository, capture_output=True, text=True, timeout=60)
+        line = f"offramp: standard output could not be written ({why}): the answer is not complete\n"
+        assert (done.returncode, done.stderr) == ((1, line) if why else (0, "")), "a closed stream is the user's wish"
+
+
 def test_a_run_by_hand_in_the_project_itself_would_overwrite_the_outs_and_is_refused(repository):
     assert "DVC's outs" in typed(repository, "hydra.run.dir=.").stderr
     assert not (repository / "metrics").exists()
@@ -464,7 +517,7 @@ def test_under_dvc_a_stage_records_what_made_its_outs_and_compares_it_with_the_c
     assert (repository / "provenance/distill.json").read_bytes() == record
 
     monkeypatch.setenv("TOY_RANKS", "4")
-    assert "on another kind of machine than the committed run (ranks: 2 -> 4)" in typed(repository, dvc=True).stderr
+    assert "under other conditions than the committed run (ranks: 2 -> 4)" in typed(repository, dvc=True).stderr
     by_hand = typed(repository, "distill.temperature=3")
     assert "committed run" not in by_hand.stderr and not list((repository / "outputs").rglob("provenance"))
 

@@ -127,15 +127,87 @@ def test_a_signal_saves_the_sums_of_the_batch_that_it_met(student, tmp_path):
     assert seen == [2, 4, 6, 8, 10, 11], "the period had not passed, the signal saved"
 
 
-def test_damaged_progress_is_named_and_done_again(student, tmp_path, capsys):
+@pytest.mark.parametrize("name", [scoring.SUMS, f"{scoring.CONFIDENCES}-0"])
+def test_damaged_progress_is_named_and_done_again(student, tmp_path, capsys, name):
     stream = stream_of([100, 80])
     with ResumeState(tmp_path, "evaluate", "key") as state:
         whole = score(student, stream, state=state)
-        content = bytearray((state.folder / scoring.SUMS).read_bytes())
+        content = bytearray((state.folder / name).read_bytes())
         for damaged in (content[:-9], content[:200] + bytes([content[200] ^ 1]) + content[201:], b""):
-            (state.folder / scoring.SUMS).write_bytes(damaged)
+            (state.folder / name).write_bytes(damaged)
             assert score(student, stream, state=state).tobytes() == whole.tobytes()
-            assert f"{state.folder / scoring.SUMS} is damaged" in capsys.readouterr().err
+            assert f"{state.folder / name} is damaged" in capsys.readouterr().err
+
+
+def test_progress_whose_confidences_are_gone_is_not_used(student, tmp_path):
+    stream, seen = stream_of([100, 80]), []
+    with ResumeState(tmp_path, "evaluate", "key") as state:
+        whole = score(student, stream, state=state)
+        (state.folder / f"{scoring.CONFIDENCES}-0").unlink()
+        again = score(student, stream, state=state, on_batch=lambda done, _: seen.append(done))
+    assert again.tobytes() == whole.tobytes() and seen == [2, 3]
+
+
+# ---- calibration
+
+
+def plain_calibration_error(confidence_N, correct_N):
+    """Sorted tokens in 15 bins of equal mass, written as the papers do."""
+    order = np.argsort(confidence_N, kind="stable")
+    places = [order[np.arange(len(order)) * 15 // len(order) == bin] for bin in range(15)]
+    return sum(
+        len(place) / len(order) * abs(confidence_N[place].mean() - correct_N[place].mean()) for place in places
+    )
+
+
+def calibrated_table(confidence_N, correct_N, document_of):
+    n_documents = document_of.max() + 1
+    table = np.zeros((n_documents, len(scoring.COLUMNS)))
+    table[:, scoring.TOKENS] = np.bincount(document_of)
+    signed_N = np.where(correct_N, confidence_N, -confidence_N)
+    table[:, scoring.FIRST_GAP :] = scoring.calibration_gaps(signed_N, document_of, n_documents)
+    return table
+
+
+@pytest.mark.parametrize("exponent", [1.0, 3.0])
+def test_the_calibration_error_is_that_of_the_plain_formula_and_its_interval_holds_it(exponent):
+    """`exponent` 1: right as often as it says; 3: far too sure of itself."""
+    generator = np.random.default_rng(1)
+    confidence_N = generator.uniform(0.05, 1, size=6000).astype(np.float32)
+    correct_N = generator.uniform(size=6000) < confidence_N**exponent
+    table = calibrated_table(confidence_N, correct_N, np.arange(6000) // 150)
+    found = scoring.calibration_error(scoring.Bootstrap(40, 500, 1), table)
+    expected = plain_calibration_error(confidence_N.astype(float), correct_N)
+    assert found.value == pytest.approx(expected, rel=1e-9)
+    assert 0 <= found.low < found.value < found.high
+    assert found.value < 0.03 if exponent == 1 else found.value > 0.2
+
+
+def test_a_model_that_is_sure_and_right_has_no_calibration_error_and_one_that_is_sure_and_wrong_has_all():
+    document_of = np.repeat([0, 1], 60)
+    for correct, error in ((True, 0.0), (False, 1.0)):
+        table = calibrated_table(np.ones(120, np.float32), np.full(120, correct), document_of)
+        assert scoring.calibration_error(scoring.Bootstrap(2, 20, 1), table).value == error
+
+
+def test_fewer_tokens_than_bins_and_one_document_are_no_failure():
+    table = calibrated_table(np.array([0.5, 0.25], np.float32), np.array([True, False]), np.array([0, 0]))
+    found = scoring.calibration_error(scoring.Bootstrap(1, 20, 1), table)
+    assert found.value == pytest.approx((0.5 + 0.25) / 2) and found.low is None
+
+
+def test_the_gaps_of_scored_documents_are_those_of_the_models_first_choices(student):
+    stream = stream_of([70, 130])
+    table = score(student, stream)
+    confidence, correct = [], []
+    for start in range(0, 200, 64):
+        window = torch.from_numpy(stream.tokens[start : start + 65])
+        with torch.no_grad():
+            probability, choice = student(window[None, :-1])[0].softmax(-1).max(-1)
+        confidence.append(probability.numpy())
+        correct.append((choice == window[1:]).numpy())
+    expected = calibrated_table(np.concatenate(confidence), np.concatenate(correct), stream.document_of)
+    np.testing.assert_allclose(table[:, scoring.FIRST_GAP :], expected[:, scoring.FIRST_GAP :], atol=1e-4)
 
 
 def test_weights_that_are_not_finite_are_refused(tiny_settings):
@@ -180,7 +252,8 @@ def test_the_end_of_text_after_a_cut_document_is_not_scored(student):
     plain, table = score(student, stream), score(student, marked)
     assert table[:, scoring.TOKENS].tolist() == [49, 60, 40]
     assert table[0, scoring.NATS] < plain[0, scoring.NATS]
-    assert table[1:].tobytes() == plain[1:].tobytes()
+    sums = slice(scoring.FIRST_GAP)  # the bins of the gaps hold equally many of all tokens
+    assert table[1:, sums].tobytes() == plain[1:, sums].tobytes()
 
 
 def test_the_bootstrap_depends_on_its_seed_alone():
@@ -243,4 +316,6 @@ def test_one_document_has_no_interval():
     figures = dict.fromkeys(tables, {"parameters": 1, "flops_per_token": 1})
     found = evaluate.comparisons(scoring.Bootstrap(1, 50, 1), tables, figures)
     assert found["teacher_over_control"]["standard_error"] is None
+    tables |= dict.fromkeys((name for names in evaluate.CONTROLS.values() for name in names), table)
+    found = [found, evaluate.control_differences(scoring.Bootstrap(1, 50, 1), tables)]
     assert "NaN" not in json.dumps(found)

@@ -19,8 +19,11 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from stages.files.artifacts import ROOT, Refusal, sha256_of
+from stages.run import unchanged
 from stages.settings.compose import compose, explain
-from stages.settings.schema import SECTIONS, Settings, as_yaml, leaves, refuse_uneven_batches, validate
+from stages.settings.lightning import duration_seconds
+from stages.settings.schema import BATCHES, SECTIONS, Settings, as_yaml, leaves, refuse_uneven_batches, validate
+from stages.settings.untracked import OBSERVERS, SECTION, UNTRACKED, divided, joined
 
 SCALES = sorted(file.stem for file in (ROOT / "conf/scale").glob("*.yaml"))
 CORPORA = sorted(file.stem for file in (ROOT / "conf/corpus").glob("*.yaml"))
@@ -105,7 +108,28 @@ MISTAKES = [
     ("corpus.paths", "a.txt", "corpus.paths = 'a.txt': must be a list, such as [a, b]"),
     ("seed", "5", "seed = '5': must be a whole number, and this is text: write it without quotes"),
     ("distill.temperature", "1e3", "distill.temperature = '1e3': must be a number, and this is text"),
+    ("plan.chips", [0], "plan.chips = 0: must be at least 1"),
+    ("plan.chips", [], "plan.chips = []: must name at least one"),
+    ("plan.provider", [], "plan.provider = []: must name at least one"),
+    ("plan.grid.years", [], "plan.grid.years = []: must name at least one"),
+    ("plan.today", "2026-02-30", "plan.today = 2026-02-30: must be a day that exists, as YYYY-MM-DD, or now"),
+    ("plan.today", "soon", "plan.today = soon: must be a"),
+    ("plan.tokens", -1.0, "plan.tokens = -1.0: must be above 0"),
+    ("plan.terms", "hourly", "plan.terms = hourly: must be on_demand, spot"),
     ("teacher", 3, "teacher = 3: must be a mapping of settings"),
+    ("trainer.gradient_clip_val", 0, "trainer.gradient_clip_val = 0: must be above 0"),
+    ("optimizer.clip_norm", 1.0, "optimizer.clip_norm: no such setting; it is trainer.gradient_clip_val now"),
+    ("trainer.max_time", "30:00", "trainer.max_time = 30:00: must be a time such as \"00:12:30:00\" (days:hours:min"),
+    ("trainer.max_time", "00:00:00:00", "trainer.max_time = 00:00:00:00: must be a time such as"),
+    ("trainer.max_time", 43200, "trainer.max_time = 43200: must be a time such as \"00:12:30:00\" (days:hours:"),
+    ("trainer.limit_val_batches", 0, "trainer.limit_val_batches = 0: must be a number of batches from 1 on, or a sha"),
+    ("trainer.limit_val_batches", 1.5, "trainer.limit_val_batches = 1.5: must be a number of batches from 1 on"),
+    ("trainer.limit_val_batches", True, "trainer.limit_val_batches = True: must be a number of batches"),
+    ("trainer.fast_dev_run", -1, "trainer.fast_dev_run = -1: must be false, true, or a number of steps up to 65,536"),
+    ("trainer.fast_dev_run", "yes", "trainer.fast_dev_run = yes: must be false, true, or a number of steps"),
+    ("logger", ["csv"], "logger = ['csv']: must be a mapping of names to a class each: {name: {_target_: package.Cl"),
+    ("logger", {"csv": {"save_dir": "x"}}, "logger = {'csv': {'save_dir': 'x'}}: must be a mapping of names to a cl"),
+    ("callbacks", {"mine": {"_target_": "a.B", "x": float("nan")}}, "callbacks = {'mine': {'_target_': 'a.B', 'x':"),
     ("sede", 3, "sede: no such setting; did you mean seed?"),
     ("seed", 10**5000, "seed = a very large int: must be at most"),
 ]
@@ -137,6 +161,8 @@ def numbers(kind=Settings, path=()):
             continue
         for inner in typing.get_args(field.annotation):  # of a list or a union
             kinds, metadata = [*kinds, *typing.get_args(inner)], [*metadata, *getattr(inner, "__metadata__", ())]
+        if key[-1] in ("limit_val_batches", "fast_dev_run"):  # either of two kinds: their rules are among MISTAKES
+            continue
         kind_of_number = next((each for each in kinds if each in (int, float)), None)
         if kind_of_number:
             bounds = {}
@@ -159,10 +185,7 @@ BESIDE = {
     "prepare.vocab_size": {"prepare.tokenizer": "bytes"},
     "optimizer.warmup_share": {"optimizer.decay_share": 0},
     "optimizer.decay_share": {"optimizer.warmup_share": 0},
-    "trainer.ranks": {
-        key: 65536
-        for key in ("pretrain.batch_sequences", "distill.batch_sequences", "sparsify.recovery.batch_sequences")
-    },
+    "trainer.ranks": dict.fromkeys(BATCHES.values(), 65536),
 }
 
 
@@ -388,7 +411,7 @@ def test_the_schema_for_editors_is_up_to_date_and_knows_every_setting_and_word()
 
 @pytest.mark.parametrize("file", [ROOT / "params.yaml", *sorted((ROOT / "conf").rglob("*.yaml"))], ids=lambda f: f.name)
 def test_every_file_of_settings_names_its_schema(file):
-    if file.name == "config.yaml":  # Hydra's own
+    if file.name == "config.yaml" or file.is_relative_to(ROOT / "conf/plan"):  # Hydra's own; ledgers
         return
     (line,) = [line for line in file.read_text().splitlines()[:2] if line.startswith("# yaml-language-server: ")]
     schema = file.parent / line.partition("$schema=")[2]
@@ -397,16 +420,20 @@ def test_every_file_of_settings_names_its_schema(file):
 
 
 def test_where_a_value_comes_from_is_told(sheet):
-    edited(sheet, ("corpus: stdlib", "corpus: {source: files, paths: [a]}\noptimizer: {clip_norm: 2}"))
+    edited(sheet, ("corpus: stdlib", "corpus: {source: files, paths: [a]}\ntrainer: {gradient_clip_val: 2}"))
     assert explain("distill.temperature", root=sheet) == "distill.temperature = 1.0  # params.yaml"
     assert explain("pretrain.steps", ["scale=tiny"], sheet) == "pretrain.steps = 20  # conf/scale/tiny.yaml"
     assert explain("pretrain.steps", ["++pretrain.steps=3"], sheet) == "pretrain.steps = 3  # command line"
-    assert explain("optimizer.clip_norm", root=sheet) == "optimizer.clip_norm = 2  # params.yaml"
+    assert explain("trainer.gradient_clip_val", root=sheet) == "trainer.gradient_clip_val = 2  # params.yaml"
     assert "optimizer.adamw_beta1 = 0.9  # conf/base.yaml" in explain("optimizer", root=sheet).splitlines()
     corpus = explain("corpus", ["corpus.split=x"], sheet).splitlines()
-    assert corpus[:2] == ["corpus.source = files  # conf/corpus/files.yaml", "corpus.paths = ['a']  # params.yaml"]
+    assert corpus[:2] == ["corpus.source = files  # conf/corpus/files.yaml", "corpus.paths = [a]  # params.yaml"]
     assert "corpus.split = x  # command line" in corpus
     assert "corpus.paths = []  # conf/corpus/stdlib.yaml" in explain("corpus", ["corpus=stdlib"], sheet)
+    assert explain("trainer.max_time", root=sheet) == "trainer.max_time = null  # conf/base.yaml"
+    assert explain("trainer.deterministic", root=sheet) == "trainer.deterministic = true  # conf/base.yaml"
+    assert "LearningRateMonitor" in explain("callbacks", ["callbacks=learning_rate"], sheet)
+    assert explain("logger", ["logger=[csv,dvclive]"], sheet).endswith("# command line")
     with pytest.raises(Refusal, match="did you mean pretrain.steps"):
         explain("pretrain.stps", root=sheet)
 
@@ -484,7 +511,9 @@ def test_the_config_stage_writes_the_same_bytes_each_time_without_machine_paths(
         sums.add(sha256_of(tmp_path / "resolved.yaml"))
     text = (tmp_path / "resolved.yaml").read_text()
     assert len(sums) == 1 and str(tmp_path) not in text and str(Path.home()) not in text
-    assert list(yaml.safe_load(text)) == sorted(SECTIONS)
+    plain = yaml.safe_load(text)
+    assert list(plain) == sorted({*SECTIONS} - {*OBSERVERS} | {SECTION})
+    assert validate(joined(plain)) == validate(compose())
 
 
 def test_two_spellings_of_a_number_are_one_setting():
@@ -510,3 +539,132 @@ def test_the_config_stage_by_hand_only_prints():
 def test_the_config_stage_imports_no_torch():
     code = "import sys, stages.config; stages.config.main(); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+
+
+def test_what_no_out_depends_on_stands_apart_in_resolved_yaml():
+    """An edit of it reruns no stage, for dvc.yaml names the other sections."""
+    plain = compose(["scale=tiny", "logger=csv", "trainer.max_time=00:00:30:00"])
+    tracked, untracked = divided(plain)
+    assert untracked == {
+        "callbacks": {},
+        "logger": plain["logger"],
+        "trainer": {"fast_dev_run": False, "max_time": "00:00:30:00"},
+    }
+    assert divided(TINY)[0] == tracked and joined(tracked | {SECTION: untracked}) == plain
+    assert {key.split(".")[0] for key in UNTRACKED} <= {*SECTIONS}
+    assert duration_seconds("01:02:03:04") == 93784
+
+
+@pytest.mark.parametrize("entry", ["csv", "[csv]", "[csv, dvclive]", "{mine: {_target_: own.Log, at: '${run:fit}'}}"])
+def test_loggers_are_one_preset_several_or_spelled_out(sheet, entry):
+    edited(sheet, ("corpus: stdlib", f"corpus: stdlib\nlogger: {entry}"))
+    logger = validate(compose(root=sheet)).logger
+    assert list(logger) == (["mine"] if "mine" in entry else entry.strip("[]").split(", "))
+    assert "mine" not in entry or logger["mine"]["at"] == "${run:fit}", "left to the rank"
+    assert list(validate(compose(["logger=tensorboard"], root=sheet)).logger) == ["tensorboard"]
+    assert list(validate(compose(["logger=[csv,tensorboard]"], root=sheet)).logger) == ["csv", "tensorboard"]
+    assert compose(["logger=none"], root=sheet)["logger"] == {}
+
+
+@pytest.mark.parametrize(
+    ("entry", "line"),
+    [
+        ("cvs", "params.yaml: logger = cvs: must be one of csv, dvclive, none, tensorboard; did you mean csv?"),
+        ("[csv, cvs]", "params.yaml: logger = cvs: must be one of csv"),
+        ("3", "logger = 3: must be a mapping of names to a class each"),
+        ("{a: {_target_: b.C, x: '${run:nowhere}'}}", "logger.a.x: ${run:nowhere}: there are ${run:folder}"),
+    ],
+)
+def test_a_logger_that_cannot_be_is_refused_in_one_line(sheet, entry, line):
+    edited(sheet, ("corpus: stdlib", f"corpus: stdlib\nlogger: {entry}"))
+    with pytest.raises(Refusal) as refusal:
+        validate(compose(root=sheet))
+    assert str(refusal.value).startswith(line) and "\n" not in str(refusal.value)
+
+
+def test_a_trial_is_refused_under_dvc_which_would_keep_its_outs():
+    sheet_words = ["trainer.fast_dev_run=2"]
+    assert validate(compose(sheet_words)).trainer.fast_dev_run == 2
+    code = f"import os, stages.config; os.environ['DVC_STAGE'] = 'config'; stages.config.main({sheet_words})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode and "trainer.fast_dev_run: DVC would keep its outs: run it by hand" in done.stderr
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A copy whose stage config has run under DVC; `again` runs it once more and tells whether it composed."""
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    shutil.copytree(ROOT / "stages", tmp_path / "stages", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "text.txt").write_text("a text\n")
+    sheet = (ROOT / "params.yaml").read_text().replace("corpus: stdlib", "corpus: {source: files, paths: [text.txt]}")
+    (tmp_path / "params.yaml").write_text(sheet)
+    assert composed_again(tmp_path), "nothing is remembered yet"
+    return tmp_path
+
+
+def composed_again(project, **variables):
+    code = "import sys, stages.config; stages.config.main(); print('hydra' in sys.modules)"
+    environment = os.environ | {"DVC_STAGE": "config", "PYTHONPATH": str(project)} | variables
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=project, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip() == "True"
+
+
+def test_settings_of_which_nothing_changed_are_not_composed_again_and_inputs_are_looked_at(project):
+    outs = {name: (project / name).read_bytes() for name in ("resolved.yaml", "inputs.json")}
+    assert not composed_again(project)
+    assert outs == {name: (project / name).read_bytes() for name in outs}
+    (project / "inputs.json").unlink()
+    assert not composed_again(project) and (project / "inputs.json").read_bytes() == outs["inputs.json"]
+    (project / "text.txt").write_text("another text\n")
+    assert not composed_again(project) and (project / "inputs.json").read_bytes() != outs["inputs.json"]
+
+
+CHANGES = {  # a file: what is done to it
+    "params.yaml": lambda text: text.replace("seed: 1 ", "seed: 2 "),
+    "conf/scale/demo.yaml": lambda text: text.replace("steps: 400", "steps: 401"),
+    "conf/config.yaml": lambda text: f"{text}# a word\n",
+    "conf/experiment/mine.yaml": lambda _: "# @package _global_\nseed: 3\n",
+    "stages/settings/schema.py": lambda text: f"{text}# a word\n",
+    "stages/training/launchers/mine.py": lambda _: "",
+    "resolved.yaml": lambda text: text.replace("seed: 1", "seed: 5"),
+    "stages/config.py": lambda text: f"{text}# a word\n",
+    ".runs/accepted/params.yaml": lambda text: f"{text}# a word\n",
+    ".runs/accepted/composed.json": lambda text: text[:20],
+}
+
+
+def test_after_any_change_settings_are_composed_again(project):
+    for name, change in CHANGES.items():
+        path = project / name
+        before = path.read_bytes() if path.exists() else None
+        path.write_text(change(before.decode() if before else ""))
+        assert path.read_bytes() != before and unchanged.unchanged_corpus(project) is None, name
+        path.unlink()
+        assert before is None or unchanged.unchanged_corpus(project) is None, f"without {name}"
+        if before is not None:
+            path.write_bytes(before)
+        assert unchanged.unchanged_corpus(project), f"{name} is as it was"
+    (project / "params.yaml").write_text((project / "params.yaml").read_text().replace("seed: 1 ", "seed: 2 "))
+    assert composed_again(project) and not composed_again(project)
+    assert yaml.safe_load((project / "resolved.yaml").read_text())["seed"] == 2
+
+
+@pytest.mark.parametrize("value", ["${oc.env:SEED}", "${oc.decode:${oc.env:SEED}}", "${now:%S}", "${distill.steps}"])
+def test_a_value_from_elsewhere_is_never_taken_for_unchanged(sheet, value):
+    assert unchanged._composed_of(sheet)
+    edited(sheet, ("seed: 1 ", f"seed: {value} "))
+    assert unchanged._composed_of(sheet) is None
+
+
+def test_a_value_of_the_environment_is_read_again_each_time(project):
+    edited(project, ("seed: 1 ", "seed: ${oc.env:SEED} "))
+    assert composed_again(project, SEED="4") and composed_again(project, SEED="5")
+    assert yaml.safe_load((project / "resolved.yaml").read_text())["seed"] == 5
+
+
+def test_other_libraries_compose_again(project, monkeypatch):
+    assert unchanged.unchanged_corpus(project).paths == ["text.txt"]
+    monkeypatch.setattr(unchanged.metadata, "version", lambda name: "0")
+    assert unchanged.unchanged_corpus(project) is None

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from stages.data.readers import readable
 from stages.files.artifacts import Refusal, checkout_root
-from stages.settings.schema import OWN_FILES
 
 # Folders of the library that nobody wrote by hand or that distributions leave out: without them the corpus
 # is the same on Debian, in a container and under pyenv. The generated ones hold machine paths.
@@ -35,6 +34,8 @@ def find_files(paths, root: Path) -> list[tuple[str, Path]]:
 def matches_of(paths, root: Path) -> tuple[list[tuple[str, Path]], list[Path]]:
     """The same, and the symbolic links among them that lead nowhere."""
     if not paths:
+        from stages.settings.schema import OWN_FILES  # late: the stage config may need no schema
+
         raise Refusal(f"corpus.paths is empty: name files or globs, {OWN_FILES}")
     found: dict[Path, str] = {}
     broken: dict[Path, None] = {}

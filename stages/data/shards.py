@@ -274,7 +274,8 @@ class BpeTokenizer:
 
     kind = "bpe"
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, padded_to=0):
+        """`padded_to` ids there are in the model's embedding; those beyond the tokenizer's stand for no byte."""
         tokenizer.encode_special_tokens = True  # not kept in tokenizer.json, hence set at each load
         self._tokenizer = tokenizer
         self.vocab_size = tokenizer.get_vocab_size()
@@ -286,6 +287,7 @@ class BpeTokenizer:
             else END_OF_TEXT.encode()
             for id in range(self.vocab_size)
         ]
+        self._bytes += [b""] * (padded_to - self.vocab_size)
         self._byte_ids = [tokenizer.token_to_id(character) for character in byte_alphabet()]
 
     def encode(self, text):

@@ -40,6 +40,19 @@ def write_atomically(path: str | Path, content: bytes | str) -> None:
         raise Refusal(f"{path} could not be written ({error.strerror}): fix that, then run it again") from None
 
 
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """For writers that want a path: the one given takes the name at the end, and goes at an error."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write JSON with sorted keys and exact floats: reading it gives equal values. NaN and infinity are refused."""
     try:

@@ -1,4 +1,4 @@
-"""How good a model is on the test split: bits per byte and accuracy by document, intervals, quality words.
+"""How good a model is on the test split: bits per byte, accuracy and calibration by document, intervals, quality words.
 
 The unit of statistics is the document: its losses are summed over its tokens, and every interval comes from
 one paired bootstrap over documents (the same resamples for every model): what two models share cancels.
@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from stages.files.artifacts import Refusal
 from stages.files.resuming import Interruption, ResumeState
 
-# Columns of a score table, sums over the tokens of a document; the last two are against the reference.
-COLUMNS = ("nats", "bytes", "tokens", "correct", "agreement", "kl_nats")
-NATS, BYTES, TOKENS, CORRECT, AGREEMENT, KL = range(len(COLUMNS))
+# Columns of a score table, sums over the tokens of a document; agreement and KL are against the reference. A gap is the
+# probability of the first choice minus whether it was right, summed over the tokens of one bin of that probability.
+BINS = 15
+COLUMNS = ("nats", "bytes", "tokens", "correct", "agreement", "kl_nats", *(f"gap_{bin + 1}" for bin in range(BINS)))
+NATS, BYTES, TOKENS, CORRECT, AGREEMENT, KL, FIRST_GAP, *_ = range(len(COLUMNS))
 CHUNK_TOKENS = 1024  # logits [1024, V] at a time
-SUMS, SAVE_SECONDS = "sums", 2.0  # of unfinished work
+SUMS, CONFIDENCES, SAVE_SECONDS = "sums", "confidences", 2.0  # of unfinished work
 
 
 Models = dict[str, nn.Module]
@@ -80,7 +82,8 @@ def read_stream(tokens, tokenizer, budget_tokens: int) -> Stream:
 
 @torch.no_grad()
 def window_scores(models: Models, tokens_BT1: Tensor, reference: str) -> np.ndarray:
-    """Nats, correctness, agreement with and KL from the reference of each predicted token: [M, B*T, 4].
+    """Of each predicted token nats, correctness, agreement with and KL from the reference, and confidence, which is
+    the probability of the model's first choice: [M, B*T, 5].
 
     The heads are applied to a chunk of tokens at a time: a batch's logits would be its largest tensor. The
     reference's logits are computed once for all models.
@@ -96,10 +99,10 @@ def window_scores(models: Models, tokens_BT1: Tensor, reference: str) -> np.ndar
         for name, model in models.items():
             own = name == reference
             log_p_CV = log_q_CV if own else model.head(features[name][chunk]).float().log_softmax(-1)
-            best_C = log_p_CV.argmax(-1)
+            log_best_C, best_C = log_p_CV.max(-1)
             nats_C = -log_p_CV.gather(1, targets_N[chunk, None]).squeeze(1)
             kl_C = torch.zeros_like(nats_C) if own else (q_CV * (log_q_CV - log_p_CV)).sum(-1)
-            columns = [nats_C, best_C == targets_N[chunk], best_C == reference_best_C, kl_C]
+            columns = [nats_C, best_C == targets_N[chunk], best_C == reference_best_C, kl_C, log_best_C.exp()]
             rows.append(torch.stack([column.double() for column in columns], dim=1))
         chunks.append(torch.stack(rows))
     return torch.cat(chunks, dim=1).cpu().numpy()
@@ -123,10 +126,12 @@ def score(
     """
     n_tokens, n_documents = len(stream.document_of), len(stream.document_bytes)
     n_windows = math.ceil(n_tokens / sequence_tokens)
-    first, tables_MGS = _continued(state, (len(models), n_documents, len(COLUMNS)))
+    tables_MGS = np.zeros((len(models), n_documents, len(COLUMNS)))
+    signed_MN = np.zeros((len(models), n_tokens), dtype=np.float32)  # confidence, below zero where the choice was wrong
+    first = _continue(state, tables_MGS, signed_MN, sequence_tokens)
     if first:
         print(f"evaluate: continuing after window {first:,} of {n_windows:,}", flush=True)
-    saved = time.monotonic()
+    saved, saved_tokens = time.monotonic(), min(first * sequence_tokens, n_tokens)
     device = next(models[reference].parameters()).device
     for window in range(first, n_windows, batch_sequences):
         start = window * sequence_tokens
@@ -138,44 +143,86 @@ def score(
                 windows = [stream.tokens[at : at + length + 1] for at in range(low, high, length)]
                 scores = window_scores(models, torch.from_numpy(np.stack(windows)).to(device), reference)
                 _add_by_document(tables_MGS, stream.document_of[low:high], scores)
+                signed_MN[:, low:high] = np.where(scores[..., 1] > 0, scores[..., 4], -scores[..., 4])
         done = min(window + batch_sequences, n_windows)
         stopping = interruption is not None and interruption.requested  # asked once, so that no stop goes unsaved
         if state is not None and (stopping or done == n_windows or time.monotonic() - saved >= SAVE_SECONDS):
-            buffer = io.BytesIO()
-            np.save(buffer, np.append(tables_MGS.ravel(), done))
-            state.save(SUMS, buffer.getvalue())
-            saved = time.monotonic()
+            state.save(f"{CONFIDENCES}-{saved_tokens}", _as_file(signed_MN[:, saved_tokens:stop]))
+            state.save(SUMS, _as_file(np.append(tables_MGS.ravel(), done)))
+            saved, saved_tokens = time.monotonic(), stop
         on_batch(done, n_windows)
         if interruption is not None and stopping:
             interruption.check(f"scoring, after window {done:,} of {n_windows:,}")
-    tables = dict(zip(models, tables_MGS, strict=True))
-    for name, table in tables.items():
+    tables, scored_N = dict(zip(models, tables_MGS, strict=True)), stream.document_of < n_documents
+    for (name, table), signed_N in zip(tables.items(), signed_MN, strict=True):
         table[:, BYTES] = stream.document_bytes
         table[:, TOKENS] = np.bincount(stream.document_of, minlength=n_documents)[:n_documents]
         if not np.isfinite(table).all():
             raise Refusal(
                 f"artifacts/{name} has a loss that is not finite on the test split: train this model again"
             )
+        table[:, FIRST_GAP:] = calibration_gaps(signed_N[scored_N], stream.document_of[scored_N], n_documents)
     return tables
 
 
-def _continued(state: ResumeState | None, shape: tuple[int, int, int]) -> tuple[int, np.ndarray]:
-    """The next window and the sums so far; from the start where nothing usable was saved."""
-    fresh = 0, np.zeros(shape)
-    if state is None or (kept := state.load(SUMS)) is None:
-        return fresh
+def _continue(state: ResumeState | None, tables_MGS: np.ndarray, signed_MN: np.ndarray, sequence_tokens: int) -> int:
+    """Fills in what was saved and returns the next window; 0, and nothing filled in, where nothing usable was saved.
+
+    The confidences were saved piece by piece, each under the number of its first token.
+    """
+    if state is None or (sums := _load(state, SUMS, 1)) is None or sums.size != tables_MGS.size + 1:
+        return 0
+    window = int(sums[-1])
+    at, tokens = 0, min(window * sequence_tokens, signed_MN.shape[1])
+    while at < tokens:
+        name = f"{CONFIDENCES}-{at}"
+        piece = _load(state, name, 2)
+        if piece is None or len(piece) != len(signed_MN) or not 0 < piece.shape[1] <= tokens - at:
+            return 0
+        signed_MN[:, at : at + piece.shape[1]] = piece
+        at += piece.shape[1]
+    tables_MGS[:] = sums[:-1].reshape(tables_MGS.shape)
+    return window
+
+
+def _load(state: ResumeState, name: str, dimensions: int) -> np.ndarray | None:
+    """A saved array; None if it is missing or damaged."""
+    if (kept := state.load(name)) is None:
+        return None
     try:
-        saved = np.lib.format.read_array(io.BytesIO(kept), allow_pickle=False)
-        return int(saved[-1]), saved[:-1].reshape(shape)
+        array = np.lib.format.read_array(io.BytesIO(kept), allow_pickle=False)
+        if array.ndim == dimensions:
+            return array
     except (ValueError, MemoryError):  # not these numbers, or more than there are
-        state.say_damaged(SUMS)
-        return fresh
+        pass
+    state.say_damaged(name)
+    return None
+
+
+def _as_file(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
 
 
 def _add_by_document(tables_MGS: np.ndarray, document_of: np.ndarray, scores: np.ndarray) -> None:
-    for table, columns in zip(tables_MGS, scores, strict=True):
+    for table, columns in zip(tables_MGS, scores[..., :4], strict=True):
         for column, values in zip((NATS, CORRECT, AGREEMENT, KL), columns.T, strict=True):
             table[:, column] += np.bincount(document_of, weights=values, minlength=len(table))[: len(table)]
+
+
+def calibration_gaps(signed_N: np.ndarray, document_of: np.ndarray, n_documents: int) -> np.ndarray:
+    """Confidence minus correctness summed by document and bin, [G, BINS]; the bins have equally many tokens each.
+
+    `signed_N` is the confidence of each token, below zero where the first choice was wrong. Among equals the first
+    tokens come into the lower bin.
+    """
+    confidence_N, n_tokens = np.abs(signed_N).astype(float), len(signed_N)
+    bin_N = np.empty(n_tokens, dtype=np.int64)
+    bin_N[np.argsort(confidence_N, kind="stable")] = np.arange(n_tokens) * BINS // n_tokens
+    gap_N = confidence_N - (signed_N > 0)
+    summed = np.bincount(document_of * BINS + bin_N, weights=gap_N, minlength=n_documents * BINS)
+    return summed.reshape(n_documents, BINS)
 
 
 # ---- from tables to figures with intervals
@@ -219,6 +266,18 @@ def estimate(value: float, resampled_R: np.ndarray) -> Estimate:
         return Estimate(float(value))
     low, high = np.quantile(resampled_R, [0.025, 0.975])
     return Estimate(float(value), float(low), float(high))
+
+
+def calibration_error(bootstrap: Bootstrap, table: np.ndarray) -> Estimate:
+    """Expected calibration error of the first choice: the mean over tokens of |confidence - accuracy| of their bin.
+
+    Naeini et al. 2015, with bins of equal mass as in Nguyen & O'Connor 2015. Its resamples lie too high on average,
+    as all noise adds to an absolute value; the interval is of the resamples moved back by that.
+    """
+    value = np.abs(table[:, FIRST_GAP:].sum(0)).sum() / table[:, TOKENS].sum()
+    gaps = [bootstrap.ratio(table, column, TOKENS) for column in range(FIRST_GAP, len(COLUMNS))]
+    resampled_R = np.abs(gaps).sum(0)
+    return estimate(value, np.clip(resampled_R - (resampled_R.mean() - value), 0, None))
 
 
 def quality_kept(bootstrap: Bootstrap, teacher: np.ndarray, student: np.ndarray) -> Estimate:

@@ -1,5 +1,6 @@
 """The models of the pipeline that evaluate and profile measure, and the training step that both measure of them."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +11,20 @@ from stages.files.artifacts import Refusal
 from stages.model import hub as models
 from stages.model.losses import next_token
 
-MODELS = (
-    "teacher", "student", "control",
-    "sparse_teacher", "sparse_student", "continued_teacher", "continued_student",
-)  # fmt: skip
+PRODUCTS = ("teacher", "student", "sparse_teacher", "sparse_student")
+CONTROLS = {  # what else the same tokens, or the same operations, would have given
+    "student": ("control", "warm_control", "cold_student", "scratch_student"),
+    "sparse_teacher": ("continued_teacher", "scratch_sparse_teacher"),
+    "sparse_student": ("continued_student", "scratch_sparse_student"),
+}
+MODELS = (*PRODUCTS, *(name for names in CONTROLS.values() for name in names))
 
 
-def load_models(artifacts: Path, vocab_size: int) -> dict[str, nn.Module]:
+def load_models(artifacts: Path, vocab_size: int, names: Iterable[str] = MODELS) -> dict[str, nn.Module]:
     """Each model in its folder under `artifacts`, on the GPU where there is one; all must know one vocabulary."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = {}
-    for name in MODELS:
+    for name in names:
         model = models.load(artifacts / name)
         if model.shape.vocab_size != vocab_size:
             raise Refusal(

@@ -5,7 +5,8 @@ ids = generate(model, tokenizer.encode("def main("), new_tokens=64, temperature=
 Shapes: B sequences, T tokens, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,8 +78,13 @@ class Reader:
         return self.graph
 
 
+def generate(model: nn.Module, tokens: list[int], new_tokens: int, *args: Any, **options: Any) -> list[int]:
+    """All of `stream` at once."""
+    return list(stream(model, tokens, new_tokens, *args, **options))
+
+
 @torch.no_grad()
-def generate(
+def stream(
     model: nn.Module,
     tokens: list[int],
     new_tokens: int,
@@ -87,11 +93,13 @@ def generate(
     seed: int = 0,
     end_of_text: int | None = None,
     before_each: Callable[[], None] = lambda: None,
-) -> list[int]:
+    top_p: float = 1.0,
+) -> Iterator[int]:
     """The continuation of `tokens`: up to `new_tokens` ids, the likeliest or, with a temperature, drawn.
 
     It stops before `end_of_text`. `before_each` is called before every token and may raise, to stop it there. Without
-    the cache every step reads the whole text again: the slow twin.
+    the cache every step reads the whole text again: the slow twin. With `top_p` below 1 a token is drawn from the
+    likeliest ones that together have that probability (Holtzman et al. 2020, nucleus sampling).
     """
     if not tokens:
         raise ValueError("generation continues a text: give at least one token")
@@ -105,15 +113,25 @@ def generate(
             logits_V = reader.read(torch.tensor([fresh], device=device))[0]
         else:
             logits_V = model(torch.tensor([text], device=device))[0, -1]
-        token = choose(logits_V.float().cpu(), temperature, generator)
+        token = choose(logits_V.float().cpu(), temperature, generator, top_p)
         if token == end_of_text:
             break
+        yield token
         text.append(token)
         fresh = [token]
-    return text[len(tokens) :]
 
 
-def choose(logits_V: Tensor, temperature: float, generator: torch.Generator) -> int:
+def choose(logits_V: Tensor, temperature: float, generator: torch.Generator, top_p: float = 1.0) -> int:
     if temperature == 0:
         return int(logits_V.argmax())
-    return int(torch.multinomial((logits_V / temperature).softmax(-1), 1, generator=generator))
+    share_V = (logits_V / temperature).softmax(-1)
+    if top_p < 1:
+        share_V = nucleus(share_V, top_p)
+    return int(torch.multinomial(share_V, 1, generator=generator))
+
+
+def nucleus(share_V: Tensor, top_p: float) -> Tensor:
+    """The probabilities with all but the likeliest at zero: the fewest that sum to `top_p`, at least one."""
+    sorted_V, index_V = share_V.sort(descending=True, stable=True)
+    before_V = sorted_V.cumsum(-1) - sorted_V
+    return torch.zeros_like(share_V).scatter(-1, index_V, torch.where(before_V < top_p, sorted_V, 0.0))

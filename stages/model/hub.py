@@ -27,6 +27,8 @@ from stages.model.families.registry import family_of, family_of_type
 from stages.model.layers import initialise
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+INDEX = "model.safetensors.index.json"  # of a model in several files: which one has which tensor
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 # ---- build -------------------------------------------------------------------------------------------------
@@ -111,11 +113,17 @@ def _config_sha256(config: dict[str, Any]) -> str:
 
 
 def load(folder: Path | str) -> Any:
-    """The model of a folder, in eval mode; a damaged, altered or foreign folder is refused in one line."""
+    """The model of a folder, in eval mode; a damaged, altered or foreign folder is refused in one line.
+
+    A folder of transformers' is read too, in one file or several, where its family and config are among ours. A tied
+    head becomes a matrix of its own, which costs its memory and changes no logit.
+    """
     folder = Path(folder)
     config = read_json(folder / CONFIG)
-    shape = _shape_from(config, folder / CONFIG)
-    tensors = _read_weights(folder / WEIGHTS, config.get("weights_sha256"))
+    shape = shape_from(config, folder / CONFIG)
+    tensors = _read_folder(folder, config.get("weights_sha256"))
+    if config.get("tie_word_embeddings"):
+        _untie(tensors, folder / CONFIG)
     _refuse_larger_than(tensors, shape, folder / CONFIG)
     family, model = family_of(shape), empty_model(shape)
     expected = {name: part.shape for name, part in family.to_hub(model).items()}
@@ -124,7 +132,8 @@ def load(folder: Path | str) -> Any:
     return model.requires_grad_().eval()
 
 
-def _shape_from(config: Any, path: Path) -> Any:
+def shape_from(config: Any, path: Path) -> Any:
+    """The shape that the content of a config.json describes; `path` is for messages."""
     if not isinstance(config, dict):
         raise Refusal(f"{path} is not a mapping: run dvc repro again")
     if config.get("config_sha256", (own := _config_sha256(config))) != own:
@@ -135,6 +144,32 @@ def _shape_from(config: Any, path: Path) -> Any:
     shape = family_of_type(config.get("model_type"), path).shape_from(config, path)
     check_shape(shape, str(path))
     return shape
+
+
+def _read_folder(folder: Path, recorded: str | None) -> dict[str, Tensor]:
+    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
+        return _read_weights(folder / WEIGHTS, recorded)
+    index = read_json(folder / INDEX)
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+        raise Refusal(f"{folder / INDEX} has no weight_map of tensors to files: restore the file")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(files.values())):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise Refusal(f"{folder / INDEX} names {name!r}, which is no safetensors file of its folder")
+        tensors |= _read_weights(folder / name, None)
+    if missing := sorted(files.keys() - tensors.keys()):
+        raise Refusal(f"{folder / files[missing[0]]} lacks {missing[0]}, which {INDEX} says it has: copy it again")
+    return tensors
+
+
+def _untie(tensors: dict[str, Tensor], path: Path) -> None:
+    """A file of a tied model has one of the two matrices, or both alike."""
+    if EMBEDDING not in tensors:
+        return  # named below as missing
+    if HEAD in tensors and not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
+        raise Refusal(f"{path}: tie_word_embeddings is True, but {HEAD} and {EMBEDDING} differ: set it to false")
+    tensors[HEAD] = tensors[EMBEDDING].clone()
 
 
 def _read_weights(path: Path, recorded: str | None) -> dict[str, Tensor]:

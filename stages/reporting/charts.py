@@ -5,7 +5,8 @@ accessible title and description, and each mark a <title>, which browsers show a
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from html import escape
 
 from markupsafe import Markup
@@ -39,13 +40,14 @@ def scatter(
     y_format: Format = number,
     links: Iterable[tuple[str, str]] = (),
 ) -> Markup:
-    """Marks with vertical error bars and their names beside them; links joins pairs of points by label."""
-    points = [point for point in points if drawing.finite(point.x, point.y)]
+    """Marks with vertical error bars and their names beside them, those of one x side by side; links joins pairs of
+    points by label."""
+    points = drawing.side_by_side([point for point in points if drawing.finite(point.x, point.y)])
     if not points:
         return drawing.empty(title, *SCATTER)
     xs = [point.x for point in points]
     ys = [end for point in points for end in (point.y, *(point.interval or ()))]
-    frame = Frame(*SCATTER, drawing.padded(xs, 0.12), drawing.padded(ys, 0.12))
+    frame = Frame(*SCATTER, drawing.padded(xs, 0.2), drawing.padded(ys, 0.12))
     by_label = {point.label: point for point in points}
     body = [drawing.axes(frame, x_label, y_label, x_format, y_format)]
     for start, end in links:
@@ -62,12 +64,7 @@ def curves(
 ) -> Markup:
     """Lines over a common axis with a legend; each keeps about POINTS_KEPT points. `log` is of both axes."""
     lines = [
-        Line(
-            line.label,
-            [pair for pair in line.points if drawing.finite(*pair) and (min(pair) > 0 or not log)],
-            line.series,
-            line.dashed,
-        )
+        replace(line, points=[pair for pair in line.points if drawing.finite(*pair) and (min(pair) > 0 or not log)])
         for line in lines
     ]
     lines = [line for line in lines if line.points]
@@ -75,10 +72,12 @@ def curves(
         return drawing.empty(title, width, height)
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
+    ys += [end for line in lines for _, *ends in line.band for end in ends]
     rows, _ = drawing.legend_rows(lines, width)
     x_range = drawing.padded(xs, 0.04, log) if log else drawing.widened(min(xs), max(xs))
     frame = Frame(width, height, x_range, drawing.padded(ys, 0.06, log), log, log, top=14 + 18 * rows)
     body = [drawing.axes(frame, x_label, y_label, number, number), drawing.legend(frame, lines)]
+    body += [drawing.band(frame, line) for line in lines if line.band]
     for line in lines:
         kept = drawing.thinned(line.points, POINTS_KEPT)
         path = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in kept)
@@ -141,6 +140,45 @@ def bars(
         )
     described = "; ".join(f"{label}: {y_format(value)}" for label, value in bars)
     return drawing.svg(title, f"{y_label}. {described}", body, width, height)
+
+
+def heat_map(
+    title: str,
+    columns: list[str],
+    rows: list[str],
+    values: list[list[float]],
+    x_label: str,
+    y_label: str,
+    describe: Callable[[float], str],
+) -> Markup:
+    """A cell for each row and column; values below 0 are blue, above 0 orange, the stronger the further from it."""
+    width, height = 960, 90 + 34 * len(rows)
+    frame = Frame(width, height, (0, len(columns)), (0, len(rows)))
+    most = max(abs(value) for row in values for value in row) or 1.0
+    wide, high = frame.x(1) - frame.x(0), frame.y(0) - frame.y(1)
+    body = [
+        f'<text x="{frame.x(len(columns) / 2):.1f}" y="{height - 8}" text-anchor="middle">{escape(x_label)}</text>',
+        f'<text transform="translate(14 {frame.y(len(rows) / 2):.1f}) rotate(-90)" text-anchor="middle">'
+        f"{escape(y_label)}</text>",
+    ]
+    for y, (name, cells) in enumerate(zip(rows, values, strict=True)):
+        top = frame.y(y + 1)
+        middle = top + high / 2 + 4
+        body.append(f'<text x="{frame.left - 7}" y="{middle:.1f}" text-anchor="end">{escape(name)}</text>')
+        for x, (column, value) in enumerate(zip(columns, cells, strict=True)):
+            strength, left = 0.08 + 0.6 * abs(value) / most, frame.x(x)
+            body.append(
+                f"<g><title>{escape(f'{describe(value)} at {x_label} {column}, {y_label} {name}')}</title>"
+                f'<rect x="{left + 1:.1f}" y="{top + 1:.1f}" width="{wide - 2:.1f}" height="{high - 2:.1f}" rx="3" '
+                f'fill="{drawing.colour_of(int(value > 0))}" fill-opacity="{strength:.2f}"/>'
+                f'<text class="name" x="{left + wide / 2:.1f}" y="{middle:.1f}" text-anchor="middle" font-size="11.5">'
+                f"{escape(describe(value))}</text></g>"
+            )
+    for x, column in enumerate(columns):
+        body.append(
+            f'<text x="{frame.x(x + 0.5):.1f}" y="{frame.y(0) + 17:.1f}" text-anchor="middle">{escape(column)}</text>'
+        )
+    return drawing.svg(title, f"{y_label} by {x_label}", body, width, height)
 
 
 def interval_bar(low: float | None, value: float, high: float | None, axis: tuple[float, ...], label: str) -> Markup:

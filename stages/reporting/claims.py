@@ -3,9 +3,19 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from stages.reporting.wording import count, number, percent, policy_words, signed
+from stages.reporting.controls import (
+    BEATEN,
+    SAME_OPERATIONS,
+    SAME_TOKENS,
+    STRONGER,
+    Control,
+    Interval,
+    controls_of,
+    strongest,
+)
+from stages.reporting.wording import count, number, percent, policy_words, signed, words
 
-NOT_TESTABLE = "not testable here"
+NOT_TESTABLE, CONTROL_NOT_BEATEN = "not testable here", "control not beaten"
 TOO_SMALL = "too small to claim anything"
 TOO_FEW_DOCUMENTS, TOO_FEW_REPETITIONS = "too few documents", "too few repetitions"
 # A verdict needs these. With fewer documents a 95% interval misses the true value more than twice as often as it should
@@ -17,14 +27,6 @@ CHECKPOINTING_SAVES, CHECKPOINTING_COSTS = 0.3, 0.25  # of the activations' memo
 ROUTER_RATIO = 3.2 / 1.1  # milliseconds before and after; only their ratio travels between machines
 
 
-class Interval(NamedTuple):
-    """A figure and the ends of its 95% interval; None where one is not known."""
-
-    value: Any
-    low: Any = None
-    high: Any = None
-
-
 class Claim(NamedTuple):
     """A row of the table; `values` are the raw figures behind the words, for claims.json and the tests."""
 
@@ -32,7 +34,7 @@ class Claim(NamedTuple):
     claim: str
     measured: str
     interval: str
-    verdict: str  # beaten | holds | fails | not testable here | too few documents, repetitions | too small
+    verdict: str  # beaten | holds | control not beaten | fails | not testable here | too few ... | too small ...
     why: str
     values: dict
 
@@ -42,9 +44,10 @@ def make_claims(metrics: dict, timings: dict) -> list[Claim]:
     evaluated = metrics["evaluate"]
     lacking = lack_of_evidence(metrics["pretrain"]["tokens"], evaluated["test"]["documents"])
     return [
-        distillation_claim(evaluated, metrics["distill"], lacking),
-        sparsity_claim(evaluated, "teacher", lacking),
-        sparsity_claim(evaluated, "student", lacking),
+        distillation_claim(metrics, SAME_TOKENS, lacking),
+        distillation_claim(metrics, SAME_OPERATIONS, lacking),
+        sparsity_claim(metrics, "teacher", lacking),
+        sparsity_claim(metrics, "student", lacking),
         checkpointing_claim(evaluated["checkpointing"], timings["checkpointing"]),
         router_claim(timings["router"]),
     ]
@@ -60,75 +63,110 @@ def lack_of_evidence(training_tokens: int, documents: int) -> tuple[str, str] | 
     return None
 
 
-def distillation_claim(evaluated: dict, distilled: dict, lacking: tuple[str, str] | None) -> Claim:
-    """The ratio of losses alone flatters, so it comes with the control's figure and the share of the gap closed."""
+def distillation_claim(metrics: dict, equal: str, lacking: tuple[str, str] | None) -> Claim:
+    """The claim for a teacher that is there already, whose cost is sunk, against the strongest control of the same
+    tokens; or for one that has to be trained, against the student's shape trained for the cost of both.
+
+    The ratio of losses alone flatters: a student that never met the teacher keeps most of it too.
+    """
+    evaluated, temperature = metrics["evaluate"], metrics["distill"].get("temperature")
     models, compared = evaluated["models"], evaluated["comparisons"]["student"]
     share = models["student"]["parameters"] / models["teacher"]["parameters"]
-    kept, gap = interval_of(compared, "quality_kept"), interval_of(compared, "gap_closed")
-    control, temperature = compared["control_quality_kept"], distilled.get("temperature")
-    verdict, why = lacking or distillation_verdict(share, kept, gap, control)
+    kept, control = interval_of(compared, "quality_kept"), strongest(controls_of("student", metrics), equal)
+    there = equal == SAME_TOKENS
+    verdict, why = lacking or distillation_verdict(share, kept, control)
+    control_kept = models["teacher"]["bits_per_byte"] / models[control.name]["bits_per_byte"]
+    why += f" {strongest_control(control)}, which keeps {percent(control_kept)}."
     if temperature is None:
         why += " The temperature used is not recorded."
     elif temperature != 2:
         why += f" Trained at T = {temperature:g}, not T = 2."
-    if distilled.get("copied_from_teacher"):
-        why += " The student also starts from the teacher's weights, the control at random."
-    if gap is None:
-        closed = f"gap closed not stated: {compared['gap_closed_reason']}"
-    else:
-        closed = f"{percent(gap.value)} of the gap closed"
-    documents = evaluated["test"]["documents"]
-    values = {"parameter_share": share, "control_quality_kept": control, "documents": documents}
-    values |= {"temperature": temperature}
+    kind = "teacher already there" if there else "teacher to be trained"
     return Claim(
-        name="distillation",
-        claim="A student of half the size, distilled at T = 2, keeps 90% of the teacher's quality",
-        measured=f"keeps {percent(kept.value)} with {percent(share)} of the parameters; {closed}",
-        interval=f"kept {between(kept, percent)}"
-        + (f"; gap {between(gap, percent)}" if gap else "")
-        + f"; {count(documents, 'document')}",
+        name="distillation_teacher_there" if there else "distillation_teacher_trained",
+        claim=f"A student of half the size, distilled at T = 2, keeps 90% of the teacher's quality ({kind})",
+        measured=f"keeps {percent(kept.value)} with {percent(share)} of the parameters; {control.sentence()}"
+        + f"; {beyond_bits(models['student'])}",
+        interval=f"kept {between(kept, percent)}; {quality_interval(control, evaluated)}",
         verdict=verdict,
         why=why,
-        values=values | _figures("quality_kept", kept) | _figures("gap_closed", gap or Interval(None)),
+        values={"parameter_share": share, "control_quality_kept": control_kept, "temperature": temperature}
+        | _figures("quality_kept", kept)
+        | quality_values(control, evaluated),
     )
 
 
-def distillation_verdict(share: float, kept: Interval, gap: Interval | None, control: float) -> tuple[str, str]:
-    helped = gap is not None and gap.low is not None and gap.low > 0
+def distillation_verdict(share: float, kept: Interval, control: Control) -> tuple[str, str]:
     if share > 0.5:
         return NOT_TESTABLE, f"The student has {percent(share)} of the teacher's parameters, not half."
     if kept.high < 0.9:
-        return "fails", f"Below 90% beyond its interval; the control keeps {percent(control)}."
+        return "fails", "Below 90% beyond its interval."
     if kept.low < 0.9:
         return NOT_TESTABLE, "The interval includes 90%: more test documents would settle it."
-    why = f"But 90% alone says little: the control, trained without the teacher, keeps {percent(control)}."
-    if gap is not None and not helped:
-        why += " The student is not better than it beyond the interval."
-    return ("beaten" if helped else "holds"), why
+    if control.outcome == BEATEN:
+        return "beaten", "Above 90%, and better than its strongest control beyond the interval."
+    return CONTROL_NOT_BEATEN, f"Above 90%, but its strongest control is {standing(control)}."
 
 
-def sparsity_claim(evaluated: dict, model: str, lacking: tuple[str, str] | None) -> Claim:
-    compared = evaluated["comparisons"][f"sparse_{model}"]
-    cut, lost = compared["flops_cut"], interval_of(compared, "quality_lost")
-    continued, documents = compared["continued_quality_lost"], evaluated["test"]["documents"]
-    verdict, why = lacking or sparsity_verdict(cut, lost)
+def strongest_control(control: Control) -> str:
+    return f"Strongest control of the {control.equal}: {words(control.name)} ({control.what})"
+
+
+def standing(control: Control) -> str:
+    return "better beyond the interval" if control.outcome == STRONGER else "level with it within the interval"
+
+
+def beyond_bits(model: dict) -> str:
+    """Agreement and calibration, in words."""
+    return (
+        f"its first choice is the teacher's for {percent(model['agreement_with_teacher'])} of the tokens,"
+        f" calibration error {percent(model['calibration_error'])}"
+    )
+
+
+def quality_interval(control: Control, evaluated: dict) -> str:
+    return f"bits per byte {control.interval()}; {count(evaluated['test']['documents'], 'document')}"
+
+
+def quality_values(control: Control, evaluated: dict) -> dict:
+    own = {"documents": evaluated["test"]["documents"], "control": control.name, "control_outcome": control.outcome}
+    return own | _figures("ahead_of_control", control.ahead)
+
+
+def sparsity_claim(metrics: dict, model: str, lacking: tuple[str, str] | None) -> Claim:
+    """What is lost is lost against the dense model, or against the same trained on for the tokens of the recovery,
+    whichever is better; and the pruned shape trained from nothing for the same cost must be worse."""
+    evaluated, name = metrics["evaluate"], f"sparse_{model}"
+    compared = evaluated["comparisons"][name]
+    cut, continued = compared["flops_cut"], compared["continued_quality_lost"]
+    trained_on = continued < 0
+    lost = interval_of(compared, "quality_lost_to_continued" if trained_on else "quality_lost")
+    control = strongest(controls_of(name, metrics), SAME_OPERATIONS)
+    verdict, why = lacking or sparsity_verdict(cut, lost, control)
+    why += f" The dense {model} with the same extra tokens: {signed(continued)} bits per byte"
+    why += ", and the loss is against that one." if trained_on else "."
+    why += f" {strongest_control(control)}."
     kind = "mixture-of-experts teacher" if model == "teacher" else "dense student"
     return Claim(
         name=f"sparsity_{model}",
         claim=f"Structured sparsity cuts 30–40% of compute for 5–8% of quality ({kind})",
-        measured=f"{signed(-cut)} forward FLOPs per token for {signed(lost.value)} bits per byte",
-        interval=f"{between(lost, signed)}; {count(documents, 'document')}",
+        measured=f"{signed(-cut)} forward FLOPs per token for {signed(lost.value)} bits per byte; {control.sentence()}"
+        + f"; {beyond_bits(evaluated['models'][name])}",
+        interval=f"lost {between(lost, signed)}; {quality_interval(control, evaluated)}",
         verdict=verdict,
-        why=f"{why} The dense {model} with the same extra tokens: {signed(continued)} bits per byte.",
-        values={"flops_cut": cut, "continued_quality_lost": continued, "documents": documents}
-        | _figures("quality_lost", lost),
+        why=why,
+        values={"flops_cut": cut, "continued_quality_lost": continued}
+        | _figures("quality_lost", lost)
+        | quality_values(control, evaluated),
     )
 
 
-def sparsity_verdict(cut: float, lost: Interval) -> tuple[str, str]:
+def sparsity_verdict(cut: float, lost: Interval, control: Control) -> tuple[str, str]:
     if cut < 0.3:
         return NOT_TESTABLE, f"Only {percent(cut)} is cut at these keep ratios, short of the claim's 30%."
     if lost.high <= 0.08:
+        if control.outcome != BEATEN:
+            return CONTROL_NOT_BEATEN, f"Little is lost, but its strongest control is {standing(control)}."
         verdict = "beaten" if lost.high < 0.05 else "holds"
         return verdict, "Structures left the tensors, nothing is merely zeroed; recovered by distillation."
     if lost.low <= 0.08:
@@ -239,7 +277,7 @@ def claims_as_markdown(claims: list[Claim]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def interval_of(figures: dict, name: str):
+def interval_of(figures: dict, name: str) -> Any:
     """The figure with its bounds where it has them; None where the figure itself is missing."""
     value = figures.get(name)
     return None if value is None else Interval(value, figures.get(f"{name}_low"), figures.get(f"{name}_high"))

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 from markupsafe import Markup
@@ -14,7 +14,7 @@ COLOURS = 8  # --series-0 … --series-7; Okabe and Ito's order, distinguishable
 
 @dataclass(frozen=True)
 class Point:
-    """One mark of a scatter; low and high bound its vertical interval; a hollow one is not a measurement."""
+    """One mark of a scatter; low and high bound its vertical interval; a hollow one is a control or a claim."""
 
     label: str
     x: float
@@ -24,6 +24,7 @@ class Point:
     series: int = 0
     hollow: bool = False
     note: str = ""
+    shift: float = 0.0  # to the right of its x, in pixels, so that marks of one x do not cover each other
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -38,6 +39,7 @@ class Line:
     points: list[tuple[float, float]]
     series: int = 0
     dashed: bool = False
+    band: tuple[tuple[float, float, float], ...] = ()  # (x, low, high), drawn behind the line
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,18 @@ def log_ticks(low: float, high: float) -> list[float]:
     """1, 2 and 5 times powers of ten inside [low, high]."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     return [digit * 10.0**power for power in powers for digit in (1, 2, 5) if low <= digit * 10.0**power <= high]
+
+
+def side_by_side(points: list[Point], pixels: float = 9.0) -> list[Point]:
+    """The points with those of one x shifted apart, in their order."""
+    at: dict[float, list[int]] = {}
+    for index, point in enumerate(points):
+        at.setdefault(point.x, []).append(index)
+    shifted = list(points)
+    for same in at.values():
+        for place, index in enumerate(same):
+            shifted[index] = replace(points[index], shift=(place - (len(same) - 1) / 2) * pixels)
+    return shifted
 
 
 def svg(title: str, description: str, body: Iterable[str], width: int, height: int) -> Markup:
@@ -131,8 +145,15 @@ def _share(value, ends, log):
     return (value - low) / (high - low)
 
 
+def band(frame: Frame, line: Line) -> str:
+    """The area between the ends of a line's interval."""
+    upper = [f"{frame.x(x):.1f},{frame.y(high):.1f}" for x, _, high in line.band]
+    lower = [f"{frame.x(x):.1f},{frame.y(low):.1f}" for x, low, _ in reversed(line.band)]
+    return f'<polygon points="{" ".join(upper + lower)}" fill="{colour_of(line.series)}" opacity="0.16"/>'
+
+
 def mark(frame: Frame, point: Point, x_format: Format, y_format: Format) -> str:
-    x, y, colour = frame.x(point.x), frame.y(point.y), colour_of(point.series)
+    x, y, colour = frame.x(point.x) + point.shift, frame.y(point.y), colour_of(point.series)
     bar = between = ""
     if point.interval:
         between = f" [{', '.join(map(y_format, point.interval))}]"
@@ -151,23 +172,30 @@ def mark(frame: Frame, point: Point, x_format: Format, y_format: Format) -> str:
 
 def link(frame: Frame, start: Point, end: Point) -> str:
     return (
-        f'<line x1="{frame.x(start.x):.1f}" y1="{frame.y(start.y):.1f}" x2="{frame.x(end.x):.1f}" '
+        f'<line x1="{frame.x(start.x) + start.shift:.1f}" y1="{frame.y(start.y):.1f}" '
+        f'x2="{frame.x(end.x) + end.shift:.1f}" '
         f'y2="{frame.y(end.y):.1f}" stroke="{colour_of(start.series)}" stroke-width="1.4" '
         'stroke-dasharray="3 4" opacity="0.7"/>'
     )
 
 
 def names(frame: Frame, points: list[Point]) -> list[str]:
-    """The labels of the points, placed so that they cover no mark and no other label where there is room."""
+    """The labels of the points, placed so that they cover no mark and no other label where there is room; a line joins
+    a label that stands away from its mark to it."""
     taken = []
     for point in points:
-        x, (low, high) = frame.x(point.x), map(frame.y, point.interval or (point.y, point.y))
-        taken.append((x - 8, high - 8, x + 8, low + 8))
+        x, (low, high) = frame.x(point.x) + point.shift, map(frame.y, point.interval or (point.y, point.y))
+        taken += [(x - 5, high - 8, x + 5, low + 8), (x - 8, frame.y(point.y) - 8, x + 8, frame.y(point.y) + 8)]
     names = []
     for point in sorted(points, key=lambda point: (point.y, point.x)):
-        x, y, wide = frame.x(point.x), frame.y(point.y), 7.1 * len(point.label)
+        x, y, wide = frame.x(point.x) + point.shift, frame.y(point.y), 7.1 * len(point.label)
         places = [(x + 12, y + 4), (x - 12 - wide, y + 4), (x - wide / 2, y - 13), (x - wide / 2, y + 21)]
-        places += [(x + side, y + 4 + shift) for shift in (-18, 20, -34, 36, -50, 52) for side in (12, -12 - wide)]
+        places += [
+            (x + side + math.copysign(away, side), y + 4 + shift)
+            for away in range(0, 100, 12)
+            for shift in (0, -18, 18, -34, 34, -50, 50, -66, 66)
+            for side in (12, -12 - wide)
+        ]
         boxes = [(left, low - 12, left + wide, low + 4) for left, low in places]
         inside = [
             box
@@ -177,8 +205,18 @@ def names(frame: Frame, points: list[Point]) -> list[str]:
         free = [box for box in inside if not any(_overlap(box, other) for other in taken)]
         box = (free or inside or boxes)[0]
         taken.append(box)
-        names.append(f'<text class="name halo" x="{box[0]:.1f}" y="{box[3] - 4:.1f}">{escape(point.label)}</text>')
+        names.append(_leader(x, y, box) + f'<text class="name halo" x="{box[0]:.1f}" y="{box[3] - 4:.1f}">'
+                     f"{escape(point.label)}</text>")  # fmt: skip
     return names
+
+
+def _leader(x: float, y: float, box: tuple[float, float, float, float]) -> str:
+    """A line from a mark to its label, where the label does not touch the mark."""
+    end_x, end_y = min(max(x, box[0] - 2), box[2] + 2), min(max(y, box[1] + 2), box[3] - 2)
+    if math.hypot(end_x - x, end_y - y) <= 14:
+        return ""
+    line = f'x1="{x:.1f}" y1="{y:.1f}" x2="{end_x:.1f}" y2="{end_y:.1f}"'
+    return f'<line {line} stroke="var(--muted)" stroke-width="0.8"/>'
 
 
 def _overlap(one, other):

@@ -7,17 +7,23 @@ from markupsafe import Markup
 
 from stages.reporting import charts
 from stages.reporting.claims import between, interval_of, more_time
+from stages.reporting.controls import SAME_TOKENS, WHAT, Control, controls_of
 from stages.reporting.drawing import Line, Point
 from stages.reporting.wording import count, number, percent, policy_words, signed, words
 
 MODELS = {  # the reading order, and the colour, of the models
     "teacher": 0,
+    "student": 1,
+    "control": 2,
+    "warm_control": 6,
+    "cold_student": 4,
+    "scratch_student": 3,
     "sparse_teacher": 0,
     "continued_teacher": 5,
-    "student": 1,
+    "scratch_sparse_teacher": 3,
     "sparse_student": 1,
     "continued_student": 6,
-    "control": 2,
+    "scratch_sparse_student": 7,
 }
 SPLITS = ("train", "val", "test")
 SPEED_TIME, SPEED_FLOPS, SPEED_LOSS = 0.25, 0.3, 0.01  # our target for pruned models
@@ -25,11 +31,12 @@ TARGET_SAVES, TARGET_COSTS = 0.6, 0.15  # of activation checkpointing: memory sa
 
 
 class Table(NamedTuple):
-    """The first column is words, the others numbers."""
+    """The first column is words, the others numbers; with `prose` the last one is words, too."""
 
     head: list[str]
     rows: list[list[str]]
     note: str = ""
+    prose: bool = False
 
 
 class Figure(NamedTuple):
@@ -48,6 +55,7 @@ def quality_figure(evaluated: dict) -> Figure:
             model["bits_per_byte_low"],
             model["bits_per_byte_high"],
             MODELS.get(name, 7),
+            hollow=name in WHAT,
             note=f"{number(model['parameters'])} parameters",
         )
         for name, model in in_order(evaluated["models"])
@@ -63,40 +71,51 @@ def quality_figure(evaluated: dict) -> Figure:
     return Figure(drawn, wide=True)
 
 
-def models_table(evaluated: dict) -> Table:
+def quality_table(evaluated: dict) -> Table:
     rows = []
     for name, model in in_order(evaluated["models"]):
-        bits, accuracy = interval_of(model, "bits_per_byte"), interval_of(model, "top1_accuracy")
-        rows.append(
-            [
-                words(name),
-                number(model["parameters"]),
-                number(model["active_parameters"]),
-                number(model["flops_per_token"]),
-                number(model["counted_flops_per_token"]),
-                f"{bits.value:.4f}",
-                between(bits, lambda value: f"{value:.4f}"),
-                percent(accuracy.value),
-                between(accuracy, percent),
-                percent(model["agreement_with_teacher"]) if "agreement_with_teacher" in model else "–",
-            ]
-        )
-    head = ["model", "parameters", "active", "FLOPs/token", "counted", "bits/byte", "95%", "top-1", "95%", "agrees"]
+        bits = interval_of(model, "bits_per_byte")
+        cells = [words(name), f"{bits.value:.4f}", between(bits, lambda value: f"{value:.4f}")]
+        for key in ("top1_accuracy", "agreement_with_teacher", "calibration_error"):
+            share = interval_of(model, key)
+            cells += ["–", "–"] if share is None else [percent(share.value), between(share, percent)]
+        rows.append(cells)
+    head = ["model", "bits/byte", "95%", "top-1", "95%", "agrees", "95%", "calibration", "95%"]
     return Table(
         head,
         rows,
         f"95%: interval over {count(evaluated['test']['documents'], 'test document')}, all of the split, with "
         f"{evaluated['test']['tokens']:,} of their {evaluated['test']['split_tokens']:,} tokens (an even share each); "
-        "FLOPs per token forward, by the formula and as counted; "
-        "agrees: share of tokens on which its first choice is the teacher's.",
+        "agrees: share of tokens on which its first choice is the teacher's; "
+        "calibration: expected calibration error of the first choice, 15 bins of equal mass.",
+    )
+
+
+def cost_table(metrics: dict) -> Table:
+    costs = metrics["challenge"]
+    rows = [
+        [
+            words(name),
+            *(number(model[key]) for key in ("parameters", "active_parameters")),
+            *(number(model[key]) for key in ("flops_per_token", "counted_flops_per_token")),
+            *(number(costs[key][name]) for key in ("training_flops", "whole_training_flops")),
+        ]
+        for name, model in in_order(metrics["evaluate"]["models"])
+    ]
+    return Table(
+        ["model", "parameters", "active", "FLOPs/token", "counted", "training FLOPs", "with all before"],
+        rows,
+        "FLOPs per token: forward, by the formula and as counted; training FLOPs: of its own training, and with those "
+        "of the models that it was made from.",
     )
 
 
 def training_figures(curves: dict) -> list[Figure]:
     drawn = []
     for title, stages in (
-        ("teacher, student, control", ("pretrain", "distill")),
+        ("teacher, student and its controls", ("pretrain", "distill")),
         ("recoveries and their controls", ("sparsify",)),
+        ("trained from nothing for the whole cost", ("challenge",)),
     ):
         for key, label in (("loss", "training loss"), ("validation_bits_per_byte", "validation bits per byte")):
             lines = [
@@ -104,7 +123,7 @@ def training_figures(curves: dict) -> list[Figure]:
                     words(model),
                     [(row["step"], row[key]) for row in rows if row[key] is not None],
                     MODELS.get(model, 7),
-                    dashed=model.startswith("continued") or model == "control",
+                    dashed=model in WHAT,
                 )
                 for stage in stages
                 for model, rows in curves[stage].items()
@@ -223,6 +242,16 @@ def speed_table(evaluated: dict, timings: dict) -> Table:
         f"at most {percent(SPEED_LOSS)} quality lost. Pruning leaves embedding, norms and head as they are."
     )
     return Table(head, rows, note)
+
+
+def control_rows(metrics: dict) -> list[Control]:
+    """Every model with every control: those of the same tokens first, the strongest of them on top."""
+
+    def place(control: Control) -> tuple:
+        return control.equal != SAME_TOKENS, control.ahead.value
+
+    models = in_order(metrics["evaluate"]["controls"])
+    return [control for model, _ in models for control in sorted(controls_of(model, metrics), key=place)]
 
 
 def corpus_table(card: dict) -> Table:

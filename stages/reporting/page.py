@@ -3,9 +3,10 @@
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from stages.reporting import charts, figures
+from stages.reporting import charts, figures, leaving
 from stages.reporting.claims import (
     CHECKPOINTING_SAVES,
+    CONTROL_NOT_BEATEN,
     MIN_DOCUMENTS,
     MIN_REPETITIONS,
     ROUTER_RATIO,
@@ -13,9 +14,17 @@ from stages.reporting.claims import (
     TOO_SMALL,
     Claim,
 )
-from stages.reporting.wording import percent, policy_words, signed, words
+from stages.reporting.wording import percent, signed_number, words
 
-MARKS = {"beaten": "▲", "holds": "✓", "fails": "✕"}  # the other verdicts leave the question open
+MARKS = {"beaten": "▲", "holds": "✓", CONTROL_NOT_BEATEN: "✕", "fails": "✕"}  # the others leave the question open
+SHORT = {
+    "distillation_teacher_there": "Distillation, teacher already there",
+    "distillation_teacher_trained": "Distillation, teacher to be trained",
+    "sparsity_teacher": "Pruning the teacher",
+    "sparsity_student": "Pruning the student",
+    "checkpointing": "Activation checkpointing",
+    "router": "Router",
+}
 
 
 def make_page(
@@ -25,12 +34,13 @@ def make_page(
     texts: dict[str, str],
     card: dict,
     timings: dict,
+    plan: dict,
+    money: dict,
     conditions: dict[str, dict],
     seed: int,
 ) -> str:
     """The page as HTML; `conditions` are those of each stage's record."""
     evaluated = metrics["evaluate"]
-    line, tiles = headline(claims, evaluated)
     templates = Environment(
         loader=PackageLoader("stages.reporting"),
         autoescape=True,
@@ -41,21 +51,27 @@ def make_page(
     )
     return templates.get_template("page.html").render(
         seed=seed,
-        headline=line,
-        tiles=tiles,
+        headline=headline(claims),
         claims=claims,
+        short=SHORT,
+        signed_number=signed_number,
         strips={claim.name: strip(claim) for claim in claims},
         marks=MARKS,
         min_documents=MIN_DOCUMENTS,
         min_repetitions=MIN_REPETITIONS,
         quality=figures.quality_figure(evaluated),
-        models=figures.models_table(evaluated),
+        controls=figures.control_rows(metrics),
+        scores=figures.quality_table(evaluated),
+        costs=figures.cost_table(metrics),
         training=figures.training_figures(curves),
         experts=figures.expert_figures(metrics["pretrain"]),
         checkpointing=figures.checkpointing_figure(evaluated, timings),
         policies=figures.checkpointing_table(evaluated, timings),
         latency=figures.latency_table(timings),
         speed=figures.speed_table(evaluated, timings),
+        plan=plan,
+        leaving=leaving,
+        money=money,
         samples=[(words(name), text) for name, text in figures.in_order(texts)],
         corpus=figures.corpus_table(card),
         conditions=figures.conditions_table(conditions),
@@ -64,33 +80,21 @@ def make_page(
     )
 
 
-def headline(claims: list[Claim], evaluated: dict) -> tuple[str, list[tuple[str, str]]]:
-    """The sentence on top, and the tiles below it: a figure and what it is."""
-    by_name = {claim.name: claim for claim in claims}
-    verdict, distilled = by_name["distillation"].verdict, by_name["distillation"].values
-    sparse, memory = by_name["sparsity_teacher"].values, by_name["checkpointing"].values
-    models, gap = evaluated["models"], distilled["gap_closed"]
-    line = f"{verdict.capitalize()}: a" if verdict in (TOO_SMALL, TOO_FEW_DOCUMENTS) else "A"
-    line += f" student with {percent(distilled['parameter_share'])} of the teacher’s parameters "
-    line += f"keeps {percent(distilled['quality_kept'])} of its quality"
-    line += "." if gap is None else f" and closes {percent(gap)} of the gap to it."
-    cheaper = 1 - models["student"]["flops_per_token"] / models["teacher"]["flops_per_token"]
-    lost = signed(sparse["quality_lost"])
-    tiles = [
-        ("–" if gap is None else percent(gap), "of the gap from control to teacher closed by distillation"),
-        (signed(-cheaper), "forward FLOPs per token, student against teacher"),
-        (signed(-sparse["flops_cut"]), f"compute of the pruned teacher, for {lost} bits per byte"),
-    ]
-    if memory:
-        policy = policy_words(memory["policy"])
-        tiles.append((signed(-memory["memory_saved"]), f"activation memory, checkpointing “{policy}”"))
-    return line, tiles
+def headline(claims: list[Claim]) -> str:
+    """The sentence on top: what the student keeps, and how many claims stand."""
+    distilled, lacking = claims[0], claims[0].verdict in (TOO_SMALL, TOO_FEW_DOCUMENTS)
+    line = f"{distilled.verdict.capitalize()}: a" if lacking else "A"
+    line += f" student with {percent(distilled.values['parameter_share'])} of the teacher’s parameters "
+    line += f"keeps {percent(distilled.values['quality_kept'])} of its quality"
+    beaten = sum(claim.verdict == "beaten" for claim in claims)
+    return line + ("." if lacking else f"; {beaten} of {len(claims)} claims are beaten.")
 
 
 def strip(claim: Claim) -> str:
     """The claim and the measurement on one small axis, as SVG; empty where nothing was measured."""
     shown = {  # the figure, the claim's range, the ends of the axis
-        "distillation": ("quality_kept", 0.9, 0.9, 0.8, 1.0),
+        "distillation_teacher_there": ("quality_kept", 0.9, 0.9, 0.8, 1.0),
+        "distillation_teacher_trained": ("quality_kept", 0.9, 0.9, 0.8, 1.0),
         "sparsity_teacher": ("quality_lost", 0.05, 0.08, -0.02, 0.12),
         "sparsity_student": ("quality_lost", 0.05, 0.08, -0.02, 0.12),
         "checkpointing": ("memory_saved", CHECKPOINTING_SAVES, CHECKPOINTING_SAVES, 0.0, 1.0),

@@ -28,6 +28,11 @@ def signed(share: float) -> str:
     return "0.0%" if text[1:] == "0.0%" else text
 
 
+def signed_number(value: float) -> str:
+    text = f"{value:+.4f}".replace("-", "−")
+    return "0" if float(text[1:]) == 0 else text
+
+
 def count(n: int, what: str) -> str:
     return f"{n:,} {what}" + ("" if n == 1 else "s")
 

@@ -15,6 +15,7 @@ from stages.files.artifacts import ROOT, Refusal
 from stages.settings.compose import one_line_errors, preset_groups, preset_of
 from stages.settings.reading import refuse_unknown
 from stages.settings.schema import SECTIONS
+from stages.settings.untracked import with_observers
 
 IGNORED_ALONE = ("hydra/launcher", "hydra/sweeper", "hydra.launcher", "hydra.sweeper", "hydra.sweep")
 BASH_COMPLETION = """\
@@ -158,6 +159,7 @@ def refuse_without_effect(overrides: list[Any], stage: str, sections: tuple[str,
         if key in groups:
             swept = override.is_discrete_sweep()
             words = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
+            words = [name for word in words for name in word.strip("[]").split(",")]  # logger=[csv,tensorboard]
             files = [ROOT / "conf" / key / f"{word}.yaml" for word in words if word in groups[key]]
             touched = {name for file in files for name in preset_of(file)}
         else:
@@ -170,13 +172,15 @@ def _readers(sections, stage):
     """Who reads these sections, and what the stage takes from them."""
     stages = _dvc_stages()
     read = {
-        name: {section for params in entry.get("params", []) for section in params["resolved.yaml"]}
+        name: {*with_observers(section for params in entry.get("params", []) for section in params["resolved.yaml"])}
         for name, entry in stages.items()
         if name != "config"
     }
     readers = [name for name, own in read.items() if not own.isdisjoint(sections)]
+    if not readers:
+        return f"python -m stages.{min(sections)} does"  # a command beside the DAG reads the section of its name
     outs = {out if isinstance(out, str) else next(iter(out)) for name in readers for out in stages[name]["outs"]}
-    taken = [path for path in stages[stage]["deps"] if path in outs and path.startswith("artifacts/")]
+    taken = [path for path in stages.get(stage, {}).get("deps", ()) if path in outs and path.startswith("artifacts/")]
     names = " and ".join([", ".join(readers[:-1]), readers[-1]] if readers[1:] else readers)
     through = f" ({stage} takes {' and '.join(taken)} from there)" if taken else ""
     return f"{names} {'does' if len(readers) == 1 else 'do'}{through}"

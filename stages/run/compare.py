@@ -18,6 +18,7 @@ import yaml
 from tabulate import tabulate
 
 from stages.files.artifacts import ROOT, Refusal, read_json
+from stages.files.streams import whole_output
 from stages.run.provenance import RECORDS, record_path
 
 PARTS = {"conditions", "recipe", "inputs", "outs", "metrics"}
@@ -60,7 +61,7 @@ def sentence(stage: str, found: Comparison, other: str = "the committed run") ->
         return ""
     if not found.conditions:
         return f"{stage}: same bytes as {other}"
-    made = f"{stage}: made on another kind of machine than {other}"
+    made = f"{stage}: made under other conditions than {other}"
     made += f" ({'; '.join(change(name, pair) for name, pair in found.conditions.items())})"
     made += f"{', from other inputs' if found.inputs else ''}: bytes may differ, "
     return made + (f"and do; {largest_move(found)}" if found.outs else "these are the same")
@@ -152,6 +153,8 @@ def main(words: list[str]) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
+        with whole_output():
+            code = main(sys.argv[1:])
+        sys.exit(code)
     except Refusal as refusal:
         sys.exit(f"offramp: {refusal}")

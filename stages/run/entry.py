@@ -6,7 +6,6 @@ python -m stages.distill -m distill.temperature=1,2,4   # a sweep in multirun/di
 """
 
 import contextlib
-import errno
 import os
 import signal
 import sys
@@ -20,9 +19,13 @@ import yaml
 
 from stages.files.artifacts import ROOT, Refusal, write_atomically, write_json
 from stages.files.resuming import only_holder, remove_recorded
+from stages.files.streams import disk_refusals, fill_closed_streams, shield_output
 from stages.settings.schema import as_yaml, parse, validate
+from stages.settings.untracked import joined, with_observers
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # for the user to fix
+
+class NothingKept(Refusal):
+    """A stage went through, as a trial by hand (`trainer.fast_dev_run`), and leaves no outs."""
 
 
 @dataclass(frozen=True)
@@ -45,28 +48,23 @@ def run_stage(main, name: str, sections) -> None:
 
     It may return {"conditions": {...}, "inputs": {...}}: what its outs depend on and only it knows.
     """
-    _fill_closed_streams()
+    fill_closed_streams()
+    shield_output()
+    sections, started_in = with_observers(sections), Path.cwd()
     try:
-        if "DVC_STAGE" in os.environ:
-            _run_under_dvc(main, name, tuple(sections))
-        else:
-            _run_by_hand(main, name, tuple(sections))
+        with disk_refusals(name, ROOT):
+            if "DVC_STAGE" in os.environ:
+                _run_under_dvc(main, name, sections)
+            else:
+                _run_by_hand(main, name, sections)
+        sys.stdout.flush()
     except Refusal as refusal:
-        _say(refusal)
+        elsewhere = f" in {ROOT}" if "dvc repro" in str(refusal) and started_in != ROOT else ""
+        _say(f"{refusal}{elsewhere}")
         sys.exit(1)
     except KeyboardInterrupt as interruption:
         _say(str(interruption) or "interrupted; the same command continues where it can")
         sys.exit(130)
-
-
-def _fill_closed_streams():
-    """Where a stage starts without standard streams, the next file opened would take their numbers, be inherited as
-    such, and receive what others print."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:
-            stream = open(os.devnull, "w" if number else "r")  # takes the lowest free number
-            os.set_inheritable(stream.fileno(), stream.fileno() == number)
-            setattr(sys, name, stream)
 
 
 def _run_under_dvc(main, name, sections):
@@ -87,25 +85,22 @@ def _resolved(path, sections):
         raise Refusal("resolved.yaml is missing: run dvc repro config") from None
     except (yaml.YAMLError, UnicodeDecodeError):
         raise Refusal("resolved.yaml is damaged: delete it and run dvc repro config") from None
-    if not isinstance(plain, dict) or any(section not in plain for section in sections):
+    plain = joined(plain) if isinstance(plain, dict) else {}
+    if any(section not in plain for section in sections):
         raise Refusal(f"resolved.yaml lacks one of {', '.join(sections)}: run dvc repro config")
     return {section: plain[section] for section in sections}
 
 
 def _run_tracked(main, name, plain, sections, place, sweep):
     settings = validate(plain, sections)
-    from stages.tracking.record import start_run  # late: a refused setting should not wait for MLflow's import
+    from stages.tracking.record import Run, start_run  # late: a refused setting need not wait for their imports
 
-    try:
-        with start_run(stage=name, settings=plain, out=place.out, root=place.root, sweep=sweep) as run:
-            own = main(settings, place, run) or {}
-            if place.out == place.root:
-                _leave_record(name, own, place)
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        at = error.filename or place.out
-        raise Refusal(f"{name} could not write ({error.strerror}: {at}): fix that and run the command again") from None
+    is_trial = settings.trainer is not None and settings.trainer.fast_dev_run
+    recording = start_run(stage=name, settings=plain, out=place.out, root=place.root, sweep=sweep)
+    with disk_refusals(name, place.out), contextlib.nullcontext(Run()) if is_trial else recording as run:
+        own = main(settings, place, run) or {}
+        if place.out == place.root:
+            _leave_record(name, own, place)
 
 
 def _leave_record(name, own, place):
@@ -170,7 +165,7 @@ def _run_by_hand(main, name, sections):
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing: it becomes one line here
     ended = None
     try:
-        with contextlib.nullcontext() if debug else one_line_errors():
+        with contextlib.nullcontext() if debug else one_line_errors(), disk_refusals(name, ROOT):
             hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")(work)()
     except (Exception, KeyboardInterrupt) as error:
         if sweeps.SweepFolder.found is None or debug:
@@ -216,6 +211,9 @@ def _run_job(main, name, sections, cfg, sweep):
         _run_tracked(main, name, own, sections, Place(ROOT, job.folder), folder)
         job.metrics, job.failure = numbers_of(job.folder / "metrics" / f"{name}.json"), ""
         _say(f"{name} wrote {os.path.relpath(job.folder, hydra_cfg.runtime.cwd)}")
+    except NothingKept as trial:
+        job.failure = ""
+        _say(trial)
     except Refusal as refusal:
         job.failure = str(refusal)
         if sweeping:

@@ -47,10 +47,11 @@ def record(stage: str, own: dict[str, dict], root: Path) -> dict:
     """What made the outs that now stand under `root`; `own` are the conditions and inputs that only the stage knows."""
     stages = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     entry, metrics = stages[stage], root / "metrics" / f"{stage}.json"
+    read = filter(is_reproducible, _paths(entry, "deps"))  # a reproducible out does not depend on timings
     return {
         "conditions": machine_conditions() | own.get("conditions", {}),
         "recipe": recipe(stage, stages, root),
-        "inputs": own.get("inputs", {}) | _checksums(_paths(entry, "deps"), root, code=False),
+        "inputs": own.get("inputs", {}) | _checksums(read, root, code=False),
         "outs": _checksums(filter(is_reproducible, set(_outs(entry)) - {record_path(stage)}), root, code=False),
         "metrics": headlines(read_json(metrics)) if metrics.exists() else {},
     }

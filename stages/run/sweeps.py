@@ -14,6 +14,7 @@ from hydra.experimental.callback import Callback
 
 from stages.files.artifacts import ROOT, Refusal, read_json, write_json
 from stages.settings.compose import DEFAULTS, preset_groups, read_sheet
+from stages.settings.untracked import OBSERVERS
 
 FILE = "outcome.json"
 LOST = "no outcome: its process ended early"
@@ -21,13 +22,25 @@ LOST = "no outcome: its process ended early"
 COLUMNS = {
     "prepare": ("train.tokens", "train.bytes_per_token", "train.documents", "vocab_size"),
     "pretrain": ("validation_bits_per_byte", "tokens"),
-    "distill": ("validation_bits_per_byte", "control_validation_bits_per_byte", "tokens"),
+    "distill": (
+        "validation_bits_per_byte",
+        "control_validation_bits_per_byte",
+        "warm_control_validation_bits_per_byte",
+        "cold_student_validation_bits_per_byte",
+        "tokens",
+    ),
     "sparsify": (
         "sparse_student_validation_bits_per_byte",
         "sparse_teacher_validation_bits_per_byte",
         "continued_student_validation_bits_per_byte",
         "continued_teacher_validation_bits_per_byte",
     ),
+    "challenge": (
+        "scratch_student_validation_bits_per_byte",
+        "scratch_sparse_teacher_validation_bits_per_byte",
+        "scratch_sparse_student_validation_bits_per_byte",
+    ),
+    "plan": ("cheapest.dollars", "cheapest.days", "cheapest.tokens_per_second"),
     "evaluate": ("teacher_bits_per_byte", "student_bits_per_byte", "quality_kept", "gap_closed", "test_documents"),
 }
 # Those whose mean ranks the jobs; the lower the better. The other stages do not make models better or worse.
@@ -35,6 +48,7 @@ SCORED = {
     "pretrain": COLUMNS["pretrain"][:1],
     "distill": COLUMNS["distill"][:1],
     "sparsify": COLUMNS["sparsify"][:2],
+    "challenge": COLUMNS["challenge"],
 }
 
 
@@ -151,7 +165,8 @@ def sheet_words(overrides: list[str], root: Path = ROOT) -> list[str]:
     settings of its own as one mapping, since the sheet has one place for both."""
     choices, values = read_sheet((), root)
     pairs = dict(word.lstrip("+").split("=", 1) for word in overrides if not word.startswith("~"))
-    pairs = {key: value for key, value in pairs.items() if value != choices.get(key)}
+    of_observer = tuple(f"{group}." for group in OBSERVERS)  # how one is built changes no out
+    pairs = {k: value for k, value in pairs.items() if value != choices.get(k) and not k.startswith(of_observer)}
     words = []
     for group in preset_groups(root):
         own = [key for key in pairs if key.startswith(f"{group}.")]

@@ -1,7 +1,7 @@
 """How params.yaml and conf/ become one plain dictionary: presets chosen by a word, then the values of the sheet.
 
-What comes later wins: conf/base.yaml, the presets of `corpus`, `scale` and `experiment`, params.yaml, the
-command line.
+What comes later wins: conf/base.yaml, the presets of `corpus`, `scale`, `experiment`, `callbacks` and `logger`,
+params.yaml, the command line.
 `python -m stages.config --explain pretrain.steps` says which of them it was.
 """
 
@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from stages.files.artifacts import ROOT, Refusal
-from stages.settings.reading import refuse, refuse_unknown, shown
+from stages.settings.reading import RENAMED, refuse, refuse_unknown, shown
 from stages.settings.schema import SECTIONS, leaves
+from stages.settings.untracked import OBSERVERS
 
-ORDER = ("corpus", "scale", "experiment")  # as conf/config.yaml lays the presets
-DEFAULTS = {"experiment": "none"}  # of the groups that params.yaml need not name
+ORDER = ("corpus", "scale", "experiment", *OBSERVERS)  # as conf/config.yaml lays the presets
+DEFAULTS = dict.fromkeys(("experiment", *OBSERVERS), "none")  # of the groups that params.yaml need not name
+RUN_FACTS = ("folder", "stage", "fit")  # ${run:...} in a preset of a callback or logger; a rank fills them in
 
 
 def compose(overrides: Any = (), root: Path = ROOT) -> dict[str, Any]:
@@ -62,7 +64,8 @@ def explain(key: str, overrides: Any = (), root: Path = ROOT) -> str:
     wanted = [leaf for leaf in leaves() if leaf == key or leaf.startswith(f"{key}.")]
     if not wanted:
         refuse_unknown(key, leaves())
-    presets = [root / "conf/base.yaml", *(root / "conf" / group / f"{choices[group]}.yaml" for group in ORDER)]
+    chosen = [(group, word) for group in ORDER for word in _chosen(group, words) or [choices[group]]]
+    presets = [root / "conf/base.yaml", *(root / "conf" / group / f"{word}.yaml" for group, word in chosen)]
     homes = [(file.relative_to(root).as_posix(), _keys(preset_of(file, root))) for file in presets]
     homes += [("params.yaml", _keys(read_sheet(words, root)[1]))]
     typed = {word.lstrip("+~").partition("=")[0] for word in words}
@@ -72,9 +75,21 @@ def explain(key: str, overrides: Any = (), root: Path = ROOT) -> str:
         value: Any = plain
         for name in leaf.split("."):
             value = value[name]
-        home = [name for name, keys in homes if any(leaf == taken or leaf.startswith(f"{taken}.") for taken in keys)]
-        lines.append(f"{leaf} = {shown(value)}  # {home[-1]}")
+        home = [name for name, keys in homes if any(_within(leaf, key) or _within(key, leaf) for key in keys)]
+        lines.append(f"{leaf} = {_in_yaml(value)}  # {home[-1]}")
     return "\n".join(lines)
+
+
+def _in_yaml(value):
+    """As params.yaml takes it."""
+    from yaml import safe_dump
+
+    text = safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6)
+    return text.removesuffix("...\n").strip()
+
+
+def _within(key, of):
+    return key == of or key.startswith(f"{of}.")
 
 
 def _keys(value, path=()):
@@ -98,6 +113,7 @@ def offer_sheet(overrides: Any = (), root: Path = ROOT) -> list[str]:
     words = [part for word in overrides for part in _spelled_out(str(word), preset_groups(root))]
     choices, values = read_sheet(words, root)
     OmegaConf.register_new_resolver("choice", choices.__getitem__, replace=True)
+    OmegaConf.register_new_resolver("run", _left_to_the_rank, replace=True)
     ConfigStore.instance().store(name="params", node=values, package="_global_")
     return words
 
@@ -107,16 +123,19 @@ def read_sheet(words: Any = (), root: Path = ROOT) -> tuple[dict[str, str], dict
     values, choices = _load_yaml(root / "params.yaml", root), {}
     for group, presets in preset_groups(root).items():
         entry = values.pop(group, DEFAULTS.get(group))
+        if group in OBSERVERS and not isinstance(entry, str):
+            entry, values[group] = "none", _observers(group, entry, presets, root)
         mapping = group in SECTIONS and isinstance(entry, dict)
         choice = entry.get("source") if mapping else entry
         if choice is None:
             key = f"{group}.source" if mapping else group
             raise Refusal(f"params.yaml: {key}: missing; write one of {', '.join(presets)}")
         _refuse_unless_preset(f"params.yaml: {group}", choice, group, presets, root)
-        typed = [word.partition("=")[2].split(",") for word in words if re.fullmatch(rf"{group}=[\w,-]+", word)]
-        chosen = [name for names in typed for name in names]
+        chosen = _chosen(group, words)
         for name in chosen:
             _refuse_unless_preset(group, name, group, presets, root)
+        if group in OBSERVERS and chosen:  # the overrides have the last word
+            values.pop(group, None)
         if group in DEFAULTS:
             _refuse_without_effect(group, chosen or [choice], values, root)
         if mapping and set(chosen) <= {choice}:  # what belongs to one preset is not laid on another
@@ -127,10 +146,32 @@ def read_sheet(words: Any = (), root: Path = ROOT) -> tuple[dict[str, str], dict
     return choices, values
 
 
+def _chosen(group, words):
+    """The presets of a group that the overrides name: `logger=csv`, `logger=[csv,tensorboard]`, or words of a sweep."""
+    typed = [re.fullmatch(rf"{group}=\[?([\w,-]+)\]?", word) for word in words]
+    return [name for found in typed if found for name in found[1].split(",")]
+
+
+def _observers(group, entry, presets, root):
+    """Callbacks or loggers that params.yaml names in a list of presets, or spells out."""
+    if not isinstance(entry, list):
+        return entry
+    found: dict[str, Any] = {}
+    for word in entry:
+        _refuse_unless_preset(f"params.yaml: {group}", word, group, presets, root)
+        found |= preset_of(root / "conf" / group / f"{word}.yaml", root).get(group, {})
+    return found
+
+
+def _left_to_the_rank(fact):
+    if fact not in RUN_FACTS:
+        raise Refusal(f"${{run:{fact}}}: there are {', '.join(f'${{run:{name}}}' for name in RUN_FACTS)}")
+    return f"${{run:{fact}}}"
+
+
 def preset_groups(root: Path = ROOT) -> dict[str, list[str]]:
-    """The folders of conf/ that a word of params.yaml chooses from."""
-    folders = [folder for folder in sorted((root / "conf").iterdir()) if folder.is_dir() and folder.name != "hydra"]
-    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+    """The folders of conf/ that a word of params.yaml chooses from, and their presets."""
+    return {group: sorted(file.stem for file in (root / "conf" / group).glob("*.yaml")) for group in sorted(ORDER)}
 
 
 def preset_of(file: Path, root: Path = ROOT) -> dict[str, Any]:
@@ -156,7 +197,7 @@ def _spelled_out(word, groups):
     name, _, value = word.lstrip("+").partition("=")
     if name not in groups:
         return [word]
-    if not value.lstrip().startswith("{"):
+    if name in OBSERVERS or not value.lstrip().startswith("{"):
         return [word.lstrip("+")]  # conf/config.yaml names every group: +experiment=short adds nothing to the list
     with one_line_errors():
         override = OverridesParser.create().parse_override(word)
@@ -242,6 +283,7 @@ def _in_one_line(error):
     if unknown:
         close = difflib.get_close_matches(unknown[1], leaves(), n=1)
         hint = f"did you mean {close[0]}?" if close else "python -m stages.config lists them all"
+        hint = f"it is {RENAMED[unknown[1]]} now" if unknown[1] in RENAMED else hint
         return f"{unknown[1]}: no such setting; {hint}"
     full_key = re.search(r"full_key: (\S{1,80})", text)
     variable = re.search(r"Environment variable '([^']*)' not found", text)
@@ -251,6 +293,7 @@ def _in_one_line(error):
     if isinstance(error, MissingConfigException):
         del lines[1:]  # what follows are paths of Hydra's
     advice = [line for line in lines if line and not re.match("(full_key|object_type|reference_type)[:=]", line)]
+    advice[0] = advice[0].removeprefix("Refusal raised while resolving interpolation: ")
     message = ": ".join(filter(None, (advice[0].rstrip("."), "; ".join(advice[1:]))))[:400]
     return f"{full_key[1]}: {message}" if full_key else message
 

@@ -11,6 +11,7 @@ from typing import Any
 from stages.files.artifacts import ROOT
 from stages.settings.compose import preset_groups
 from stages.settings.schema import Settings
+from stages.settings.untracked import OBSERVERS
 
 INTERPOLATION = {"type": "string", "pattern": r"^\$\{.+\}$"}  # such as ${oc.env:NAME}
 
@@ -24,7 +25,9 @@ def json_schema(root: Path = ROOT) -> str:
     groups = preset_groups(root)
     for group, presets in groups.items():
         section = schema["properties"].get(group)
-        words = {"enum": presets}
+        words: dict[str, Any] = {"enum": presets}
+        if group in OBSERVERS:
+            words = {"anyOf": [words, {"items": words, "type": "array"}]}
         schema["properties"][group] = {"anyOf": [words, section]} if section else words
     corpus = schema["$defs"]["Corpus"]["properties"]
     known = corpus["source"]["anyOf"][0]["enum"]

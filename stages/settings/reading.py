@@ -17,6 +17,7 @@ RULES = {  # by pydantic's type of error
     "bool_type": "must be true or false",
     "int_type": "must be a whole number",
     "float_type": "must be a number",
+    "too_short": "must name at least one",
     "tuple_type": "must be a list, such as [a, b]",
     "string_type": "must be a word",
     "string_unicode": "must be a word",
@@ -26,6 +27,7 @@ RULES = {  # by pydantic's type of error
     "greater_than_equal": "must be at least {ge:,.15g}",
     "less_than_equal": "must be at most {le:,.15g}",
 }
+RENAMED = {"optimizer.clip_norm": "trainer.gradient_clip_val"}
 TEXT_IS_WRONG = ("bool_type", "int_type", "float_type", "tuple_type")
 
 
@@ -46,7 +48,7 @@ def refuse_first(error: ValidationError, model: type[BaseModel]) -> NoReturn:
         _refuse_type(key, value, f"must be {words[0]} or a number")
     if words and len(of_setting) == 1:
         refuse(key, value, f"must be {words[0]}")
-    rule = RULES.get(first["type"], first["msg"]).format(**first.get("ctx", {}))
+    rule = RULES[first["type"]].format(**first.get("ctx", {})) if first["type"] in RULES else first["msg"]
     if first["type"] in TEXT_IS_WRONG:
         _refuse_type(key, value, rule)
     refuse(key, value, rule)
@@ -72,7 +74,9 @@ def refuse_unknown(name: Any, known: Collection[str], path: tuple[str, ...] = ()
     from stages.settings.schema import leaves  # late: it imports this module
 
     elsewhere = [leaf for leaf in leaves() if isinstance(name, str) and leaf.endswith(f".{name}")]
-    if close:
+    if key in RENAMED:
+        hint = f"it is {RENAMED[key]} now"
+    elif close:
         hint = f"did you mean {'.'.join((*path, close[0]))}?"
     elif elsewhere:
         hint = f"did you mean {elsewhere[0]}?"

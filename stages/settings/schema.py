@@ -6,31 +6,32 @@ A mistake is refused before any work, in one line that names the key, the value 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, Field, ValidationError, create_model
 
 from stages.files.artifacts import ROOT, Refusal
 from stages.settings import shapes
+from stages.settings.bounds import (
+    MOST,
+    Blank,
+    Count,
+    HeldOut,
+    Keep,
+    Momentum,
+    Natural,
+    NotStrict,
+    Positive,
+    RotaryBase,
+    RotaryWidth,
+    Section,
+    Share,
+    Some,
+    Word,
+)
+from stages.settings.lightning import Batches, Duration, FewSteps, Observers
+from stages.settings.plan import Plan, plan_rules
 from stages.settings.reading import refuse, refuse_first, refuse_unknown, shown
 
 OWN_FILES = "in params.yaml corpus: {source: files, paths: [texts/*.txt]}, or corpus=files 'corpus.paths=[texts/*.txt]'"
-MOST = 2**40  # no count in here is sensible above this; beyond it sizes overflow far from their cause
-
-Count = Annotated[int, Field(ge=1, le=MOST)]
-Natural = Annotated[int, Field(ge=0, le=MOST)]
-Share = Annotated[float, Field(ge=0, le=1)]  # a part of a whole, none and all included
-Keep = Annotated[float, Field(gt=0, le=1)]  # a part kept: something always stays
-HeldOut = Annotated[float, Field(gt=0, le=0.5)]
-Positive = Annotated[float, Field(gt=0, le=1e9)]
-RotaryWidth = Annotated[int, Field(ge=2, le=MOST)]
-RotaryBase = Annotated[float, Field(gt=1, le=1e12)]
-Momentum = Annotated[float, Field(ge=0, le=0.9999)]
-Word = Annotated[str, Field(pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")]
-Blank = Annotated[str, Field(pattern=r"^[^\x00]+$")]  # as a separator may be
-NotStrict = Field(strict=False)  # a list of YAML is a tuple here
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Corpus(Section):
@@ -95,7 +96,6 @@ class Optimizer(Section):
     muon_momentum: Momentum
     adamw_beta1: Momentum
     adamw_beta2: Annotated[float, Field(ge=0, le=0.99999)]
-    clip_norm: Positive
     warmup_share: Share
     decay_share: Share
 
@@ -108,19 +108,28 @@ class Trainer(Section):
     deterministic: bool
     ranks: Annotated[int, Field(ge=1, le=65536)] | Literal["auto"]
     accumulate_grad_batches: Annotated[int, Field(ge=1, le=65536)]
+    gradient_clip_val: Positive | None
+    max_time: Duration
+    limit_val_batches: Batches
+    fast_dev_run: FewSteps
     checkpoint_every_seconds: Annotated[float, Field(ge=0, le=1e9)]
     log_every_steps: Count
     activation_memory_bytes: Count | None  # of each rank; None: no limit
 
 
-class Training(Section):
-    """One fit: how long, with what batches, and how often it is looked at."""
+class Recipe(Section):
+    """With what batches a model is trained, and how often it is looked at."""
 
-    steps: Count
     batch_sequences: Count  # of all ranks together
     learning_rate_scale: Positive
     validate_every_steps: Count
     validation_sequences: Count
+
+
+class Training(Recipe):
+    """One fit, which also says how long."""
+
+    steps: Count
 
 
 class Pretrain(Training):
@@ -171,6 +180,10 @@ class Sparsify(Section):
     calibration_sequences: Annotated[int, Field(ge=8, le=MOST)]
 
 
+class Challenge(Recipe):
+    """The models trained from nothing: their steps follow from what the others cost."""
+
+
 class Evaluate(Section):
     test_tokens: Count
     batch_sequences: Count
@@ -188,6 +201,15 @@ class Profile(Section):
     router_experts_per_token: Count
 
 
+class Export(Section):
+    models: Annotated[tuple[Word, ...], Some]  # names under artifacts/, or folders
+    formats: Annotated[tuple[Literal["hf", "gguf", "onnx"], ...], Some]
+    gguf_kinds: Annotated[tuple[Literal["f32", "f16", "q8_0"], ...], Some]
+    prompts: Count
+    new_tokens: Annotated[int, Field(ge=3, le=MOST)]  # after each prompt; the first two are not timed
+    test_sequences: Count
+
+
 class Settings(Section):
     """Everything; a stage gets only the sections it declared, the others are None."""
 
@@ -197,11 +219,16 @@ class Settings(Section):
     student: Student
     optimizer: Optimizer
     trainer: Trainer
+    callbacks: Observers
+    logger: Observers
     pretrain: Pretrain
     distill: Distill
     sparsify: Sparsify
+    challenge: Challenge
     evaluate: Evaluate
     profile: Profile
+    plan: Plan
+    export: Export
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)]
     sequence_tokens: Annotated[int, Field(ge=2, le=MOST)]
 
@@ -348,6 +375,7 @@ BATCHES = {
     "pretrain": "pretrain.batch_sequences",
     "distill": "distill.batch_sequences",
     "sparsify": "sparsify.recovery.batch_sequences",
+    "challenge": "challenge.batch_sequences",
 }
 
 RULES = (
@@ -359,6 +387,7 @@ RULES = (
     (("trainer",), _trainer_rules),
     (("evaluate",), _evaluate_rules),
     (("profile",), _profile_rules),
+    (("plan",), plan_rules),
     *((("trainer", section), _ranks_share(key)) for section, key in BATCHES.items()),
 )
 

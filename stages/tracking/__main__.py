@@ -11,7 +11,8 @@ import os
 import sys
 from pathlib import Path
 
-from stages.files.artifacts import ROOT
+from stages.files.artifacts import ROOT, Refusal
+from stages.files.streams import fill_closed_streams, obstacle, whole_output
 from stages.tracking.records import (
     ALL_SENT,
     FAILURE,
@@ -35,13 +36,13 @@ def _print_status(root):
         sent = max([state["events"] for state in read_sent(folder).values()], default=0)
         print(f"{RECORDS / folder.name}  {end}  {sent} of {len(events)} events sent")
     print(f"{len(waiting)} runs wait to be sent: python -m stages.tracking sync" if waiting else ALL_SENT)
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         print(f"last failure: {(root / FAILURE).read_text(encoding='utf-8')}")
 
 
 def main(words):
     """`sync [folder]`, `status`; `--mirror` is how a stage calls it: its own run first, then the backlog."""
-    _open_closed_streams()
+    fill_closed_streams()
     parser = argparse.ArgumentParser(
         prog="python -m stages.tracking", description="Sends the records of runs to MLflow, or lists what waits.")
     parser.add_argument("command", choices=["sync", "status"])
@@ -50,6 +51,8 @@ def main(words):
     parser.add_argument("--mirror", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args(words)
     root, folder = options.root.resolve(), options.folder and options.folder.resolve()
+    if reason := obstacle(root / RECORDS / "any"):
+        raise Refusal(reason)
     if options.command == "status":
         return _print_status(root)
     if folder and not (folder / "events.jsonl").exists():
@@ -79,12 +82,10 @@ def _mirror(root, folder):
         return mirror.follow(root, folder)
 
 
-def _open_closed_streams():
-    """Opens what cron or a daemon closed, or the first files and sockets would become the standard streams."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        with whole_output():
+            code = main(sys.argv[1:])
+        sys.exit(code)
+    except Refusal as refusal:
+        sys.exit(f"offramp: {refusal}")

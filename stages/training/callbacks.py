@@ -41,12 +41,13 @@ class AgreeOnStep(AfterStep):
             name: torch.stack([outcome[name] for outcome, _ in outcomes]).float().mean() for name in outcomes[0][0]
         }
         loads = [torch.stack(same).sum(0) for same in zip(*(loads for _, loads in outcomes), strict=True)]
-        stop = torch.tensor([float(rank.stop_requested)], device=module.gradient_norm.device)
+        stop = torch.tensor([rank.wish_to_stop()], device=module.gradient_norm.device)
+        module.mixtures = len(loads)
         message = torch.cat([torch.stack(list(parts.values())), stop, *loads])
         dist.all_reduce(message)
         module.figures = dict(zip(parts, (message[: len(parts)] / rank.world_size).tolist(), strict=True))
         module.figures["gradient_norm"] = module.gradient_norm.item()
-        module.stop, module.loads = bool(message[len(parts)] > 0), message[len(parts) + 1 :]
+        module.stop, module.loads = message[len(parts)].item(), message[len(parts) + 1 :]
         outcomes.clear()
         self._refuse_unless_finite(module)
         module.progress.step += 1
@@ -66,7 +67,7 @@ class AgreeOnStep(AfterStep):
 class BalanceExperts(AfterStep):
     def after_step(self, trainer, module) -> None:
         if module.loads.numel():
-            loads, progress = module.loads.view(-1, module.model.shape.experts), module.progress
+            loads, progress = module.loads.view(module.mixtures, -1), module.progress
             module.model.balance(list(loads), module.fit.bias_update_rate)
             progress.recent_loads = [*progress.recent_loads, loads.tolist()][-LOAD_WINDOW_STEPS:]
 
@@ -96,7 +97,17 @@ class RecordSteps(AfterStep):
             if progress.recent_loads:
                 figures["max_violation"] = max(max_violation(load) for load in torch.tensor(progress.recent_loads[-1]))
             rank.log(fit.name, progress.step, figures)
+        if rank.is_observed:
+            self._observe(trainer, module, validate)
         self.line.step(progress.step, figures["loss"], figures.get("validation_bits_per_byte"))
+
+    def _observe(self, trainer, module, validate: bool) -> None:
+        """Shows the figures to the callbacks and loggers of conf/: Lightning hands them on every `log_every_steps`."""
+        figures, step = module.figures, module.progress.step
+        module.log_dict({"step": float(step)} | figures)
+        if validate and step % module.rank.log_every_steps:
+            for logger in trainer.loggers:
+                logger.log_metrics(figures, step=step)
 
 
 class ExactResume(AfterStep):
@@ -108,10 +119,11 @@ class ExactResume(AfterStep):
         self.saved = time.monotonic()
         if module.rank.rehearses:
             module.rehearse()
+        trainer.fit_loop.epoch_loop.on_load_checkpoint({"_batches_that_stepped": module.progress.step})  # for loggers
 
     def after_step(self, trainer, module) -> None:
         progress, rank = module.progress, module.rank
-        if module.stop:
+        if module.stop > 0:
             self._save_and_stop(module)
         now = time.monotonic()
         due = now - self.saved > rank.checkpoint_every_seconds
@@ -125,5 +137,5 @@ class ExactResume(AfterStep):
             progress.save(module.model, module.optimizer)
             progress.checkpoint.wait()
         dist.barrier()  # torchrun ends all ranks when one is gone
-        done = f"{fit.name}: interrupted after step {progress.step} of {fit.steps}; "
+        done = f"{fit.name}: {module.rank.why_it_stops(module.stop)} after step {progress.step} of {fit.steps}; "
         raise Refusal(done + (progress.checkpoint.failure or "the same command continues from there"))

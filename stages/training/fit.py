@@ -4,6 +4,7 @@ Plain torch, no Lightning here: stages build `Fit`s, `stages.training.rank` runs
 Shapes: B sequences, T tokens, N = B*T, E experts.
 """
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from stages.model.divergences import DIVERGENCES
 from stages.model.layers import can_compile
 from stages.model.losses import DistillationLoss, next_token
+
+VALIDATION_BATCH = 8  # sequences that a rank validates on at a time
 
 
 @dataclass
@@ -44,6 +47,7 @@ class Fit:
     bias_update_rate: float = 0.0  # of the auxiliary-loss-free balancing (MoE only)
     finish: Callable[[nn.Module], None] = lambda model: None  # settles what the trained model is saved with
     notes: dict = field(default_factory=dict)  # figures known before the fit, kept with its results
+    prepared_flops: int = 0  # operations before the first step: calibration, warm start
 
 
 def split_targets(tokens_BT1: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,6 +139,13 @@ def validation_nats(model: nn.Module, batches: list[Tensor]) -> Tensor:
         x_BTD = model.features(inputs_BT).x_BTD
         total += next_token(x_BTD.flatten(0, 1), model.head.weight, targets_N).double().cpu() * targets_N.numel()
     return total
+
+
+def limited(sequences: int, ranks: int, limit: int | float) -> int:
+    """How many of the sequences to validate on `trainer.limit_val_batches` leaves: batches of each rank, or a share."""
+    batches = math.ceil(math.ceil(sequences / ranks) / VALIDATION_BATCH)
+    kept = limit if isinstance(limit, int) else max(1, int(batches * limit))
+    return min(sequences, kept * VALIDATION_BATCH * ranks)
 
 
 def max_violation(load_E: Tensor) -> float:

@@ -65,6 +65,15 @@ def plain_settings(settings: Settings) -> dict[str, Any]:
     return settings.model_dump(exclude_unset=True)
 
 
+def is_observed(path: Path) -> bool:
+    """Do callbacks or loggers of conf/ watch this job? False where it cannot be read, which `Job.read` explains."""
+    try:
+        settings = read_json(path)["settings"]
+        return bool(settings.get("callbacks") or settings.get("logger"))
+    except (Refusal, LookupError, TypeError, AttributeError):
+        return False
+
+
 def name_of(function: Callable) -> str:
     """"module:function" of a function that another process can import; a Refusal for any other."""
     module = function.__module__

@@ -5,6 +5,7 @@ hyperparameters. Nor does it import torch, whose import costs seconds.
 
 import contextlib
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,10 +13,13 @@ from pathlib import Path
 
 from stages.files.artifacts import Refusal, read_json, rounded, write_atomically, write_json
 from stages.files.resuming import ResumeState, resume_key
+from stages.run.entry import NothingKept
 from stages.settings.schema import refuse_uneven_batches
+from stages.settings.untracked import OBSERVERS, divided
 from stages.training.job import Job, name_of, plain_settings
 from stages.training.launchers import launcher
 
+NEEDED_BYTES = 65536  # for the reason and the results that ranks write
 TAIL_S = 1.0  # between two looks at what rank zero has written
 
 
@@ -40,7 +44,9 @@ def launch(build_fits: Callable, settings, place, inputs: list[str], run) -> tup
             print(f"{stage}: {slow}", flush=True)
         plain = plain_settings(settings)
         print(f"{stage}: {_extent(stage, plain, conditions['ranks'])}, starting", flush=True)
-        key = resume_key(stage, [plain, conditions], [place.read(path) for path in inputs])
+        few_steps = settings.trainer.fast_dev_run
+        asked = [divided(plain)[0], conditions, *(["fast_dev_run", few_steps] if few_steps else [])]
+        key = resume_key(stage, asked, [place.read(path) for path in inputs])
         with ResumeState(place.root, stage, key) as state:
             for name in ("error.txt", "result.json", "steps.jsonl"):  # of an interrupted run of this job
                 (state.folder / name).unlink(missing_ok=True)
@@ -51,15 +57,27 @@ def launch(build_fits: Callable, settings, place, inputs: list[str], run) -> tup
             if code != 0:
                 raise Refusal(_reason(stage, code, state.folder))
             result = read_json(state.folder / "result.json")
+    if few_steps:
+        raise NothingKept(f"{stage}: trainer.fast_dev_run: {', '.join(result)} went through; no model was kept")
+    observed = {name: observer_targets(getattr(settings, name)) for name in OBSERVERS if getattr(settings, name)}
     clock = {"seconds": time.monotonic() - started, "ranks": conditions["ranks"]}
     clock |= {"accelerator": accelerator(conditions)}
-    write_json(place.write(f"measurements/{stage}.json"), rounded(clock | speeds))
-    return result, conditions
+    took = {f"{name}/seconds": fit["seconds"] for name, fit in result.items()}
+    write_json(place.write(f"measurements/{stage}.json"), rounded(clock | speeds | took))
+    return result, conditions | observed
+
+
+def observer_targets(wanted: dict[str, dict]) -> str:
+    """The classes by which callbacks and loggers are recorded as a condition: a callback may change what is trained."""
+    return ", ".join(sorted(entry["_target_"] for entry in wanted.values()))
 
 
 def _extent(stage: str, plain: dict, ranks: int) -> str:
-    steps = plain[stage].get("recovery", plain[stage])["steps"]
-    return f"{ranks} rank{'s' if ranks > 1 else ''}, {steps} steps per model"
+    steps, few = plain[stage].get("recovery", plain[stage]).get("steps"), int(plain["trainer"]["fast_dev_run"])
+    if few:
+        steps = min(steps or few, few)
+    told = f", {steps} step{'s' if steps > 1 else ''} per model" if steps else ""
+    return f"{ranks} rank{'s' if ranks > 1 else ''}{told}"
 
 
 def _reason(stage: str, code: int, state: Path) -> str:
@@ -67,6 +85,9 @@ def _reason(stage: str, code: int, state: Path) -> str:
     error = state / "error.txt"
     if error.exists():
         return error.read_text().strip()
+    free = shutil.disk_usage(state).free
+    if free < NEEDED_BYTES:
+        return f"{state} is on a full disk ({free:,} bytes are free): make room there, then run the command again"
     return f"a rank of {stage} ended with code {code}; its last words are in {state / 'ranks.log'}"
 
 
@@ -110,6 +131,11 @@ def _hand_over(path: Path, position: int, run, speeds: dict[str, float]) -> int:
             run.metrics(row["figures"], step=row["step"], at=row["time"])
             speeds |= {k: v for k, v in row["figures"].items() if k.endswith("tokens_per_second")}
     return position + sum(len(line) + 1 for line in lines)
+
+
+def write_costs(place, stage: str, result: dict) -> None:
+    """What each model is and what its training took: nothing here depends on the weights."""
+    write_json(place.write(f"artifacts/costs/{stage}.json"), {name: fit["made"] for name, fit in result.items()})
 
 
 def write_curves(place, stage: str, result: dict) -> None:

@@ -64,6 +64,7 @@ def run_ranks(job: Path, ranks: int) -> int:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, stopped)
             options = ["--nproc-per-node", str(ranks), "--rdzv-backend", BACKEND]
+            options += ["--log-dir", str(job.parent / "torchrun")]  # by default a folder in /tmp that nobody removes
             # With the number of this process: a rank that starts when it is dead must not go on.
             run.main([*options, "-m", "stages.training.rank", str(job), str(os.getpid())])
     except Refusal as refusal:

@@ -1,5 +1,7 @@
 """A `Fit` as Lightning sees it: a module under automatic optimization, and the batches of one rank."""
 
+import math
+
 import lightning
 import torch
 from torch import Tensor
@@ -86,7 +88,8 @@ class Training(lightning.LightningModule):
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         # the norm is summed in the model's order of parameters; the optimizer's groups have another
-        self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val)
+        limit = math.inf if gradient_clip_val is None else gradient_clip_val
+        self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
 
     def optimizer_step(self, epoch, batch_index, optimizer, optimizer_closure=None) -> None:
         with self.trainer.precision_plugin.forward_context():  # Muon works in the dtype of autocast

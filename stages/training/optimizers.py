@@ -154,8 +154,8 @@ def fair_shares(costs: list[int], ranks: int) -> list[list[int]]:
     return [share for share in shares if share]
 
 
-def make_optimizer(model: nn.Module, settings, learning_rate_scale: float) -> MuonAdamW:
-    """Hidden matrices to Muon; embedding, head, router, norms to AdamW, without decay on vectors."""
+def parameters_by_kind(model: nn.Module) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Matrices; matrices of which two stand on top of each other; embedding, head and router; vectors."""
     matrices, doubled, others, vectors = [], [], [], []
     for name, p in model.named_parameters():
         if p.ndim < 2:
@@ -166,6 +166,12 @@ def make_optimizer(model: nn.Module, settings, learning_rate_scale: float) -> Mu
             doubled.append(p)
         else:
             matrices.append(p)
+    return matrices, doubled, others, vectors
+
+
+def make_optimizer(model: nn.Module, settings, learning_rate_scale: float) -> MuonAdamW:
+    """Hidden matrices to Muon; embedding, head, router, norms to AdamW, without decay on vectors."""
+    matrices, doubled, others, vectors = parameters_by_kind(model)
     muon = {"use_muon": True, "lr": settings.muon_learning_rate * learning_rate_scale}
     adam = {"lr": settings.adamw_learning_rate * learning_rate_scale}
     adam["betas"] = (settings.adamw_beta1, settings.adamw_beta2)

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from stages.files.artifacts import Refusal, write_atomically, write_json
+from stages.files.streams import shield_output
 from stages.run.entry import die_with_parent, leave
 from stages.training.torchmetrics_stub import torchmetrics_stub
 
@@ -23,25 +24,41 @@ if __name__ == "__main__":  # before the imports: in their seconds torchrun may 
     die_with_parent(int(sys.argv[2]) if sys.argv[2:] else None)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends it at once, as SIGTERM does, while nothing can be lost
 
-if "torchmetrics" not in sys.modules:
+from stages.training.job import Job, is_observed
+
+if "torchmetrics" not in sys.modules and not (__name__ == "__main__" and is_observed(Path(sys.argv[1]))):
     sys.modules["torchmetrics"] = torchmetrics_stub()
 
 import lightning
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from stages.data.shards import Tokens, Windows, read_card
 from stages.model import checkpointing
 from stages.model import hub as models
+from stages.model.families.registry import family_of
 from stages.run.heap import keep_freed_memory
+from stages.settings.lightning import duration_seconds
+from stages.training import observers
 from stages.training.callbacks import AgreeOnStep, BalanceExperts, ExactResume, RecordSteps
 from stages.training.checkpoints import Checkpoint, made_once
-from stages.training.fit import Fit, compile_blocks, max_violation, settle_cublas_workspaces, validation_nats
-from stages.training.job import Job
+from stages.training.cost import step_flops
+from stages.training.fit import (
+    VALIDATION_BATCH,
+    Fit,
+    compile_blocks,
+    limited,
+    max_violation,
+    settle_cublas_workspaces,
+    validation_nats,
+)
 from stages.training.module import Batches, Progress, Training
 from stages.training.optimizers import MuonAdamW, make_optimizer
 from stages.training.strategies import strategy
+
+INTERRUPTED, TIME_IS_OVER = 1.0, 0.5  # wishes to stop, which the ranks add up
 
 
 class Rank:
@@ -56,7 +73,11 @@ class Rank:
         self.accelerator, self.precision = job.accelerator, job.precision
         self.strategy = strategy(self.settings.trainer.strategy)
         self.rehearses = self.strategy.needs_rehearsal(self.world_size)
-        self.accumulate = self.settings.trainer.accumulate_grad_batches
+        trainer = self.settings.trainer
+        self.accumulate, self.max_time = trainer.accumulate_grad_batches, trainer.max_time
+        self.limit_val_batches, self.few_steps = trainer.limit_val_batches, int(trainer.fast_dev_run)
+        self.is_observed = bool(self.settings.callbacks or self.settings.logger)
+        self.deadline = time.monotonic() + duration_seconds(self.max_time) if self.max_time else math.inf
         data = self.place.read("artifacts/data")
         self.card = read_card(data)
         self.windows = Windows(Tokens(data, "train"), self.sequence_tokens, self.settings.seed)
@@ -70,11 +91,21 @@ class Rank:
     def _stop(self, *_) -> None:
         self.stop_requested = True
 
+    def wish_to_stop(self) -> float:
+        """What this rank adds to the ranks' sum: above zero, all stop after this step. Rank zero watches the clock."""
+        if self.stop_requested:
+            return INTERRUPTED
+        return TIME_IS_OVER if self.rank == 0 and time.monotonic() > self.deadline else 0.0
+
+    def why_it_stops(self, sum_of_wishes: float) -> str:
+        return f"stopped by trainer.max_time ({self.max_time})" if sum_of_wishes == TIME_IS_OVER else "interrupted"
+
     def validate(self, model, fit: Fit) -> float:
         """Bits per byte of windows from all over the validation split, shared out among the ranks."""
-        tokens_BT1 = self.validation_windows.spread(fit.validation_sequences)
-        own_BT1 = tokens_BT1[self.rank :: self.world_size]
-        nats = validation_nats(model, [own_BT1[i : i + 8] for i in range(0, len(own_BT1), 8)])
+        most = min(fit.validation_sequences, self.validation_windows.count)
+        tokens_BT1 = self.validation_windows.spread(limited(most, self.world_size, self.limit_val_batches))
+        own_BT1, B = tokens_BT1[self.rank :: self.world_size], VALIDATION_BATCH
+        nats = validation_nats(model, [own_BT1[i : i + B] for i in range(0, len(own_BT1), B)])
         nats = nats.to(model.head.weight.device, torch.float32)
         dist.all_reduce(nats)
         targets = tokens_BT1[:, 1:].numel()
@@ -90,17 +121,21 @@ class Rank:
 
 def run_fit(fit: Fit, rank: Rank) -> dict:
     """Trains one fit to its end (from its checkpoint, if there is one) and writes the model."""
+    if rank.few_steps:
+        fit.steps = min(fit.steps, rank.few_steps)
     optimizer = make_optimizer(fit.model, rank.optimizer, fit.learning_rate_scale)
     progress = Progress(Checkpoint(rank.state, fit.name))
     progress.load(fit.model, optimizer, quiet=rank.rank != 0)
     if progress.step and rank.rank == 0:
         print(f"{fit.name}: continues after step {progress.step} of {fit.steps}", flush=True)
+    continued_from, started = progress.step, time.monotonic()
     if progress.step < fit.steps:
         train(fit, rank, progress, optimizer)
         if rank.rank == 0:
             progress.save(fit.model, optimizer)
+    seconds = time.monotonic() - started
     fit.model.cpu()
-    if rank.rank == 0:
+    if rank.rank == 0 and not rank.few_steps:
         progress.checkpoint.wait()
         fit.finish(fit.model)
         models.save(fit.model, rank.place.write(fit.out), rank.card["end_of_text"], rank.card["tokenizer_sha256"])
@@ -111,6 +146,22 @@ def run_fit(fit: Fit, rank: Rank) -> dict:
         "max_violation": [max_violation(load) for load in loads],
         "curve": progress.curve,
         "notes": fit.notes,
+        "made": how_made(fit, rank),
+        # of the whole fit, from the steps of this process; none where all were done before
+        "seconds": seconds * fit.steps / (fit.steps - continued_from) if continued_from < fit.steps else None,
+    }
+
+
+def how_made(fit: Fit, rank: Rank) -> dict:
+    """The model's architecture as in its config.json, its balancing, and the operations of its training."""
+    tokens = fit.batch_sequences * rank.accumulate * rank.sequence_tokens
+    teacher = getattr(fit.objective, "teacher", None)
+    return {
+        "config": family_of(fit.model.shape).config_of(fit.model.shape),
+        "bias_update_rate": fit.bias_update_rate,
+        "balance_loss_weight": getattr(fit.objective, "balance_loss_weight", 0.0),
+        "training_flops": fit.steps * step_flops(fit.model, tokens, rank.sequence_tokens, teacher)
+        + fit.prepared_flops,
     }
 
 
@@ -123,6 +174,9 @@ def train(fit: Fit, rank: Rank, progress: Progress, optimizer: MuonAdamW) -> Non
         torch.compiler.reset()  # else the shapes of the fit before count towards how many a block is compiled for
         for model in filter(None, (fit.model, training.teacher)):
             compile_blocks(model)
+    facts = {"folder": str(observers.log_folder(rank.place, rank.stage)), "stage": rank.stage, "fit": fit.name}
+    loggers = observers.build("logger", rank.settings.logger, facts)
+    watching = observers.build("callbacks", rank.settings.callbacks, facts)
     record = RecordSteps(fit, rank, progress.step)
     devices = int(os.environ.get("LOCAL_WORLD_SIZE", rank.world_size))
     trainer = lightning.Trainer(
@@ -132,11 +186,14 @@ def train(fit: Fit, rank: Rank, progress: Progress, optimizer: MuonAdamW) -> Non
         strategy=rank.strategy.lightning_strategy(),
         precision=rank.precision,
         accumulate_grad_batches=rank.accumulate,
-        gradient_clip_val=rank.optimizer.clip_norm,
-        callbacks=[AgreeOnStep(), BalanceExperts(), record, ExactResume()],
+        gradient_clip_val=rank.settings.trainer.gradient_clip_val,
+        callbacks=[AgreeOnStep(), BalanceExperts(), record, *watching, ExactResume()],
+        fast_dev_run=rank.few_steps * rank.accumulate or False,
         max_epochs=1,
         use_distributed_sampler=False,
-        logger=False,
+        default_root_dir=facts["folder"],
+        logger=loggers or False,
+        log_every_n_steps=rank.log_every_steps,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -145,8 +202,13 @@ def train(fit: Fit, rank: Rank, progress: Progress, optimizer: MuonAdamW) -> Non
     try:
         with checkpointing.checkpointed(fit.model, policy):
             trainer.fit(training, DataLoader(batches, batch_size=None))
+    except MisconfigurationException as error:  # as where a callback needs a logger, and none was chosen
+        raise Refusal(f"{fit.name}: {' '.join(str(error).split())}") from None
     finally:
         record.line.close()
+    if progress.step < fit.steps:
+        why = f"a callback ({', '.join(rank.settings.callbacks)}) stopped it after step {progress.step}"
+        raise Refusal(f"{fit.name}: {why} of {fit.steps}: a model trains all its steps; lower {rank.stage}.steps")
 
 
 def checkpointing_policy(fit: Fit, rank: Rank, training: Training) -> str:
@@ -174,6 +236,7 @@ def checkpointing_policy(fit: Fit, rank: Rank, training: Training) -> str:
 def main() -> None:
     warnings.filterwarnings("ignore", module="lightning")
     path, results = Path(sys.argv[1]), {}
+    shield_output()
     keep_freed_memory()
     try:
         job = Job.read(path)

@@ -67,6 +67,13 @@ class DenseNeurons(NamedTuple):
     down_DF: Tensor  # scaled by the mean gate of its expert
 
 
+class Routing(NamedTuple):
+    """How a mixture of experts chooses; the defaults are those of conf/base.yaml."""
+
+    gating: str = "sigmoid"  # sigmoid | softmax
+    route_scale: float = 1.0  # of the gates' sum
+
+
 class DenseSource(Protocol):
     """How a dense student reads a block of another model; x_ND is the input of the attention or of the MLP."""
 
@@ -109,6 +116,9 @@ class Family(Protocol):
 
     def active_parameters(self, model: Any) -> int:
         """Parameters that one token uses: of the routed experts, only the chosen ones."""
+
+    def routing(self, shape: Shape) -> Routing | None:
+        """How its routers choose; None where it has none."""
 
     # ---- pruning
 

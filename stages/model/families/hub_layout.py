@@ -30,7 +30,6 @@ COMMON_FIELDS = {
 # what our arithmetic takes for granted; a folder that says otherwise is refused
 COMMON_FIXED = {
     "attention_bias": False,
-    "tie_word_embeddings": False,
     "hidden_act": "silu",
     "rms_norm_eps": NORM_EPSILON,
 }
@@ -40,7 +39,7 @@ def config_fields(shape: Any, names: dict[str, str]) -> dict[str, Any]:
     """The config.json of a shape: its fields under their names there, and what is common to all."""
     # rope_parameters is what transformers 5 reads, rope_theta what everything older reads
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta}}
-    common = {"attention_dropout": 0.0, "initializer_range": INIT_STD, "use_cache": True}
+    common = {"attention_dropout": 0.0, "initializer_range": INIT_STD, "use_cache": True, "tie_word_embeddings": False}
     return {hub: getattr(shape, ours) for ours, hub in names.items()} | rope | COMMON_FIXED | common
 
 
@@ -49,6 +48,9 @@ def read_fields(kind: type, names: dict[str, str], fixed: dict[str, Any], config
     for key, value in fixed.items():
         if config.get(key, value) != value:
             raise Refusal(f"{path}: {key} is {config[key]!r}, only {value!r} is supported")
+    tied = config.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise Refusal(f"{path}: tie_word_embeddings is {tied!r}, expected bool: restore the file")
     rope = config.get("rope_parameters") or {}
     if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default" or config.get("rope_scaling"):
         raise Refusal(f"{path}: scaled rotary positions are not supported, only rope_type 'default'")

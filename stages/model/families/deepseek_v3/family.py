@@ -13,7 +13,7 @@ from stages.model.families import prunable
 from stages.model.families.deepseek_v3 import dense, hub
 from stages.model.families.deepseek_v3.confidence import mixtures
 from stages.model.families.deepseek_v3.model import DeepseekV3, DeepseekV3Shape
-from stages.model.families.family import DenseSource
+from stages.model.families.family import DenseSource, Routing
 from stages.model.families.prunable import Prunable
 from stages.settings import shapes
 
@@ -78,6 +78,9 @@ class DeepseekV3Family:
             idle += routed // n_experts * (n_experts - moe.experts_per_token)
         return sum(parameter.numel() for parameter in model.parameters()) - idle
 
+    def routing(self, shape: DeepseekV3Shape) -> Routing | None:
+        return Routing(shape.gating, shape.route_scale) if shape.dense_layers < shape.layers else None
+
     def prunable(self, model: DeepseekV3) -> list[Prunable]:
         places = []
         for index, block in enumerate(model.blocks):
@@ -93,7 +96,8 @@ class DeepseekV3Family:
         return places
 
     def pruned_shape(self, shape: DeepseekV3Shape, kept: Callable[[str, int], int]) -> DeepseekV3Shape:
-        experts = kept("experts", shape.experts)
+        # transformers' router adds up the two best experts of a group, and cannot run a mixture of one
+        experts = max(kept("experts", shape.experts), min(2, shape.experts))
         return replace(
             shape,
             heads=kept("heads", shape.heads),

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from stages.model.families import hub_layout, prunable
-from stages.model.families.family import DenseSource
+from stages.model.families.family import DenseSource, Routing
 from stages.model.families.prunable import Prunable
 from stages.model.families.qwen3.model import Qwen3, Qwen3Shape
 from stages.settings import shapes
@@ -20,6 +20,7 @@ _FIELDS = hub_layout.COMMON_FIELDS | {
     "head_dim": "head_dim",
     "mlp_width": "intermediate_size",
 }
+_FIXED = {"use_sliding_window": False}
 _ATTENTION = {
     "query": "q_proj",
     "key": "k_proj",
@@ -45,11 +46,11 @@ class Qwen3Family:
         yield from shapes.qwen3(shape)
 
     def config_of(self, shape: Qwen3Shape) -> dict[str, Any]:
-        own = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "use_sliding_window": False}
-        return hub_layout.config_fields(shape, _FIELDS) | own
+        own = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+        return hub_layout.config_fields(shape, _FIELDS) | own | _FIXED
 
     def shape_from(self, config: dict[str, Any], path: Path) -> Qwen3Shape:
-        return hub_layout.read_fields(Qwen3Shape, _FIELDS, hub_layout.COMMON_FIXED, config, path)
+        return hub_layout.read_fields(Qwen3Shape, _FIELDS, hub_layout.COMMON_FIXED | _FIXED, config, path)
 
     def to_hub(self, model: Qwen3) -> dict[str, Tensor]:
         return hub_layout.to_hub(model, _ATTENTION, hub_layout.same_weight, hub_layout.swiglu_to_hub)
@@ -69,6 +70,9 @@ class Qwen3Family:
 
     def active_parameters(self, model: Qwen3) -> int:
         return sum(parameter.numel() for parameter in model.parameters())
+
+    def routing(self, shape: Qwen3Shape) -> Routing | None:
+        return None
 
     def prunable(self, model: Qwen3) -> list[Prunable]:
         """A key/value head stays or goes with all its query heads."""

@@ -1,0 +1,91 @@
+"""The experiment of record: every claim over several seeds and corpora, with intervals over seeds and documents.
+
+    make claims                                     # a night on 2 cores; writes docs/claims.md
+    python -m claims corpus=python seed=1,2         # a part of it; prints the table, writes nothing
+    python -m claims hydra.sweeper.params=null      # prints the table of what has run
+
+Each job runs the pipeline in a copy of this checkout under .runs/claims/, named by a hash of code and settings. A job
+that was cut off continues there, as `dvc repro` does, and a finished one is not run again.
+"""
+
+import hashlib
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from benchmarks.checkout import DVC, checkout, environment
+from benchmarks.table import ROOT
+from claims.table import MIN_CORPORA, MIN_SEEDS, Runs, page
+from stages.files.artifacts import write_atomically
+
+FOLDER = ROOT / ".runs" / "claims"
+WRITTEN = ROOT / "docs" / "claims.md"
+
+
+def package_folder(name: str) -> str:
+    """Where an installed package keeps its files."""
+    found = importlib.util.find_spec(name)
+    if found is None or not found.submodule_search_locations:
+        sys.exit(f"claims/sweep.yaml: the package {name} is not installed: choose another corpus")
+    return found.submodule_search_locations[0]
+
+
+def code_key() -> str:
+    """What the figures depend on: another key has other folders."""
+    digest = hashlib.sha256()
+    files = [path for folder in ("stages", "conf") for path in (ROOT / folder).rglob("*")]
+    read = [path for path in files if path.suffix in (".py", ".yaml")]
+    for path in sorted([*read, ROOT / "params.yaml", ROOT / "dvc.yaml"]):
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def prepare_checkout(folder: Path, corpus: dict, seed: int) -> None:
+    """A copy of this checkout with these settings; whole or not there."""
+    fresh = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    checkout(fresh)
+    sheet = yaml.safe_load((fresh / "params.yaml").read_text())
+    (fresh / "params.yaml").write_text(yaml.safe_dump(sheet | {"seed": seed, "corpus": corpus}, sort_keys=False))
+    fresh.rename(folder)
+
+
+@hydra.main(version_base=None, config_path=".", config_name="sweep")
+def job(settings: DictConfig) -> None:
+    """One corpus and one seed: the whole pipeline."""
+    words: Any = OmegaConf.to_container(settings, resolve=True)
+    corpus, seed = words["corpus"], words["seed"]
+    if corpus not in words["corpora"]:
+        sys.exit(f"claims: corpus={corpus} is not one of {', '.join(words['corpora'])} (claims/sweep.yaml)")
+    folder = FOLDER / code_key() / f"{corpus}-{seed}"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        prepare_checkout(folder, words["corpora"][corpus], seed)
+    print(f"claims: {corpus}, seed {seed}: {folder.relative_to(ROOT)}", flush=True)
+    done = subprocess.run([*DVC, "repro", "--quiet"], cwd=folder, env=environment())
+    if done.returncode:
+        sys.exit(f"claims: {corpus}, seed {seed} ended early: the same command continues it")
+
+
+def main() -> None:
+    OmegaConf.register_new_resolver("package", package_folder)
+    job()
+    runs = Runs.of(FOLDER / code_key())
+    text = page(runs)
+    print(text)
+    if runs.seeds < MIN_SEEDS or len(runs.corpora) < MIN_CORPORA:
+        print(f"not written: {MIN_CORPORA} corpora with {MIN_SEEDS} seeds each are needed")
+        return
+    write_atomically(WRITTEN, text)
+    print(f"written: {WRITTEN.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""From the runs of the experiment of record to its tables: claims by corpus, with intervals over seeds and documents.
+
+A corpus has the same test documents for every seed, so seeds and documents are resampled apart, crossed. With three
+seeds there are ten different samples of them: the intervals hold the noise between seeds, but only roughly.
+
+Shapes: R resamples, S seeds, G documents.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.table import conditions, listed
+from stages.evaluate import comparisons, control_differences, quality
+from stages.files.artifacts import read_json
+from stages.measure import scoring
+from stages.measure.subjects import MODELS
+from stages.reporting.claims import Claim, claims_as_markdown, make_claims
+from stages.reporting.controls import SAME_OPERATIONS, SAME_TOKENS, controls_of, strongest
+from stages.reporting.wording import number, signed_number, words
+
+MIN_SEEDS, MIN_CORPORA = 3, 3
+RESAMPLES = 4000
+COMPARED = (  # the claims that a control decides
+    ("student", SAME_TOKENS),
+    ("student", SAME_OPERATIONS),
+    ("sparse_teacher", SAME_OPERATIONS),
+    ("sparse_student", SAME_OPERATIONS),
+)
+OF_ALL_MODELS = 4  # claims on quality; the others (checkpointing, router) do not depend on the corpus
+
+
+class CrossedBootstrap(scoring.Bootstrap):
+    """Paired resampling of seeds and of documents: how often a document of a seed stands in each resample, [R, S*G]."""
+
+    def __init__(self, seeds: int, documents: int, resamples: int, seed: int):
+        generator = np.random.Generator(np.random.PCG64(seed))
+        counted = []
+        for size in (seeds, documents):
+            drawn = generator.integers(0, size, size=(resamples, size))
+            counted.append(np.stack([np.bincount(row, minlength=size) for row in drawn]))
+        seeds_RS, documents_RG = counted
+        self.counts_RG = np.einsum("rs,rg->rsg", seeds_RS, documents_RG).reshape(resamples, -1).astype(float)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Finished runs by corpus and seed."""
+
+    folders: dict[str, dict[int, Path]]
+
+    @classmethod
+    def of(cls, folder: Path) -> "Runs":
+        found: dict[str, dict[int, Path]] = {}
+        for path in sorted(folder.glob("*-*/report/claims.json")):
+            corpus, _, seed = path.parents[1].name.rpartition("-")
+            found.setdefault(corpus, {})[int(seed)] = path.parents[1]
+        return cls(found)
+
+    @property
+    def corpora(self) -> list[str]:
+        return list(self.folders)
+
+    @property
+    def seeds(self) -> int:
+        """That every corpus has at least."""
+        return min((len(seeds) for seeds in self.folders.values()), default=0)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model against its strongest control, over all seeds and documents of a corpus."""
+
+    corpus: str
+    model: str
+    equal: str
+    control: str
+    better: float  # bits per byte; below zero the control is better
+    interval: str
+    by_seed: list[float]
+    effect: float  # mean over documents and seeds of the paired difference, in its standard deviations (Cohen's d_z)
+    p: float  # two-sided, of the bootstrap
+
+
+class Corpus:
+    """All runs of one corpus: their score tables one after another, and what follows from them."""
+
+    def __init__(self, name: str, folders: dict[int, Path]):
+        self.name, self.folders = name, list(folders.values())
+        scores = [folder / "artifacts/scores" for folder in self.folders]
+        self.tables = {model: np.concatenate([np.load(each / f"{model}.npy") for each in scores]) for model in MODELS}
+        self.documents = len(self.tables["teacher"]) // len(scores)
+        self.bootstrap = CrossedBootstrap(len(scores), self.documents, RESAMPLES, seed=0)
+        self.metrics = self.pooled()
+
+    def pooled(self) -> dict:
+        """The metrics of the first seed with every figure of quality from all seeds."""
+        first = self.folders[0]
+        metrics = {name: read_json(first / f"metrics/{name}.json") for name in ("pretrain", "distill", "challenge")}
+        evaluated = read_json(first / "artifacts/evaluation.json")
+        models = {
+            model: evaluated["models"][model] | quality(self.bootstrap, table, model != "teacher")
+            for model, table in self.tables.items()
+        }
+        compared = comparisons(self.bootstrap, self.tables, models)
+        controls = control_differences(self.bootstrap, self.tables)
+        return metrics | {"evaluate": evaluated | {"models": models, "comparisons": compared, "controls": controls}}
+
+    def claims(self) -> list[Claim]:
+        return make_claims(self.metrics, read_json(self.folders[0] / "measurements/profile.json"))
+
+    def comparison(self, model: str, equal: str) -> Comparison:
+        strong = strongest(controls_of(model, self.metrics), equal)
+        control = strong.name
+        theirs, own = self.tables[control], self.tables[model]
+        resampled_R = self.bootstrap.bits_per_byte(theirs) - self.bootstrap.bits_per_byte(own)
+        tail = min((resampled_R <= 0).mean(), (resampled_R >= 0).mean())
+        by_seed = [np.split(table, len(self.folders)) for table in (theirs, own)]
+        seeds = [scoring.bits_per_byte(t) - scoring.bits_per_byte(o) for t, o in zip(*by_seed, strict=True)]
+        paired = (theirs[:, scoring.NATS] - own[:, scoring.NATS]) / own[:, scoring.BYTES]
+        effect = paired.mean() / paired.std(ddof=1)
+        p = min(1.0, max(2 * tail, 1 / RESAMPLES))
+        return Comparison(self.name, model, equal, control, strong.ahead.value, strong.interval(), seeds, effect, p)
+
+
+def holm(values: list[float]) -> list[float]:
+    """p values corrected for how many there are (Holm 1979)."""
+    order, corrected, least = np.argsort(values), [0.0] * len(values), 0.0
+    for rank, index in enumerate(order):
+        least = max(least, min(1.0, values[index] * (len(values) - rank)))
+        corrected[index] = least
+    return corrected
+
+
+def outcome(comparison: Comparison, p: float) -> str:
+    if p >= 0.05:
+        return "level"
+    return "control beaten" if comparison.better > 0 else "control is better"
+
+
+def comparisons_table(found: list[Comparison]) -> str:
+    head = "| corpus | model | strongest control | bits per byte better | 95% interval | seeds | effect | p | outcome |"
+    lines = [head, "| --- | --- | --- | ---: | --- | --- | ---: | ---: | --- |"]
+    for comparison, p in zip(found, holm([one.p for one in found]), strict=True):
+        cells = [
+            comparison.corpus,
+            words(comparison.model),
+            f"{words(comparison.control)} ({comparison.equal})",
+            signed_number(comparison.better),
+            comparison.interval,
+            ", ".join(map(signed_number, comparison.by_seed)),
+            number(comparison.effect),
+            f"{p:.2g}",
+            outcome(comparison, p),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def page(runs: Runs) -> str:
+    if not runs.folders:
+        return "No run has finished yet."
+    corpora = [Corpus(name, folders) for name, folders in runs.folders.items()]
+    found = [corpus.comparison(*what) for corpus in corpora for what in COMPARED]
+    parts = [
+        "# The claims over seeds and corpora",
+        "Written by `make claims`. Intervals and p values resample seeds and test documents apart (with three seeds"
+        " they are rough); p is corrected for the number of comparisons (Holm). The effect is the mean difference of a"
+        " document in its standard deviations. A control is beaten, or better, where the corrected p is below 0.05.",
+        listed(conditions()),
+        "## Models against their strongest controls",
+        comparisons_table(found),
+    ]
+    for corpus in corpora:
+        title = f"{corpus.name}: {len(corpus.folders)} seeds, {corpus.documents} test documents"
+        parts += [f"## {title}", claims_as_markdown(corpus.claims()[:OF_ALL_MODELS]).rstrip()]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,119 @@
+"""What stands beside the weights in a model folder: the tokenizer, the generation settings and a model card.
+
+With them AutoTokenizer, pipeline("text-generation") and `hf upload` take the folder as it is. The card names what the
+model was made from by checksums. Equal runs must write equal bytes, so it has no commit, date, host or path.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from stages.data.hub_tokenizer import tokenizer_files
+from stages.data.shards import END_OF_TEXT, read_card
+from stages.files.artifacts import read_json, write_atomically
+from stages.model.folders import FIGURES_LATER, MODEL_CARD
+from stages.run.entry import Place
+
+SOFTMAX_TYPE = "offramp_softmax_moe"  # stages/model/families/deepseek_v3/hub.py, whose import would cost torch's
+STRUCTURE = {  # what a reader looks for first in config.json, where the family has it
+    "vocab_size": "vocabulary",
+    "hidden_size": "width",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "attention heads",
+    "num_key_value_heads": "key/value heads",
+    "intermediate_size": "MLP width",
+    "n_routed_experts": "routed experts",
+    "num_experts_per_tok": "experts per token",
+    "moe_intermediate_size": "expert width",
+    "max_position_embeddings": "context in training, tokens",
+}
+LICENCES = {
+    "stdlib": "The text is Python's standard library: PSF-2.0, and the licences that some of its files name.",
+    "files": "The text comes from the user's own files, whose licences are not known here.",
+    "huggingface": "The text is a dataset whose own card states its licence.",
+}
+
+
+def complete_folder(
+    place: Place, name: str, summary: str, parents: tuple[str, ...], figures: Mapping[str, float], sequence_tokens: int
+) -> None:
+    """Writes the companions of artifacts/<name>, whose config.json and weights are there.
+
+    `summary` says in a sentence how the model was made, `parents` which models of artifacts/ it was made from, and
+    `figures` what was measured of it so far.
+    """
+    folder, data = place.write(f"artifacts/{name}"), place.read("artifacts/data")
+    for file, content in tokenizer_files(data, sequence_tokens).items():
+        write_atomically(folder / file, content)
+    hashes = {parent: read_json(place.read(f"artifacts/{parent}") / "config.json") for parent in parents}
+    lineage = {f"weights of `{parent}`": config["weights_sha256"] for parent, config in hashes.items()}
+    write_atomically(folder / MODEL_CARD, model_card(folder, name, summary, lineage, figures, read_card(data)))
+
+
+def model_card(
+    folder: Path, name: str, summary: str, lineage: Mapping[str, str], figures: Mapping[str, float], data: dict
+) -> str:
+    """README.md of a model folder; `lineage` has the SHA-256 of what it was made from, `data` is the data's card."""
+    config, corpus = read_json(folder / "config.json"), data["corpus"]
+    hashes = {"data card (tokenizer, token shards)": data["sha256"], "tokenizer": data["tokenizer_sha256"], **lineage}
+    hashes["weights of this model"] = config["weights_sha256"]
+    structure = {"parameters": parameters(folder / "model.safetensors")}
+    structure |= {word: config[key] for key, word in STRUCTURE.items() if key in config}
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [offramp]",
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"{summary} Offramp's pipeline wrote it, and measures it.",
+        "",
+        *_table("structure", structure),
+        *_table("known when this was written", {key.replace("_", " "): value for key, value in figures.items()}),
+        FIGURES_LATER,
+        "",
+        "## Lineage",
+        "",
+        f"Text: {corpus['name']} (`corpus.source: {corpus['source']}`), "
+        f"{data['splits']['train']['tokens']:,} training tokens.",
+        "",
+        *_table("SHA-256 of", {key: f"`{value}`" for key, value in hashes.items()}),
+        "## Limits",
+        "",
+        "- A base model: it continues text. It has no chat template, follows no instructions and was not made safe.",
+        f"- It has read one corpus, at most {config['max_position_embeddings']} tokens at a time. Longer texts and",
+        "  other kinds of text are beyond it.",
+        f"- `{END_OF_TEXT}` ends a text. A prompt that spells it is read as text, as `split_special_tokens` says.",
+        *_loading(config),
+        "",
+        "## Licences",
+        "",
+        LICENCES[corpus["source"]],
+        "Offramp's code is Apache-2.0. This card states no licence of the weights: who publishes them decides, and",
+        "writes it into the metadata above.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _table(title: str, rows: Mapping[str, object]) -> list[str]:
+    def shown(value: object) -> str:
+        return f"{value:,}" if isinstance(value, int) else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+    return [f"| {title} | |", "| --- | ---: |", *(f"| {key} | {shown(value)} |" for key, value in rows.items()), ""]
+
+
+def _loading(config: dict) -> list[str]:
+    if config["model_type"] == SOFTMAX_TYPE:
+        return ["- Its router takes a softmax. transformers has no such class: only Offramp's own code reads it."]
+    return []
+
+
+def parameters(weights: Path) -> int:
+    """Numbers in a safetensors file, from its header: the tensors, and so torch, are not needed."""
+    with weights.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return sum(math.prod(part["shape"]) for name, part in header.items() if name != "__metadata__")

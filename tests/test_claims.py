@@ -1,0 +1,67 @@
+"""The experiment of record over seeds and corpora: its statistics, and which runs it takes."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarks.checkout import ROOT, environment
+from claims.table import CrossedBootstrap, Runs, holm, page
+from stages.measure import scoring
+
+
+def table_of(nats: np.ndarray) -> np.ndarray:
+    """A score table of documents of 100 bytes."""
+    table = np.zeros((len(nats), len(scoring.COLUMNS)))
+    table[:, scoring.NATS], table[:, scoring.BYTES], table[:, scoring.TOKENS] = nats, 100, 30
+    return table
+
+
+def test_a_resample_takes_the_same_documents_of_every_seed_it_takes():
+    bootstrap = CrossedBootstrap(seeds=3, documents=7, resamples=50, seed=0)
+    counts_RSG = bootstrap.counts_RG.reshape(50, 3, 7)
+    assert (counts_RSG.sum((1, 2)) == 21).all()
+    for counts_SG in counts_RSG:
+        assert np.linalg.matrix_rank(counts_SG) == 1  # how often a seed, times how often a document
+
+
+def test_noise_between_seeds_widens_the_interval_and_noise_shared_by_two_models_does_not():
+    generator = np.random.default_rng(0)
+    documents_G, seeds_S = generator.normal(200, 20, 40), np.array([-30.0, 0, 30])
+    quiet = table_of(np.tile(documents_G, 3))
+    noisy = table_of((documents_G + seeds_S[:, None]).ravel())
+    bootstrap = CrossedBootstrap(3, 40, 2000, seed=0)
+
+    def width(table):
+        found = scoring.estimate(0.0, bootstrap.bits_per_byte(table))
+        return found.high - found.low
+
+    assert width(noisy) > 2 * width(quiet)
+    better = noisy.copy()
+    better[:, scoring.NATS] -= 5
+    apart, _ = scoring.difference(bootstrap, noisy, better)
+    assert apart.value == pytest.approx(apart.low) == pytest.approx(apart.high)
+
+
+def test_holm_multiplies_the_smallest_by_all_and_keeps_the_order():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
+
+
+def test_a_run_counts_once_its_report_is_there(tmp_path):
+    for name in ("python-1", "python-2", "c-headers-1"):
+        (tmp_path / name / "report").mkdir(parents=True)
+        (tmp_path / name / "report" / "claims.json").touch()
+    (tmp_path / "python-3").mkdir()
+    runs = Runs.of(tmp_path)
+    assert runs.corpora == ["c-headers", "python"] and runs.seeds == 1
+    assert list(runs.folders["python"]) == [1, 2]
+    assert page(Runs({})) == "No run has finished yet."
+
+
+def test_an_unknown_corpus_is_one_line():
+    words = [sys.executable, "-m", "claims", "corpus=klingon", "seed=1"]
+    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == "claims: corpus=klingon is not one of python, headers, algebra (claims/sweep.yaml)\n"

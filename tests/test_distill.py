@@ -1,0 +1,75 @@
+"""The four cells of the distillation experiment are what their names say and differ in nothing else."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_evaluate import VOCAB, with_values, write_data
+
+from stages import distill
+from stages.data.shards import read_card
+from stages.files.artifacts import Refusal
+from stages.model.hub import build_student, build_teacher, save
+from stages.run.entry import Place
+from stages.training.fit import Distillation, Fit, NextToken
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, tiny_settings) -> Path:
+    root = tmp_path_factory.mktemp("checkout")
+    write_data(root / "artifacts/data")
+    tokenizer = read_card(root / "artifacts/data")["tokenizer_sha256"]
+    teacher = build_teacher(tiny_settings.teacher, VOCAB, tiny_settings.sequence_tokens, seed=7)
+    save(teacher, root / "artifacts/teacher", tokenizer_sha256=tokenizer)
+    return root
+
+
+def cells(root: Path, settings) -> dict[str, Fit]:
+    return {fit.name: fit for fit in distill.fits(settings, Place(root, root), lambda name, make: make())}
+
+
+def same(one: Fit, other: Fit) -> bool:
+    pairs = zip(one.model.state_dict().values(), other.model.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_cells_cross_start_and_targets_and_share_everything_else(root, tiny_settings):
+    found = cells(root, tiny_settings)
+    assert list(found) == ["student", "control", "warm_control", "cold_student"]
+    assert same(found["student"], found["warm_control"]) and same(found["control"], found["cold_student"])
+    assert not same(found["student"], found["control"])
+    for name in ("student", "cold_student"):
+        assert isinstance(found[name].objective, Distillation)
+    for name in ("control", "warm_control"):
+        assert isinstance(found[name].objective, NextToken)
+    recipes = {(fit.steps, fit.batch_sequences, fit.learning_rate_scale) for fit in found.values()}
+    assert len(recipes) == 1
+    plain = build_student(tiny_settings.student, VOCAB, tiny_settings.sequence_tokens, tiny_settings.seed)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), found["control"].model.parameters(), strict=True))
+    assert found["student"].prepared_flops == found["warm_control"].prepared_flops > 0
+    assert found["control"].prepared_flops == found["cold_student"].prepared_flops == 0
+
+
+def test_training_one_cell_leaves_the_start_of_the_others_alone(root, tiny_settings):
+    """The fits are built one after another, each after the one before was trained."""
+    starts = {}
+    for fit in distill.fits(tiny_settings, Place(root, root), lambda name, make: make()):
+        starts[fit.name] = {key: part.clone() for key, part in fit.model.state_dict().items()}
+        with torch.no_grad():
+            for parameter in fit.model.parameters():
+                parameter.add_(1.0)
+    for one, other in (("student", "warm_control"), ("control", "cold_student")):
+        assert all(torch.equal(part, starts[other][key]) for key, part in starts[one].items())
+
+
+def test_a_student_with_a_random_start_is_the_cold_one_and_is_trained_once(root, tiny_settings):
+    found = cells(root, with_values(tiny_settings, "distill", init="random"))
+    assert list(found) == ["student", "control", "warm_control"]
+    assert same(found["student"], found["control"]) and not same(found["warm_control"], found["control"])
+
+
+def test_where_nothing_of_the_teacher_fits_there_is_no_warm_cell_to_train(root, tiny_settings):
+    wider = with_values(tiny_settings, "student", width=2 * tiny_settings.teacher.width)
+    assert list(cells(root, with_values(wider, "distill", init="random"))) == ["student", "control"]
+    with pytest.raises(Refusal, match="distill.init to random"):
+        cells(root, wider)
