@@ -235,7 +235,13 @@ def slow(*arguments):
 class Run:
     metrics = text = lambda *a, **k: None
 
-scoring.window_scores, evaluate.cores = slow, lambda: 1
+quality_csv = evaluate.quality_csv
+
+def slow_csv(metrics):
+    time.sleep(1)  # all is counted: a signal meets it here too
+    return quality_csv(metrics)
+
+scoring.window_scores, evaluate.quality_csv, evaluate.cores = slow, slow_csv, lambda: 1
 try:
     evaluate.main(s.model_copy(update={"evaluate": quick}), Place(Path(sys.argv[1]), Path(sys.argv[2])), Run())
 except KeyboardInterrupt as interruption:
