@@ -11,6 +11,7 @@ beside the model's own, measured in the same run.
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -81,7 +82,9 @@ def main(settings, place: Place, run) -> dict:
     for word in e.formats:
         if word in EXTRAS:
             extra(*EXTRAS[word])  # refused before the first file is written
-    folders = [folder_of(word, place.root) for word in e.models]
+    folders = [folder_of(word, place.root).resolve() for word in e.models]
+    if twice := [name for name, count in Counter(folder.name for folder in folders).items() if count > 1]:
+        raise Refusal(f"export.models names two models {twice[0]}, which would be written into one folder: name one")
     torch.set_num_threads(cores())
     yardstick = read_yardstick(place, settings.sequence_tokens, e)
     evaluation = place.read("artifacts/evaluation.json")
@@ -93,7 +96,7 @@ def main(settings, place: Place, run) -> dict:
         for form, measured in forms(folder, place.write(f"export/{folder.name}"), e, yardstick, known):
             print(f"export: {folder.name} as {form}: {measured.bytes:,} bytes", flush=True)
             found[folder.name][form] = measured
-    print(table(found, e.prompts))
+    print(table(found, len(yardstick.prompts)))
     report(found, place, run)
     return {}
 
@@ -129,19 +132,25 @@ def forms(folder: Path, out: Path, e: Any, yardstick: Yardstick, known: dict | N
 
         for kind in e.gguf_kinds:
             path = out / f"{name}-{kind}.gguf"
-            try:
-                write_gguf(folder, path, kind)
-            except Refusal as refusal:
-                print(f"export: left out: {refusal}", flush=True)
-                continue
-            written = written_by_llama_cpp(path, yardstick)
-            yield f"gguf {kind}", measure(path, load_gguf(folder, path), model, yardstick, own, written, False)
+            if can_have(write_gguf, folder, path, kind):
+                written = written_by_llama_cpp(path, yardstick)
+                yield f"gguf {kind}", measure(path, load_gguf(folder, path), model, yardstick, own, written, False)
     if "onnx" in e.formats:
         from stages.formats.onnx_graph import OnnxModel, write_onnx
 
         path = out / f"{name}.onnx"
-        write_onnx(folder, path)
-        yield "onnx", measure(path, OnnxModel(path, cores()).logits, model, yardstick, own, None)
+        if can_have(write_onnx, folder, path):
+            yield "onnx", measure(path, OnnxModel(path, cores()).logits, model, yardstick, own, None)
+
+
+def can_have(write: Callable, *what: Any) -> bool:
+    """Writes a form; where the model has none of that kind, says why."""
+    try:
+        write(*what)
+    except Refusal as refusal:
+        print(f"export: left out: {refusal}", flush=True)
+        return False
+    return True
 
 
 # ---- measuring
