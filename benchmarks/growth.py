@@ -22,7 +22,7 @@ from benchmarks.timing import DEVICE, Ratio, Timings, interleaved
 from benchmarks.training_step import BALANCE_LOSS_WEIGHT, REFERENCE, new_teacher, teacher_step
 from stages.files.artifacts import write_atomically
 from stages.measure.flops import flops_per_token, total_parameters
-from stages.measure.memory import LiveBytes
+from stages.model.checkpointing import LiveBytes
 from stages.model.families.deepseek_v3.model import DeepseekV3 as Teacher
 from stages.model.families.deepseek_v3.model import DeepseekV3Shape as TeacherShape
 from stages.reporting.charts import curves, sheet

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks.peers import too_large
 from benchmarks.table import Row
 from benchmarks.timing import DEVICE, Action, Ratio, interleaved
-from stages.measure.memory import LiveBytes
+from stages.model.checkpointing import LiveBytes
 from stages.model.divergences import forward_kl
 from stages.model.losses import DistillationLoss
 

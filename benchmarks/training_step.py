@@ -15,10 +15,11 @@ from benchmarks.ceiling import DTYPES, ceiling, ceiling_flops, data_sheet_flops
 from benchmarks.peers import peer_model, peer_models, transformers_is_here
 from benchmarks.table import Row
 from benchmarks.timing import DEVICE, Action, Timings, interleaved, one_by_one
-from stages.measure.flops import Counter, flops_per_token
+from stages.measure.flops import flops_per_token
 from stages.model.families.deepseek_v3.model import DeepseekV3 as Teacher
 from stages.model.families.deepseek_v3.model import DeepseekV3Shape as TeacherShape
 from stages.model.layers import initialise
+from stages.model.operations import Counter
 from stages.training.fit import NextToken, compile_blocks, split_targets
 
 # 4 layers, width 256, 8 experts, top-2, expert width 512: what reference points were measured at

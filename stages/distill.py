@@ -119,11 +119,12 @@ def summaries(recipe) -> dict[str, str]:
 def main(settings, place: Place, run) -> dict:
     result, conditions = launch(fits, settings, place, INPUTS, run)
     # A cell that is the same training as another is trained once and kept under both names.
-    for twin, name in (("cold_student", "student"), ("warm_control", "control")):
-        if twin not in result:
-            result[twin] = result[name]
-            for file in sorted(place.write(f"artifacts/{name}").iterdir()):
-                write_atomically(place.write(f"artifacts/{twin}/{file.name}"), file.read_bytes())
+    twins = {"cold_student": "student", "warm_control": "control"}
+    twins = {twin: name for twin, name in twins.items() if twin not in result}
+    for twin, name in twins.items():
+        result[twin] = result[name]
+        for file in sorted(place.write(f"artifacts/{name}").iterdir()):
+            write_atomically(place.write(f"artifacts/{twin}/{file.name}"), file.read_bytes())
     write_curves(place, "distill", result)
     write_costs(place, "distill", result)
     batches = settings.distill.steps * settings.trainer.accumulate_grad_batches
@@ -137,8 +138,11 @@ def main(settings, place: Place, run) -> dict:
     }
     write_json(place.write("metrics/distill.json"), rounded(metrics))
     run.metrics({k: v for k, v in metrics.items() if k.endswith("bits_per_byte")})
-    for name, summary in summaries(settings.distill).items():
-        parents = () if name == "control" else ("teacher",)
+    how = summaries(settings.distill)
+    for name in how:
+        trained_as = twins.get(name, name)
+        parents = () if trained_as == "control" else ("teacher",)
+        summary = how[trained_as] + f" It was trained once, as `{trained_as}`." * (name in twins)
         figures = {"validation_bits_per_byte": result[name]["validation_bits_per_byte"], "tokens": metrics["tokens"]}
         complete_folder(place, name, summary, parents, figures, settings.sequence_tokens)
     run.model(place.write("artifacts/student"))

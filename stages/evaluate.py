@@ -27,8 +27,9 @@ from stages.data.shards import Tokens, load_tokenizer
 from stages.files.artifacts import rounded, write_atomically, write_json
 from stages.files.resuming import Interruption, ResumeState, resume_key
 from stages.measure import flops as cost
-from stages.measure import memory, scoring
+from stages.measure import scoring
 from stages.measure.subjects import CONTROLS, MODELS, PRODUCTS, load_models, training_loss
+from stages.model import checkpointing
 from stages.model.generation import generate
 from stages.model.layers import can_compile
 from stages.run.entry import Place, run_stage
@@ -109,7 +110,7 @@ def count(settings, loaded: dict, stream: scoring.Stream, tables: dict, split_to
         name: quality(bootstrap, tables[name], name != "teacher") | size(model, T)
         for name, model in loaded.items()
     }
-    policies = memory.policies(e.checkpoint_every_blocks, len(teacher.blocks))
+    policies = checkpointing.policies(e.checkpoint_every_blocks, len(teacher.blocks))
     loss_of = training_loss(teacher, stream.tokens, e.checkpoint_batch_sequences, T)
     tokens, n_bytes = int(tables["teacher"][:, scoring.TOKENS].sum()), int(stream.document_bytes.sum())
     return {
@@ -117,7 +118,7 @@ def count(settings, loaded: dict, stream: scoring.Stream, tables: dict, split_to
         "models": figures,
         "comparisons": comparisons(bootstrap, tables, figures),
         "controls": control_differences(bootstrap, tables),
-        "checkpointing": memory.compare_policies(teacher, policies, loss_of),
+        "checkpointing": checkpointing.compare_policies(teacher, policies, loss_of),
     }
 
 

@@ -11,9 +11,11 @@ beside the model's own, measured in the same run.
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +83,9 @@ def main(settings, place: Place, run) -> dict:
     for word in e.formats:
         if word in EXTRAS:
             extra(*EXTRAS[word])  # refused before the first file is written
-    folders = [folder_of(word, place.root) for word in e.models]
+    folders = [folder_of(word, place.root).resolve() for word in e.models]
+    if twice := [name for name, count in Counter(folder.name for folder in folders).items() if count > 1]:
+        raise Refusal(f"export.models names two models {twice[0]}, which would be written into one folder: name one")
     torch.set_num_threads(cores())
     yardstick = read_yardstick(place, settings.sequence_tokens, e)
     evaluation = place.read("artifacts/evaluation.json")
@@ -93,7 +97,7 @@ def main(settings, place: Place, run) -> dict:
         for form, measured in forms(folder, place.write(f"export/{folder.name}"), e, yardstick, known):
             print(f"export: {folder.name} as {form}: {measured.bytes:,} bytes", flush=True)
             found[folder.name][form] = measured
-    print(table(found, e.prompts))
+    print(table(found, len(yardstick.prompts)))
     report(found, place, run)
     return {}
 
@@ -129,19 +133,25 @@ def forms(folder: Path, out: Path, e: Any, yardstick: Yardstick, known: dict | N
 
         for kind in e.gguf_kinds:
             path = out / f"{name}-{kind}.gguf"
-            try:
-                write_gguf(folder, path, kind)
-            except Refusal as refusal:
-                print(f"export: left out: {refusal}", flush=True)
-                continue
-            written = written_by_llama_cpp(path, yardstick)
-            yield f"gguf {kind}", measure(path, load_gguf(folder, path), model, yardstick, own, written, False)
+            if can_have(write_gguf, folder, path, kind):
+                written = written_by_llama_cpp(path, yardstick)
+                yield f"gguf {kind}", measure(path, load_gguf(folder, path), model, yardstick, own, written, False)
     if "onnx" in e.formats:
         from stages.formats.onnx_graph import OnnxModel, write_onnx
 
         path = out / f"{name}.onnx"
-        write_onnx(folder, path)
-        yield "onnx", measure(path, OnnxModel(path, cores()).logits, model, yardstick, own, None)
+        if can_have(write_onnx, folder, path):
+            yield "onnx", measure(path, OnnxModel(path, cores()).logits, model, yardstick, own, None)
+
+
+def can_have(write: Callable, *what: Any) -> bool:
+    """Writes a form; where the model has none of that kind, says why."""
+    try:
+        write(*what)
+    except Refusal as refusal:
+        print(f"export: left out: {refusal}", flush=True)
+        return False
+    return True
 
 
 # ---- measuring
@@ -177,11 +187,11 @@ def measure(
         bytes=sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir())),
         bits_per_byte=nats / math.log(2) / (tokens * yardstick.bytes_per_token),
         largest_logit_difference=difference,
-        equal_continuations=written and sum(a == b for a, b in zip(written.texts, own.texts, strict=True)),
+        equal_continuations=sum(map(eq, written.texts, own.texts)) if written else None,
         score_tokens_per_second=tokens / seconds["form"] if by_its_runtime else None,
         score_speedup=seconds["own"] / seconds["form"] if by_its_runtime else None,
-        write_tokens_per_second=written and written.tokens_per_second,
-        write_speedup=written and written.tokens_per_second / own.tokens_per_second,
+        write_tokens_per_second=written.tokens_per_second if written else None,
+        write_speedup=written.tokens_per_second / own.tokens_per_second if written else None,
     )
 
 

@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from stages.data.shards import Tokens
 from stages.files.artifacts import rounded, write_json
 from stages.measure import flops as cost
-from stages.measure import memory
+from stages.measure.breakdown import seconds_by_part
 from stages.measure.scoring import Estimate
 from stages.measure.subjects import PRODUCTS, device_name, load_models, training_loss
+from stages.model import checkpointing
 from stages.model.experts import route
 from stages.model.families.family import Routing
 from stages.model.families.registry import family_of
@@ -48,7 +49,7 @@ def main(settings, place: Place, run) -> dict:
     loaded = load_models(place.read("artifacts"), split.vocab_size, PRODUCTS)  # a control has the shape of one of them
     tokens = split.window(0, min(len(split), e.checkpoint_batch_sequences * (T + 1) + p.prefill_tokens))
     teacher = loaded["teacher"]
-    policies = memory.policies(e.checkpoint_every_blocks, len(teacher.blocks))
+    policies = checkpointing.policies(e.checkpoint_every_blocks, len(teacher.blocks))
     losses = {name: training_loss(loaded[name], tokens, e.checkpoint_batch_sequences, T) for name in COMPRESSED}
 
     print(f"profile: {len(loaded)} models, {p.repetitions} repetitions of each timing", flush=True)
@@ -87,7 +88,7 @@ def latency(loaded: dict, tokens: np.ndarray, prefill_tokens: int, decode_tokens
             reader.forget(decode_tokens)
 
         prefills[name], decodes[name] = prefill, decode
-        live = memory.LiveBytes(model)
+        live = checkpointing.LiveBytes(model)
         with live, live.record():
             prefill()
         weights = sum(parameter.nbytes for parameter in model.parameters())
@@ -98,7 +99,19 @@ def latency(loaded: dict, tokens: np.ndarray, prefill_tokens: int, decode_tokens
         name: cost.median_and_quartiles("prefill_seconds", prefilled[name])
         | cost.median_and_quartiles("decode_seconds_per_token", decoded[name] / decode_tokens)
         | peaks[name]
+        | parts_of(loaded[name], prefills[name], decodes[name], decode_tokens, repetitions)
         for name in loaded
+    }
+
+
+def parts_of(model, prefill: Callable, decode: Callable, decode_tokens: int, repetitions: int) -> dict[str, dict]:
+    """What the time of the two goes into; nothing on a GPU, where the host's clock does not see it."""
+    if torch.cuda.is_available():
+        return {}
+    decoded = seconds_by_part(model, decode, repetitions)
+    return {
+        "prefill_seconds_by_part": seconds_by_part(model, prefill, repetitions),
+        "decode_seconds_per_token_by_part": {part: seconds / decode_tokens for part, seconds in decoded.items()},
     }
 
 
@@ -106,7 +119,7 @@ def checkpointing_time(model, policies: list[str], loss_of, repetitions: int, se
     """Forward and backward under each policy against none; the optimiser, the same for all, is left out."""
 
     def step(policy):
-        with memory.checkpointed(model, policy):
+        with checkpointing.checkpointed(model, policy):
             loss_of().backward()
         model.zero_grad(set_to_none=True)
 
@@ -117,7 +130,7 @@ def checkpointing_time(model, policies: list[str], loss_of, repetitions: int, se
         rows[name] = Estimate(ratio, low, high).named("step_seconds_ratio")
         rows[name] |= cost.median_and_quartiles("step_seconds", seconds[name]) | {"repetitions": len(seconds[name])}
         if torch.cuda.is_available():
-            rows[name]["allocator_peak_bytes"] = memory.device_peak_bytes(model, name, loss_of)
+            rows[name]["allocator_peak_bytes"] = checkpointing.device_peak_bytes(model, name, loss_of)
     return rows
 
 

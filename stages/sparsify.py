@@ -34,6 +34,7 @@ def fits(settings, place: Place, keep: Callable) -> Iterator:
     from stages.training.fit import Distillation, Fit, NextToken
 
     recipe, data = settings.sparsify.recovery, place.read("artifacts/data")
+    multiple = settings.sparsify.neuron_multiple
     windows = Windows(Tokens(data, "train"), settings.sequence_tokens, settings.seed + 1)
     batches = settings.sparsify.calibration_sequences // CALIBRATION_SEQUENCES
     *calibration, held_out = (windows.batch(i, 0, 1, CALIBRATION_SEQUENCES) for i in range(batches + 1))
@@ -47,10 +48,14 @@ def fits(settings, place: Place, keep: Callable) -> Iterator:
     }
     for name in ("teacher", "student"):
         dense = models.load(place.read(f"artifacts/{name}"))
-        shares = {key.removeprefix("keep_"): share for key, share in vars(getattr(settings.sparsify, name)).items()}
+        wanted = vars(getattr(settings.sparsify, name))
+        shares = {key.removeprefix("keep_"): share for key, share in wanted.items() if key.startswith("keep_")}
+        settle = mean_count(dense.shape, shares, wanted.get("expert_choice"), calibration)
         words = vars(settings.sparsify.score)
-        kept = keep(f"{name}_calibration", partial(calibrate, dense, shares, words, calibration, [held_out]))
-        sparse = prune(dense, shares, kept["importance"])
+        look = partial(calibrate, dense, shares, multiple, words, calibration, [held_out], settle)
+        kept = keep(f"{name}_calibration", look)
+        sparse = prune(dense, shares, kept["importance"], multiple)
+        settle(sparse)
         yield Fit(
             name=f"sparse_{name}",
             model=sparse,
@@ -59,6 +64,8 @@ def fits(settings, place: Place, keep: Callable) -> Iterator:
             ),
             out=f"artifacts/sparse_{name}",
             notes={"one_shot_loss_ratio": kept["one_shot_loss_ratio"]},
+            bias_update_rate=wanted.get("bias_update_rate", 0.0),
+            finish=settle,
             prepared_flops=CALIBRATION_PASSES
             * round(forward_flops(dense.shape, calibration_tokens, settings.sequence_tokens)),
             **common,
@@ -72,14 +79,38 @@ def fits(settings, place: Place, keep: Callable) -> Iterator:
         )
 
 
-def calibrate(dense, shares: dict[str, float], words: dict[str, str], calibration: list, held_out: list) -> dict:
+def mean_count(shape, shares: dict[str, float], expert_choice: str | None, calibration: list) -> Callable:
+    """What sets the number of experts per token of a pruned model by confidence; nothing where the number is fixed.
+
+    Then each token may take as many as before, and the mean is the number that would else be fixed: `shares` changes.
+    """
+    from stages.compress.pruning import pruned_shape
+    from stages.model.families.deepseek_v3.confidence import settle
+
+    if expert_choice != "confidence":
+        return lambda model: None
+    mean = pruned_shape(shape, shares).experts_per_token
+    shares["experts_per_token"] = 1.0
+    return lambda model: settle(model, mean, calibration)
+
+
+def calibrate(
+    dense,
+    shares: dict[str, float],
+    multiple: int,
+    words: dict[str, str],
+    calibration: list,
+    held_out: list,
+    settle: Callable,
+) -> dict:
     """What decides which structures go, and how much worse the model is right after they went."""
     from stages.compress.pruning import prune
     from stages.compress.scores import importance
     from stages.training.fit import validation_nats
 
     scores = importance(dense, calibration, words)
-    sparse = prune(dense, shares, scores)
+    sparse = prune(dense, shares, scores, multiple)
+    settle(sparse)
     before, after = (validation_nats(model, held_out).item() for model in (dense, sparse))
     return {"importance": scores, "one_shot_loss_ratio": after / before}
 
@@ -97,6 +128,8 @@ def main(settings, place: Place, run) -> dict:
     metrics = {f"{name}_validation_bits_per_byte": fit["validation_bits_per_byte"] for name, fit in result.items()}
     for name in ("sparse_teacher", "sparse_student"):
         metrics[f"{name}_one_shot_loss_ratio"] = result[name]["notes"]["one_shot_loss_ratio"]
+    violations = result["sparse_teacher"]["max_violation"]
+    metrics |= {f"sparse_teacher_max_violation_{layer}": value for layer, value in enumerate(violations)}
     write_json(place.write("metrics/sparsify.json"), rounded(metrics))
     run.metrics(metrics)
     for name, fit in result.items():

@@ -179,6 +179,10 @@ def test_profile_times_every_shape_every_policy_and_the_router(evaluated, settin
     for row in measured["latency"].values():
         assert row["prefill_seconds"] > 0 and row["decode_seconds_per_token"] > 0
         assert row["prefill_peak_bytes"] > row["weight_bytes"] > 0
+        for key in ("prefill_seconds", "decode_seconds_per_token"):
+            parts = row[f"{key}_by_part"]
+            assert set(parts) == {"embedding", "attention", "mlp", "norms", "head", "rest"}
+            assert all(seconds > 0 for seconds in parts.values())
     assert measured["checkpointing"].keys() == {row["policy"] for row in evaluated.metrics["checkpointing"]}
     assert measured["checkpointing"]["none"]["step_seconds_ratio"] == 1
     assert measured["router"]["repetitions"] >= 2

@@ -14,6 +14,7 @@ from test_teacher import SHAPE as TEACHER
 from stages import export
 from stages.files.artifacts import Refusal
 from stages.model.hub import load
+from stages.run.commandline import _readers
 from stages.run.entry import Place
 
 WIDTHS = {"width": 64, "head_dim": 32, "mlp_width": 96}
@@ -103,6 +104,16 @@ def test_onnx_runtime_gives_the_models_logits_for_any_batch_and_length(shape, tm
             torch.testing.assert_close(graph.logits(tokens_BT), model(tokens_BT), rtol=1e-4, atol=1e-4)
 
 
+def test_a_softmax_teacher_which_transformers_lacks_has_no_onnx(tmp_path):
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(module, reason="the extra onnx is not installed")
+    from stages.formats.onnx_graph import write_onnx
+
+    folder = completed(tmp_path, replace(TEACHER, gating="softmax", **WIDE))
+    with pytest.raises(Refusal, match="no ONNX of model_type 'offramp_softmax_moe'"):
+        write_onnx(folder, tmp_path / "model.onnx")
+
+
 @pytest.mark.parametrize(("form", "module"), [("gguf", "gguf"), ("gguf", "xllamacpp"), ("onnx", "onnxruntime")])
 def test_a_missing_extra_is_one_line_before_any_file(root, tiny_settings, tmp_path, monkeypatch, form, module):
     for others in ("gguf", "xllamacpp", "onnx", "onnxscript", "onnxruntime"):
@@ -116,6 +127,8 @@ def test_a_missing_extra_is_one_line_before_any_file(root, tiny_settings, tmp_pa
 def test_a_folder_that_is_not_complete_or_of_other_data_is_refused(root, tiny_settings, tmp_path):
     with pytest.raises(Refusal, match="no model of that name"):
         exported(root, tmp_path / "out", tiny_settings, models=("nobody",), formats=("hf",))
+    with pytest.raises(Refusal, match="names two models student"):
+        exported(root, tmp_path / "out", tiny_settings, models=("student", "student"), formats=("hf",))
     shutil.copytree(root / "artifacts/student", tmp_path / "bare")
     for name in ("tokenizer.json", "README.md"):
         (tmp_path / "bare" / name).unlink()
@@ -126,3 +139,8 @@ def test_a_folder_that_is_not_complete_or_of_other_data_is_refused(root, tiny_se
     (tmp_path / "foreign/config.json").write_text(json.dumps(config))
     with pytest.raises(Refusal, match="another tokenizer than artifacts/data has"):
         exported(root, tmp_path / "out", tiny_settings, models=(str(tmp_path / "foreign"),), formats=("hf",))
+
+
+def test_a_stage_that_is_given_a_setting_of_the_command_is_told_who_reads_it():
+    assert _readers({"export"}, "distill") == "python -m stages.export does"
+    assert _readers({"distill"}, "export") == "distill does", "of a command no stage's outs are named"

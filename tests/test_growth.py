@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import growth
 from benchmarks.table import of_this_machine
-from stages.measure.memory import saved_bytes
+from stages.model.checkpointing import saved_bytes
 from stages.training.fit import NextToken
 from tests.test_benchmarks import SHAPE
 

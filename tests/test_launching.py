@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from stages import pretrain as pretraining
-from stages.files.artifacts import ROOT, Refusal
+from stages.files.artifacts import ROOT, Refusal, sha256_of
 from stages.run.entry import Place
 from stages.training import environment as variables
 from stages.training import launch as launching
@@ -303,3 +303,29 @@ def test_gradients_of_two_batches_add_up_to_those_of_one_that_is_as_large(tree, 
     one, two = weights
     for name in one:  # the sums differ in the last bit, and Muon rounds to bfloat16
         assert (one[name] - two[name]).norm() < 0.02 * one[name].norm(), name
+
+
+def test_a_budget_of_activations_changes_what_is_recomputed_and_not_a_byte_of_the_model(tree):
+    hashes, loads = [], []
+    for number, budget in enumerate(("null", "1500000")):
+        out = f"outputs/budget-{number}"
+        done = by_hand(
+            tree, "pretrain.steps=2", f"trainer.activation_memory_bytes={budget}", "trainer.precision=32-true",
+            f"hydra.run.dir={out}",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        said = re.search(r"teacher: keeps ([\d,]+) bytes \((\w+)\), [\d.]+% of a forward pass again", done.stdout)
+        assert bool(said) == (budget != "null")
+        if said:
+            assert int(said[1].replace(",", "")) <= 1_500_000 and said[2] != "none"
+        hashes.append(sha256_of(tree / out / "artifacts/teacher"))
+        loads.append(json.loads((tree / out / "metrics/pretrain.json").read_text()))
+    assert hashes[0] == hashes[1] and loads[0] == loads[1]
+
+
+def test_a_budget_out_of_reach_is_refused_in_one_line_with_what_can_be_reached(tree):
+    done = by_hand(tree, "trainer.activation_memory_bytes=1000", "hydra.run.dir=outputs/refused")
+    (line,) = [line for line in done.stderr.splitlines() if "activation_memory_bytes" in line]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "keeps so little for teacher (4 sequences of 64 tokens on a rank): set it to " in line
+    assert not (tree / "outputs/refused/artifacts/teacher").exists()

@@ -1,6 +1,8 @@
 """A student as GGUF in a real llama.cpp: the same tokens, and its server on the loopback interface."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,12 +108,28 @@ def test_what_has_no_gguf_is_refused(tmp_path, student):
     from test_teacher import SHAPE as TEACHER
 
     save(new_model(TEACHER, 1), tmp_path / "teacher")
-    with pytest.raises(Refusal, match="no GGUF of model_type 'deepseek_v3'"):
+    with pytest.raises(Refusal, match="no GGUF of the family deepseek_v3"):
         write_gguf(tmp_path / "teacher", tmp_path / "a.gguf", "f32")
     narrow = completed(tmp_path, replace(STUDENT, mlp_width=40))
     with pytest.raises(Refusal, match="has rows of 40, q8_0 needs a multiple of 32"):
         write_gguf(narrow, tmp_path / "a.gguf", "q8_0")
+    content = read_json(student / "tokenizer.json")
+    for change in ({"pre_tokenizer": {"type": "Whitespace"}}, {"normalizer": {"type": "NFC"}}, {"pre_tokenizer": None}):
+        shutil.copytree(student, tmp_path / "copy", dirs_exist_ok=True)
+        (tmp_path / "copy/tokenizer.json").write_text(json.dumps(content | change))
+        with pytest.raises(Refusal, match="another word pattern than GPT-2's"):
+            write_gguf(tmp_path / "copy", tmp_path / "a.gguf", "f32")
     assert not list(tmp_path.glob("*.gguf"))
+
+
+def test_a_padded_embedding_has_as_many_tokens_there(tmp_path):
+    folder = completed(tmp_path, replace(STUDENT, vocab_size=BPE.vocab_size + 5))
+    model = decided(folder)
+    write_gguf(folder, tmp_path / "student.gguf", "f32")
+    with llama_cpp()(tmp_path / "student.gguf", 1, 64) as server:
+        ids = BPE.encode("def first():\n")
+        assert server.tokens("def first():\n") == ids
+        assert server.greedy(ids, 8)[0] == generate(model, ids, 8, end_of_text=BPE.end_of_text)
 
 
 @pytest.fixture

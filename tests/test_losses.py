@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.measure.memory import LiveBytes
+from stages.model.checkpointing import LiveBytes
 from stages.model.divergences import DIVERGENCES, SKEW, forward_kl
 from stages.model.losses import Chunk, DistillationLoss, by_autograd, forward_kl_in_place, next_token
 from stages.settings.schema import SoftTargets

@@ -61,7 +61,8 @@ def repository(tmp_path):
             "outs": ["artifacts/made", "measurements/make.json", "provenance/make.json"],
         },
         "use": {
-            "deps": ["artifacts/made/one.txt", "stages/use.py"], "params": [{"resolved.yaml": ["seed"]}],
+            "deps": ["artifacts/made/one.txt", "measurements/make.json", "stages/use.py"],
+            "params": [{"resolved.yaml": ["seed"]}],
             "outs": ["artifacts/used.txt"], "metrics": [{"metrics/use.json": {"cache": False}}],
         },
     }}))  # fmt: skip
@@ -80,7 +81,7 @@ def test_a_record_names_what_was_read_and_written_and_the_figures_that_people_co
     own = {"conditions": {"ranks": 2}, "inputs": {"corpus": "ab"}}
     record = provenance.record("use", own, repository)
     assert record["conditions"]["ranks"] == 2 and record["conditions"]["torch"].startswith("2.")
-    assert record["inputs"].keys() == {"corpus", "artifacts/made/one.txt"}
+    assert record["inputs"].keys() == {"corpus", "artifacts/made/one.txt"}, "no timings: no two runs share them"
     assert record["outs"].keys() == {"artifacts/used.txt", "metrics/use.json"}
     assert record["metrics"] == {"models.student.bits_per_byte": 1.5}
     made = provenance.record("make", {}, repository)["outs"].keys()

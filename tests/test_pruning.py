@@ -139,6 +139,9 @@ def test_teacher_shapes_shrink_uniformly_and_keep_their_invariants():
     assert (shape.heads, shape.experts, shape.experts_per_token) == (3, 2, 2), "k <= experts left"
     assert shape.dense_width == 32, "29 neurons, to a multiple of 8"
     assert shape.expert_width == 10, "small widths are not rounded"
+    wide = pruned_shape(replace(TEACHER, dense_width=512), {"neurons": 0.55}, neuron_multiple=64)
+    assert wide.dense_width == 256
+    assert pruned_shape(wide, {"neurons": 0.45}, 64).dense_width == 115, "below two multiples, as it is"
     hardly_any = dict.fromkeys(("heads", "neurons", "experts", "experts_per_token"), 0.01)
     assert pruned_shape(TEACHER, hardly_any).heads == 1, "never a whole layer"
     student = pruned_shape(STUDENT, {"heads": 0.67, "neurons": 0.5})

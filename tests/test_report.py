@@ -17,7 +17,7 @@ import pytest
 from stages import plan, report
 from stages.data import shards
 from stages.files.artifacts import ROOT, Refusal, read_json, write_json
-from stages.reporting import charts, claims, controls, drawing, wording
+from stages.reporting import charts, claims, controls, drawing, figures, wording
 from stages.settings.compose import compose
 from stages.settings.schema import validate
 
@@ -713,3 +713,41 @@ def test_figures_that_dvc_did_not_record_are_refused_by_name(tmp_path):
     (tmp_path / "dvc.lock").write_text("stages: {evaluate")
     with pytest.raises(Refusal, match="dvc.lock is damaged"):
         report.refuse_altered(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("saved", "ratio", "said"),
+    [
+        (0.65, 1.10, "+15.0% time: reached, “all but last” gives −65.0% for +10.0%."),
+        (0.65, 1.19, "+15.0% time: missed, “all but last” gives −65.0% for +19.0%."),
+        (0.55, 1.05, "+15.0% time: missed, no policy saves so much."),
+    ],
+)
+def test_a_missed_target_of_activation_memory_is_printed_as_a_miss(saved, ratio, said):
+    row = {"policy": "all_but_last", "memory_saved": saved, "gradients_equal": True}
+    wrong = {"policy": "every_1", "memory_saved": 0.9, "gradients_equal": False}
+    time = dict.fromkeys(("step_seconds_ratio", "step_seconds_ratio_low", "step_seconds_ratio_high"), ratio)
+    measured = {"all_but_last": time, "every_1": dict.fromkeys(time, 1.0)}
+    assert figures.memory_target({"checkpointing": [row, wrong]}, measured).endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("cut", "time", "lost", "verdict"),
+    [
+        (0.32, 0.7, 0.005, "reached"),
+        (0.32, 0.8, 0.005, "missed"),
+        (0.32, 0.7, 0.02, "missed"),
+        (0.2, 0.7, 0.0, "missed"),
+    ],
+)
+def test_a_pruned_model_reaches_its_target_only_in_operations_time_and_quality_together(cut, time, lost, verdict):
+    def latency(factor):
+        parts = {"attention": 0.01 * factor, "head": 0.002}
+        both = {"prefill_seconds": 0.03 * factor, "decode_seconds_per_token": 0.002}
+        return both | {"prefill_seconds_by_part": parts}
+
+    evaluated = {"comparisons": {"sparse_teacher": {"flops_cut": cut, "quality_lost": lost}}}
+    table = figures.speed_table(evaluated, {"latency": {"teacher": latency(1), "sparse_teacher": latency(time)}})
+    prefill, decode = table.rows
+    assert prefill[0] == "teacher, prefill" and prefill[4] == verdict and decode[4] == "missed"
+    assert f"attention 10 → {10 * time:g}, head 2 → 2" in prefill[5] and decode[5] == "–"

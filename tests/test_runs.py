@@ -248,7 +248,7 @@ def test_a_preset_is_refused_only_where_the_stage_reads_nothing_of_it():
     with pytest.raises(Refusal, match="^scale: report does not read it; prepare, .* evaluate and profile do"):
         commandline.refuse_without_effect(parser.parse_overrides(["scale=tiny"]), "report", ("seed",))
     for word in ("logger=[csv,dvclive]", "callbacks=throughput", "logger.csv.name=mine"):
-        with pytest.raises(Refusal, match=": evaluate does not read it; pretrain, distill and sparsify do"):
+        with pytest.raises(Refusal, match=": evaluate does not read it; pretrain, distill, sparsify"):
             commandline.refuse_without_effect(parser.parse_overrides([word]), "evaluate", ("evaluate", "seed"))
 
 

@@ -18,15 +18,20 @@ from stages.model.families.prunable import Cut
 from stages.model.families.registry import family_of
 from stages.model.hub import empty_model
 
+NEURON_MULTIPLE = 8  # which matrix units and grouped kernels want
+
 
 @torch.no_grad()
-def prune(model: Any, keep: Mapping[str, float], scores: Mapping[str, Tensor]) -> Any:
+def prune(
+    model: Any, keep: Mapping[str, float], scores: Mapping[str, Tensor], neuron_multiple: int = NEURON_MULTIPLE
+) -> Any:
     """A new model of the same family that keeps the most important share of each structure, all layers alike.
 
-    `keep` has the share, in (0, 1], of each structure that shall shrink; `scores` is what `importance` gives.
+    `keep` has the share, in (0, 1], of each structure that shall shrink; `scores` is what `importance` gives. The
+    neurons left of an MLP are a multiple of `neuron_multiple`, where there are twice as many.
     """
     family = family_of(model.shape)
-    smaller = empty_model(pruned_shape(model.shape, keep))
+    smaller = empty_model(pruned_shape(model.shape, keep, neuron_multiple))
     left = {place.name: place.units for place in family.prunable(smaller)}
     dense: dict[str, Tensor] = model.state_dict()
     state: dict[str, Tensor] = {}
@@ -41,13 +46,13 @@ def prune(model: Any, keep: Mapping[str, float], scores: Mapping[str, Tensor]) -
     return smaller.requires_grad_().train(model.training)
 
 
-def pruned_shape(shape: Any, keep: Mapping[str, float]) -> Any:
+def pruned_shape(shape: Any, keep: Mapping[str, float], neuron_multiple: int = NEURON_MULTIPLE) -> Any:
     """The shape that is left; a share that the family does not know is refused unless it keeps everything."""
     known = set()
 
     def kept(structure: str, total: int) -> int:
         known.add(structure)
-        return _kept(structure, keep.get(structure, 1.0), total)
+        return _kept(structure, keep.get(structure, 1.0), total, neuron_multiple)
 
     family = family_of(shape)
     smaller = family.pruned_shape(shape, kept)
@@ -57,13 +62,13 @@ def pruned_shape(shape: Any, keep: Mapping[str, float]) -> Any:
     return smaller
 
 
-def _kept(structure: str, share: float, total: int) -> int:
+def _kept(structure: str, share: float, total: int, neuron_multiple: int) -> int:
     if not 0 < share <= 1:
         raise Refusal(f"keep_{structure} = {share}: the share to keep must be above 0 and at most 1")
     count = max(1, int(share * total + 0.5))
-    if structure != "neurons" or count < 16 or count == total:
+    if structure != "neurons" or count < 2 * neuron_multiple or count == total:
         return count
-    return min(total, (count + 4) // 8 * 8)  # a multiple of 8, which matrix units and grouped kernels want
+    return min(total, (count + neuron_multiple // 2) // neuron_multiple * neuron_multiple)
 
 
 def most_important(score: Tensor, count: int) -> Tensor:

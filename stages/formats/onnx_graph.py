@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages.files.artifacts import written_whole
+from stages.files.artifacts import Refusal, read_json, written_whole
 from stages.formats.extras import extra
 
 INPUT, OUTPUT = "input_ids", "logits"
@@ -32,8 +32,10 @@ class _Scores(nn.Module):
 
 
 def write_onnx(folder: Path, path: Path) -> None:
-    """Writes the graph of a model folder, float32, with its weights inside."""
+    """Writes the graph, float32, with its weights inside; a model that transformers does not know is refused."""
     _, _, transformers = extra("onnx", "onnx", "onnxscript", "transformers")
+    if (kind := read_json(folder / "config.json")["model_type"]) not in transformers.CONFIG_MAPPING:
+        raise Refusal(f"{folder}: no ONNX of model_type {kind!r}: its graph comes from transformers, which lacks it")
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, experts_implementation="batched_mm"  # the one that ONNX has operators for
     ).eval()

@@ -22,7 +22,7 @@ from stages.model.layers import SwiGLU, for_matmuls
 
 
 class Routing(NamedTuple):
-    expert_index_NK: Tensor
+    expert_index_NK: Tensor  # E where a token takes fewer than K experts
     load_E: Tensor  # float32 count of tokens that each expert received in this forward
     balance_loss: Tensor | None  # scalar, 1 where the load is even; None where no gradient is wanted
 
@@ -60,6 +60,27 @@ def route(
             # 1e-20 as in DeepSeek's own code: chosen sigmoids that all underflow must not divide by zero
             weight_NK = chosen_NK / (chosen_NK.sum(dim=-1, keepdim=True) + 1e-20) * route_scale
     return Gates(weight_NK, index_NK, score_NE)
+
+
+def share_before(weight_NK: Tensor) -> Tensor:
+    """Of each chosen expert: the share of the token's gate weight that its heavier experts hold, 0 for the heaviest."""
+    heavy_NK, order_NK = weight_NK.sort(dim=-1, descending=True, stable=True)
+    before_NK = (heavy_NK.cumsum(dim=-1) - heavy_NK) / heavy_NK.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+    return torch.empty_like(before_NK).scatter_(-1, order_NK, before_NK)
+
+
+def confident(gates: Gates, gate_mass: float) -> Gates:
+    """Only the heaviest experts of a token, up to the one with which they hold `gate_mass` of its weight (top-p).
+
+    Huang et al. 2024, "Harder Tasks Need More Experts", there over all experts, here over the K chosen ones. What is
+    left keeps the sum of weights. An expert that goes gets the index E and the weight 0.
+    """
+    stays_NK = share_before(gates.weight_NK.detach()) < gate_mass
+    total_N1 = gates.weight_NK.sum(dim=-1, keepdim=True)
+    weight_NK = gates.weight_NK * stays_NK
+    weight_NK = weight_NK * (total_N1 / weight_NK.sum(dim=-1, keepdim=True).clamp(min=1e-20))
+    index_NK = torch.where(stays_NK, gates.expert_index_NK, gates.score_NE.shape[-1])
+    return Gates(weight_NK, index_NK, gates.score_NE)
 
 
 def balance_loss(load_GE: Tensor, score_NE: Tensor, gating: str) -> Tensor:
@@ -101,6 +122,7 @@ class MoE(nn.Module):
         shared_experts: int,
         gating: str,
         route_scale: float,
+        gate_mass: float = 1.0,
     ):
         super().__init__()
         self.router_weight = nn.Parameter(torch.empty(experts, width))
@@ -111,6 +133,7 @@ class MoE(nn.Module):
         self.experts_per_token = experts_per_token
         self.gating = gating
         self.route_scale = route_scale
+        self.gate_mass = gate_mass
 
     def gates(self, x_ND: Tensor) -> Gates:
         return route(
@@ -120,12 +143,15 @@ class MoE(nn.Module):
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing]:
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         gates = self.gates(x_ND)
+        experts, nobody = len(self.bias), 0
+        if self.gate_mass < 1:
+            gates, nobody = confident(gates, self.gate_mass), 1  # one more to count what no expert takes
         groups = x_BTD.shape[0] if self.gating == "sigmoid" else 1
-        load_GE = loads(gates.expert_index_NK, len(self.bias), groups)
-        load_E = load_GE.sum(dim=0)
+        counted_GE = loads(gates.expert_index_NK, experts + nobody, groups)
+        counted_E, load_GE = counted_GE.sum(dim=0), counted_GE[:, :experts]
         balance = balance_loss(load_GE, gates.score_NE, self.gating) if torch.is_grad_enabled() else None
         x_ND = for_matmuls(x_ND)
-        y_ND = routed_experts(x_ND, gates.weight_NK, self.gate_up, self.down, gates.expert_index_NK, load_E)
+        y_ND = routed_experts(x_ND, gates.weight_NK, self.gate_up, self.down, gates.expert_index_NK, counted_E)
         if self.shared is not None:
             y_ND = y_ND + self.shared(x_ND)
-        return y_ND.view_as(x_BTD), Routing(gates.expert_index_NK, load_E, balance)
+        return y_ND.view_as(x_BTD), Routing(gates.expert_index_NK, counted_E[:experts], balance)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def build_student(settings: Any, vocab_size: int, sequence_tokens: int, seed: in
 def _shape_of(kind: type, settings: Any, vocab_size: int, sequence_tokens: int) -> Any:
     given = {"vocab_size": vocab_size, "sequence_tokens": sequence_tokens}
     for field in fields(kind):
-        if field.name not in given:
+        if field.name not in given and (field.default is MISSING or hasattr(settings, field.name)):
             given[field.name] = getattr(settings, field.name)
     return kind(**given)
 

@@ -249,20 +249,18 @@ def savings_tables(money: dict) -> list[Table]:
         [words(name), *(_cells(kinds, lambda value: number(value / 3600 * 1e6 * (price or 1))))]
         for name, kinds in in_order(machine["seconds_per_token"])
     ]
-    head = ["model", *(cell for kind in KINDS.values() for cell in (kind, "quartiles"))]
-    note = f"{unit} per million tokens, measured on {money['device']}, one sequence."
+    note = f"{unit} per million tokens, measured on {money['device']}, one sequence; intervals are quartiles."
     if not price:
         note += " plan.machine_dollars_per_hour names the price of this machine."
-    tables = [Table(head, rows, note)]
+    tables = [Table(_head(3), rows, note)]
     on_chip = [
         [f"{words(name)}, {provider}", *_cells(kinds, dollars)]
         for provider, models in money["chip"]["dollars"].items()
         for name, kinds in in_order(models)
     ]
     carried = "Measured on this chip." if money["measured_on_chip"] else "Not measured: see the text above the table."
-    tables.append(
-        Table(head[:5] if not money["measured_on_chip"] else head, on_chip, f"Dollars per million tokens. {carried}")
-    )
+    kinds = 3 if money["measured_on_chip"] else 2  # writing is not carried to a chip where it was not measured
+    tables.append(Table(_head(kinds), on_chip, f"Dollars per million tokens. {carried}"))
     pays = [
         [case, KINDS[kind], number(found[0]) if found else "never", spread(found)]
         for case, kinds in machine["distilling_pays_after_tokens"].items()
@@ -270,6 +268,10 @@ def savings_tables(money: dict) -> list[Table]:
     ]
     tables.append(Table(["distilling pays", "tokens", "after", "interval"], pays, "On one machine no price is needed."))
     return tables
+
+
+def _head(kinds):
+    return ["model", *(cell for kind in [*KINDS.values()][:kinds] for cell in (kind, "interval"))]
 
 
 def _cells(kinds, form):

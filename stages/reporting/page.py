@@ -68,6 +68,7 @@ def make_page(
         checkpointing=figures.checkpointing_figure(evaluated, timings),
         policies=figures.checkpointing_table(evaluated, timings),
         latency=figures.latency_table(timings),
+        speed=figures.speed_table(evaluated, timings),
         plan=plan,
         leaving=leaving,
         money=money,

@@ -42,8 +42,9 @@ def words(name: str) -> str:
 
 
 def policy_words(policy: str) -> str:
-    """every_2 recomputes each second block."""
-    every = policy.removeprefix("every_")
-    if every == policy:
-        return words(policy)
-    return "every block" if every == "1" else f"one block in {every}"
+    """every_2 recomputes each second block, mlp_4 the MLPs of four blocks."""
+    word, _, number = policy.rpartition("_")
+    if word == "every":
+        return "every block" if number == "1" else f"one block in {number}"
+    parts = {"attention": "attention of", "mlp": "MLPs of"}
+    return f"{parts[word]} {number} blocks" if word in parts else words(policy)

@@ -114,6 +114,7 @@ class Trainer(Section):
     fast_dev_run: FewSteps
     checkpoint_every_seconds: Annotated[float, Field(ge=0, le=1e9)]
     log_every_steps: Count
+    activation_memory_bytes: Count | None  # of each rank; None: no limit
 
 
 class Recipe(Section):
@@ -153,6 +154,8 @@ class SparsifyTeacher(Section):
     keep_neurons: Keep
     keep_experts: Keep
     keep_experts_per_token: Keep
+    expert_choice: Literal["fixed", "confidence"]
+    bias_update_rate: Share  # of the router's biases while it recovers
 
 
 class SparsifyStudent(Section):
@@ -173,6 +176,7 @@ class Sparsify(Section):
     teacher: SparsifyTeacher
     student: SparsifyStudent
     recovery: SoftTargets
+    neuron_multiple: Annotated[int, Field(ge=1, le=4096)]
     calibration_sequences: Annotated[int, Field(ge=8, le=MOST)]
 
 

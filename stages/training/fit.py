@@ -45,6 +45,7 @@ class Fit:
     validation_sequences: int
     out: str
     bias_update_rate: float = 0.0  # of the auxiliary-loss-free balancing (MoE only)
+    finish: Callable[[nn.Module], None] = lambda model: None  # settles what the trained model is saved with
     notes: dict = field(default_factory=dict)  # figures known before the fit, kept with its results
     prepared_flops: int = 0  # operations before the first step: calibration, warm start
 

@@ -69,7 +69,7 @@ def model_card(
         "",
         f"# {name}",
         "",
-        f"{summary} Written by Offramp's pipeline, which also measures it.",
+        f"{summary} Offramp's pipeline wrote it, and measures it.",
         "",
         *_table("structure", structure),
         *_table("known when this was written", {key.replace("_", " "): value for key, value in figures.items()}),

@@ -36,6 +36,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from stages.data.shards import Tokens, Windows, read_card
+from stages.model import checkpointing
 from stages.model import hub as models
 from stages.model.families.registry import family_of
 from stages.run.heap import keep_freed_memory
@@ -136,6 +137,7 @@ def run_fit(fit: Fit, rank: Rank) -> dict:
     fit.model.cpu()
     if rank.rank == 0 and not rank.few_steps:
         progress.checkpoint.wait()
+        fit.finish(fit.model)
         models.save(fit.model, rank.place.write(fit.out), rank.card["end_of_text"], rank.card["tokenizer_sha256"])
     loads = torch.tensor(progress.recent_loads).sum(0) if progress.recent_loads else torch.zeros(0)
     return {
@@ -167,6 +169,7 @@ def train(fit: Fit, rank: Rank, progress: Progress, optimizer: MuonAdamW) -> Non
     fit.model.train()
     batches = Batches(fit, rank, progress.step)
     training = Training(fit, rank, progress, optimizer, batches)
+    policy = checkpointing_policy(fit, rank, training)  # before blocks are compiled, which hides what they do
     if rank.accelerator == "gpu":
         torch.compiler.reset()  # else the shapes of the fit before count towards how many a block is compiled for
         for model in filter(None, (fit.model, training.teacher)):
@@ -197,7 +200,8 @@ def train(fit: Fit, rank: Rank, progress: Progress, optimizer: MuonAdamW) -> Non
         num_sanity_val_steps=0,
     )
     try:
-        trainer.fit(training, DataLoader(batches, batch_size=None))
+        with checkpointing.checkpointed(fit.model, policy):
+            trainer.fit(training, DataLoader(batches, batch_size=None))
     except MisconfigurationException as error:  # as where a callback needs a logger, and none was chosen
         raise Refusal(f"{fit.name}: {' '.join(str(error).split())}") from None
     finally:
@@ -205,6 +209,28 @@ def train(fit: Fit, rank: Rank, progress: Progress, optimizer: MuonAdamW) -> Non
     if progress.step < fit.steps:
         why = f"a callback ({', '.join(rank.settings.callbacks)}) stopped it after step {progress.step}"
         raise Refusal(f"{fit.name}: {why} of {fit.steps}: a model trains all its steps; lower {rank.stage}.steps")
+
+
+def checkpointing_policy(fit: Fit, rank: Rank, training: Training) -> str:
+    """What trainer.activation_memory_bytes leaves to recompute, counted on this rank's next batch."""
+    budget = rank.settings.trainer.activation_memory_bytes
+    if budget is None:
+        return "none"
+    device = torch.device("cuda", torch.cuda.current_device()) if rank.accelerator == "gpu" else torch.device("cpu")
+    training.to(device)
+    tokens_BT1 = training.batches.batch(training.batches.numbers[0]).to(device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=rank.precision == "bf16-mixed")
+
+    def loss_of():
+        with autocast:
+            return fit.objective(fit.model, tokens_BT1).loss
+
+    where = f"{fit.name} ({tokens_BT1.shape[0]} sequences of {rank.sequence_tokens} tokens on a rank)"
+    chosen = checkpointing.least_recomputation(fit.model, budget, loss_of, where)
+    if rank.rank == 0:
+        again = f"{chosen.recomputed_flops_share:.1%} of a forward pass again"
+        print(f"{fit.name}: keeps {chosen.activation_bytes:,} bytes ({chosen.policy}), {again}", flush=True)
+    return chosen.policy
 
 
 def main() -> None:

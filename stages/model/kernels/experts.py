@@ -1,6 +1,8 @@
 """What the routed experts of a layer give: y[n] = sum_k weight[n, k] * SwiGLU_{index[n, k]}(x[n]).
 
-Shapes: N tokens, K experts per token, M = N*K routed rows, E experts, D width, F width of an expert.
+Shapes: N tokens, K experts per token, M = N*K routed rows, E experts, D width, F width of an expert. Where a token may
+take fewer than K experts, the others have the index E and the weight 0, loads are [E + 1] with their number last, and M
+counts the rows that some expert has.
 
 To add a kernel: a function of the operands below under `@routed_experts.kernel(when=..., first=True)`. One that only
 brings faster products of sorted rows adds them to `rows.PRODUCTS` instead, and a kernel of two lines here.
@@ -43,7 +45,9 @@ def one_token(
     y_K1D = [
         F.linear(gated_silu(F.linear(x_1D, gate_up_E2FD[expert].to(x_1D.dtype))), down_EDF[expert].to(x_1D.dtype))
         for expert in index_1K[0].tolist()
+        if expert < len(gate_up_E2FD)
     ]
+    weight_1K = weight_1K[index_1K < len(gate_up_E2FD)].unsqueeze(0)
     return (torch.cat(y_K1D) * weight_1K.T.to(x_1D.dtype)).sum(dim=0, keepdim=True)
 
 
@@ -54,6 +58,7 @@ def gathered(
     """From the weights of each token's experts side by side. No loop over counts: in a CUDA graph the host cannot
     know them.
     """
+    index_NK = index_NK.clamp(max=len(gate_up_E2FD) - 1)  # any expert will do at weight 0
     h_N2FK = gate_up_E2FD[index_NK].flatten(1, 2) @ x_ND.unsqueeze(2)
     y_NKD1 = down_EDF[index_NK] @ gated_silu(h_N2FK.view(*index_NK.shape, -1)).unsqueeze(3)
     return (y_NKD1.squeeze(3) * weight_NK.unsqueeze(2).to(y_NKD1.dtype)).sum(dim=1)
@@ -69,6 +74,24 @@ def sorted_loop(*operands: Tensor) -> Tensor:
     return SortedExperts.apply(*operands, "loop")
 
 
+def of_experts(
+    order_M: Tensor, inverse_M: Tensor, load_E: Tensor, experts: int
+) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """Order, inverse and loads without the rows that no expert has, and whether there were any.
+
+    They come last in the order. All their places become that of one more row, which `with_zero_row` adds.
+    """
+    if len(load_E) == experts:
+        return order_M, inverse_M, load_E, False
+    load_E = load_E[:experts]
+    rows = int(load_E.sum())
+    return order_M[:rows], inverse_M.clamp(max=rows), load_E, True
+
+
+def with_zero_row(rows_M: Tensor, wanted: bool) -> Tensor:
+    return torch.cat([rows_M, rows_M.new_zeros(1, *rows_M.shape[1:])]) if wanted else rows_M
+
+
 class SortedExperts(torch.autograd.Function):
     """The rows sorted by expert, and the two products of `rows.PRODUCTS`.
 
@@ -79,7 +102,7 @@ class SortedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_ND, weight_NK, gate_up_E2FD, down_EDF, index_NK, load_E, products):
-        order_M, inverse_M = permutation(index_NK)
+        order_M, inverse_M, load_E, ragged = of_experts(*permutation(index_NK), load_E, len(down_EDF))
         weight_NK = weight_NK.to(x_ND.dtype)
         weight_M = weight_NK.flatten()[order_M]
         if pads_rows(x_ND, index_NK, len(load_E)):
@@ -89,8 +112,8 @@ class SortedExperts(torch.autograd.Function):
         h_M2F = rows_times_experts(x_ND.index_select(0, token_M), gate_up_E2FD.transpose(1, 2), load_E)
         y_MD = rows_times_experts(gated_silu(h_M2F), down_EDF.transpose(1, 2), load_E)
         ctx.save_for_backward(x_ND, weight_M, h_M2F, gate_up_E2FD, down_EDF, token_M, inverse_NK, load_E)
-        ctx.products = products
-        return sum_over_choices(y_MD, inverse_NK, weight_NK)
+        ctx.products, ctx.ragged = products, ragged
+        return sum_over_choices(with_zero_row(y_MD, ragged), inverse_NK, weight_NK)
 
     @staticmethod
     def backward(ctx, grad_ND):
@@ -114,5 +137,6 @@ class SortedExperts(torch.autograd.Function):
             grad_gate_up = outer_per_expert(grad_h_M2F, x_MD, load_E, gate_up_E2FD.dtype)
         if needs_x:
             grad_x_MD = rows_times_experts(grad_h_M2F, gate_up_E2FD, load_E)
-            grad_x_ND = sum_over_choices(grad_x_MD, inverse_NK, None)
-        return grad_x_ND, grad_weight_M[inverse_NK], grad_gate_up, grad_down, None, None, None
+            grad_x_ND = sum_over_choices(with_zero_row(grad_x_MD, ctx.ragged), inverse_NK, None)
+        grad_weight_NK = with_zero_row(grad_weight_M, ctx.ragged)[inverse_NK]
+        return grad_x_ND, grad_weight_NK, grad_gate_up, grad_down, None, None, None

@@ -89,6 +89,7 @@ def pad_expert_rows(
     rows = int(room_E.sum())
     order = order_M.new_zeros(rows).scatter_(0, place_M, order_M)
     weight = weight_M.new_zeros(rows).scatter_(0, place_M, weight_M)
+    place_M = torch.cat([place_M, place_M.new_tensor([rows])])  # of what no expert takes: after the last row
     return order, place_M[inverse_M], weight, room_E
 
 

@@ -21,6 +21,8 @@ from stages.files.artifacts import Refusal
 from stages.run.entry import die_with_parent, leave
 from stages.training.environment import agent_environment, rank_environment
 
+STOPS = (signal.SIGTERM, signal.SIGINT)
+
 
 class Line:
     """One end of the socket."""
@@ -45,6 +47,20 @@ class Launcher:
     """The end of the stage process."""
 
     def __enter__(self) -> "Launcher":
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # until there is a child, and a handler that ends it
+        try:
+            self._start()
+        except OSError:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+            raise
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # a signal that has waited is answered here
+        except KeyboardInterrupt:
+            self.__exit__()
+            raise
+        return self
+
+    def _start(self) -> None:
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "stages.training.launchers.torchrun", str(theirs.fileno())]
         with theirs:
@@ -52,8 +68,7 @@ class Launcher:
                 command, env=agent_environment(), pass_fds=[theirs.fileno()], preexec_fn=_prepare_child
             )
         self._line, self._running = Line(ours), False
-        self._before = {number: signal.signal(number, self._signalled) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
+        self._before = {number: signal.signal(number, self._signalled) for number in STOPS}
 
     def _signalled(self, number, _):
         if not self._running:
@@ -91,6 +106,7 @@ class Launcher:
 
 def _prepare_child() -> None:
     die_with_parent()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # in the seconds of its imports the stage process answers Ctrl-C
 
 

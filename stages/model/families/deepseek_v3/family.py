@@ -9,18 +9,20 @@ from typing import Any
 
 from torch import Tensor
 
-from stages.model.experts import MoE
 from stages.model.families import prunable
 from stages.model.families.deepseek_v3 import dense, hub
+from stages.model.families.deepseek_v3.confidence import mixtures
 from stages.model.families.deepseek_v3.model import DeepseekV3, DeepseekV3Shape
 from stages.model.families.family import DenseSource, Routing
 from stages.model.families.prunable import Prunable
 from stages.settings import shapes
 
+MAY_BE_ZERO = ("dense_layers", "shared_experts", "nope_head_dim", "mean_experts_per_token")
+
 
 class DeepseekV3Family:
     name = "deepseek_v3"
-    model_types: tuple[str, ...] = (hub.MODEL_TYPE, hub.SOFTMAX_TYPE)
+    model_types: tuple[str, ...] = (hub.MODEL_TYPE, hub.SOFTMAX_TYPE, hub.CONFIDENCE_TYPE)
     shape_type: type = DeepseekV3Shape
     dense_source: DenseSource | None = dense.Source()
     dense_target = False
@@ -29,9 +31,13 @@ class DeepseekV3Family:
         return DeepseekV3(shape)
 
     def broken_rules(self, shape: DeepseekV3Shape) -> Iterator[tuple[str, str]]:
-        yield from shapes.too_small(shape, may_be_zero=("dense_layers", "shared_experts", "nope_head_dim"))
+        yield from shapes.too_small(shape, may_be_zero=MAY_BE_ZERO)
         if shape.gating not in ("sigmoid", "softmax"):
             yield "gating", "must be sigmoid or softmax"
+        if not 0 < shape.gate_mass <= 1:
+            yield "gate_mass", "must be above 0 and at most 1"
+        if shape.gate_mass < 1 and not 1 <= shape.mean_experts_per_token <= shape.experts_per_token:
+            yield "mean_experts_per_token", f"must be from 1 to experts_per_token ({shape.experts_per_token})"
         yield from shapes.deepseek_v3(shape)
 
     def config_of(self, shape: DeepseekV3Shape) -> dict[str, Any]:
@@ -59,7 +65,7 @@ class DeepseekV3Family:
         return {
             "attention": shape.layers * attention,
             "mlp": 6 * D * (shape.dense_layers * shape.dense_width + moe_layers * shared_width),
-            "experts": 6 * D * moe_layers * shape.experts_per_token * shape.expert_width,
+            "experts": 6 * D * moe_layers * shape.experts_at_work * shape.expert_width,
             "router": 2 * D * moe_layers * shape.experts,
             "head": 2 * D * shape.vocab_size,
         }
@@ -100,8 +106,3 @@ class DeepseekV3Family:
             experts=experts,
             experts_per_token=min(kept("experts_per_token", shape.experts_per_token), experts),
         )
-
-
-def mixtures(model: DeepseekV3) -> list[MoE]:
-    """The mixture-of-experts layers in order."""
-    return [block.mlp for block in model.blocks[model.shape.dense_layers :]]

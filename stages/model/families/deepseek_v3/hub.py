@@ -1,8 +1,9 @@
 """config.json and tensor names of transformers' DeepseekV3ForCausalLM against ours.
 
 Experts are stacked here and one by one there; and DeepSeek pairs neighbours (2i, 2i+1) for rotation where we pair
-halves (i, i + R/2). Softmax gating has no equal there, as transformers always applies a sigmoid: such a model has a
-model type of its own, which AutoModel refuses.
+halves (i, i + R/2). Softmax gating has no equal there, as transformers always applies a sigmoid, nor has a number of
+experts that differs by token: such a model has a model type of its own, which AutoModel refuses. Its weights are laid
+out alike: with the type changed to deepseek_v3, transformers runs a model of a varying number with the largest one.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from stages.model.layers import SwiGLU
 
 MODEL_TYPE = "deepseek_v3"
 SOFTMAX_TYPE = "offramp_softmax_moe"  # no such type in transformers, on purpose
+CONFIDENCE_TYPE = "offramp_confidence_moe"  # nor this
 
 _FIELDS = hub_layout.COMMON_FIELDS | {
     "dense_layers": "first_k_dense_replace",
@@ -35,6 +37,7 @@ _FIELDS = hub_layout.COMMON_FIELDS | {
     "gating": "scoring_func",
     "route_scale": "routed_scaling_factor",
 }
+_VARYING = {"gate_mass": "offramp_gate_mass", "mean_experts_per_token": "offramp_mean_experts_per_token"}
 _FIXED = {
     "q_lora_rank": None,
     "n_group": 1,
@@ -53,13 +56,15 @@ _ATTENTION = {
 
 
 def config_of(shape: DeepseekV3Shape) -> dict[str, Any]:
-    softmax = shape.gating == "softmax"
+    softmax, varying = shape.gating == "softmax", shape.gate_mass < 1
+    model_type = SOFTMAX_TYPE if softmax else CONFIDENCE_TYPE if varying else MODEL_TYPE
+    architectures = {SOFTMAX_TYPE: "OfframpSoftmaxTeacher", CONFIDENCE_TYPE: "OfframpConfidenceTeacher"}
     return (
-        hub_layout.config_fields(shape, _FIELDS)
+        hub_layout.config_fields(shape, _FIELDS | (_VARYING if varying else {}))
         | _FIXED
         | {
-            "architectures": ["OfframpSoftmaxTeacher" if softmax else "DeepseekV3ForCausalLM"],
-            "model_type": SOFTMAX_TYPE if softmax else MODEL_TYPE,
+            "architectures": [architectures.get(model_type, "DeepseekV3ForCausalLM")],
+            "model_type": model_type,
             "num_key_value_heads": shape.heads,
             "topk_method": "greedy" if softmax else "noaux_tc",
             "moe_layer_freq": 1,
@@ -68,8 +73,9 @@ def config_of(shape: DeepseekV3Shape) -> dict[str, Any]:
 
 
 def shape_from(config: dict[str, Any], path: Path) -> DeepseekV3Shape:
-    config = {"scoring_func": "sigmoid"} | config
-    return hub_layout.read_fields(DeepseekV3Shape, _FIELDS, hub_layout.COMMON_FIXED | _FIXED, config, path)
+    fixed_count = {"offramp_gate_mass": 1.0, "offramp_mean_experts_per_token": 0.0}
+    config = {"scoring_func": "sigmoid"} | fixed_count | config
+    return hub_layout.read_fields(DeepseekV3Shape, _FIELDS | _VARYING, hub_layout.COMMON_FIXED | _FIXED, config, path)
 
 
 def to_hub(model: DeepseekV3) -> dict[str, Tensor]:

@@ -53,6 +53,13 @@ class DeepseekV3Shape:
     gating: str  # sigmoid | softmax
     route_scale: float
     rope_theta: float
+    gate_mass: float = 1.0  # below 1 a token takes its heaviest experts up to this share of the gate weight
+    mean_experts_per_token: float = 0.0  # measured on calibration text where gate_mass is below 1
+
+    @property
+    def experts_at_work(self) -> float:
+        """How many routed experts compute a token, on average."""
+        return self.mean_experts_per_token if self.gate_mass < 1 else self.experts_per_token
 
 
 class LatentAttention(nn.Module):
@@ -132,6 +139,7 @@ class Block(nn.Module):
                 shape.shared_experts,
                 shape.gating,
                 shape.route_scale,
+                shape.gate_mass,
             )
 
     def forward(

@@ -4,12 +4,17 @@ A policy is applied from outside, to the blocks of a model that knows nothing of
 
     none               keep every activation that the backward pass wants
     every_k            recompute the first of every k blocks: every_1 all of them, every_4 one in four
+    first_m            recompute the first m blocks
     all_but_last       recompute every block but the last: its backward pass comes first, while all else is
                        still kept, so recomputing it costs time and spares only the loss's temporaries
+    attention_m        recompute the attention of the first m blocks, and keep the rest of them
+    mlp_m              the same of their MLPs or mixtures of experts
     selective          keep what matrices, attention and top-k gave; recompute the elementwise rest
 
     with checkpointed(model, "every_2"):
         loss(model).backward()
+
+`least_recomputation` chooses the policy that keeps within a budget of bytes.
 
 Recomputing a router could send tokens elsewhere, were anything random or stateful: nothing is, and the tests
 hold the gradients equal.
@@ -28,7 +33,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from stages.measure.flops import ATTENTION_FORWARD, GROUPED_MATMUL, Counter
+from stages.files.artifacts import Refusal
+from stages.model.operations import ATTENTION_FORWARD, GROUPED_MATMUL, Counter
 
 aten = torch.ops.aten
 # Dear to compute, or a choice of experts. Matmuls into a given output (aten.mm.out, the experts' loop on CPU)
@@ -42,9 +48,19 @@ KEPT_OPERATIONS = {
 }
 
 
+MOST_DEPTHS = 6  # how many numbers m of blocks are tried for a budget in a deep model
+
+
 def policies(every_blocks: tuple[int, ...], layers: int) -> list[str]:
     """The policies worth measuring: those that checkpoint a block at all."""
-    return ["none", *(f"every_{k}" for k in every_blocks if k <= layers), "all_but_last", "selective"]
+    every = [f"every_{k}" for k in every_blocks if k <= layers]
+    return ["none", *every, "all_but_last", f"attention_{layers}", f"mlp_{layers}", "selective"]
+
+
+def candidates(layers: int) -> list[str]:
+    """The policies among which a budget chooses: for a deep model not every number of blocks."""
+    depths = sorted({-(-layers * number // MOST_DEPTHS) for number in range(1, MOST_DEPTHS + 1)})
+    return [f"{part}_{depth}" for part in ("first", "attention", "mlp") for depth in depths] + ["selective"]
 
 
 @contextmanager
@@ -53,22 +69,28 @@ def checkpointed(model: nn.Module, policy: str, around: Callable = nullcontext) 
 
     Each block's forward, the repeated one too, runs inside `around()`.
     """
-    wrap, chosen = _wrapper(policy), _chosen(policy, len(model.blocks))
+    wrap, chosen = _wrapper(policy), _chosen(policy, list(model.blocks))
+    wrapped = [*model.blocks, *(part for part in chosen if part not in set(model.blocks))]
     try:
-        for index, block in enumerate(model.blocks):
-            original = _within(block.forward, around)
-            block.forward = wrap(original) if index in chosen else original
+        for part in wrapped:
+            original = _within(part.forward, around)
+            part.forward = wrap(original) if part in chosen else original
         yield
     finally:
-        for block in model.blocks:
-            block.__dict__.pop("forward", None)
+        for part in wrapped:
+            part.__dict__.pop("forward", None)
 
 
-def _chosen(policy: str, layers: int) -> range:
-    """Which blocks are wrapped. Early ones spare most: what they keep would live until the very end."""
-    if policy.startswith("every_"):
-        return range(0, layers, int(policy.removeprefix("every_")))
-    return range(layers - 1) if policy == "all_but_last" else range(layers)
+def _chosen(policy: str, blocks: list) -> set[nn.Module]:
+    """What is wrapped. Early blocks spare most: what they keep would live until the very end."""
+    word, _, number = policy.rpartition("_")
+    if word == "every":
+        return set(blocks[:: int(number)])
+    if word == "first":
+        return set(blocks[: int(number)])
+    if word in ("attention", "mlp"):
+        return {getattr(block, word) for block in blocks[: int(number)]}
+    return set(blocks[:-1] if policy == "all_but_last" else blocks)
 
 
 def _within(function, around):
@@ -86,8 +108,8 @@ def _wrapper(policy: str):
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if policy == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_or_recompute)
-    elif not re.fullmatch(r"every_[1-9]\d*|all_but_last", policy):
-        known = "none, every_<k>, all_but_last or selective"
+    elif not re.fullmatch(r"(every|first|attention|mlp)_[1-9]\d*|all_but_last", policy):
+        known = "none, every_<k>, first_<m>, attention_<m>, mlp_<m>, all_but_last or selective"
         raise ValueError(f"checkpointing policy {policy!r}: it must be {known}")
     return lambda forward: functools.partial(checkpoint, forward, **options)
 
@@ -221,3 +243,34 @@ def compare_policies(model: nn.Module, names: list[str], loss_of: Callable[[], T
             }
         )
     return rows
+
+
+class Chosen(NamedTuple):
+    """A policy, the bytes of activations that it keeps, and what it repeats as a share of a forward pass."""
+
+    policy: str
+    activation_bytes: int
+    recomputed_flops_share: float
+
+
+def least_recomputation(model: nn.Module, budget_bytes: int, loss_of: Callable[[], Tensor], where: str) -> Chosen:
+    """The policy that repeats fewest operations among those that keep at most so many bytes of activations.
+
+    All are counted on the step that `loss_of` gives; nothing is timed, so the choice is the same in every run. Refused
+    with the fewest bytes that can be reached where none is enough; `where` is for the message.
+    """
+    plain = watched_step(model, "none", loss_of)
+    if plain.activation_bytes <= budget_bytes:
+        return Chosen("none", plain.activation_bytes, 0.0)
+    found = []
+    for policy in candidates(len(model.blocks)):
+        step = watched_step(model, policy, loss_of)
+        found.append(Chosen(policy, step.activation_bytes, (step.flops - plain.flops) / plain.forward_flops))
+    fitting = [one for one in found if one.activation_bytes <= budget_bytes]
+    if not fitting:
+        least = min(one.activation_bytes for one in found)
+        raise Refusal(
+            f"trainer.activation_memory_bytes = {budget_bytes}: no checkpointing policy keeps so little for {where}: "
+            f"set it to {least} at least, or lower batch_sequences or sequence_tokens"
+        )
+    return min(fitting, key=lambda one: (one.recomputed_flops_share, one.activation_bytes))
