@@ -28,7 +28,7 @@ from stages.files.artifacts import rounded, write_atomically, write_json
 from stages.files.resuming import Interruption, ResumeState, resume_key
 from stages.measure import flops as cost
 from stages.measure import scoring
-from stages.measure.subjects import CONTROLS, MODELS, PRODUCTS, load_models, training_loss
+from stages.measure.subjects import CONTROLS, MODELS, PRODUCTS, deepened, load_models, training_loss
 from stages.model import checkpointing
 from stages.model.generation import generate
 from stages.model.layers import can_compile
@@ -110,15 +110,17 @@ def count(settings, loaded: dict, stream: scoring.Stream, tables: dict, split_to
         name: quality(bootstrap, tables[name], name != "teacher") | size(model, T)
         for name, model in loaded.items()
     }
-    policies = checkpointing.policies(e.checkpoint_every_blocks, len(teacher.blocks))
-    loss_of = training_loss(teacher, stream.tokens, e.checkpoint_batch_sequences, T)
+    deep = deepened(teacher, e.checkpoint_layers, settings.seed)
+    policies = checkpointing.policies(e.checkpoint_every_blocks, e.checkpoint_layers)
+    loss_of = training_loss(deep, stream.tokens, e.checkpoint_batch_sequences, T)
     tokens, n_bytes = int(tables["teacher"][:, scoring.TOKENS].sum()), int(stream.document_bytes.sum())
     return {
         "test": {"documents": n_documents, "tokens": tokens, "bytes": n_bytes, "split_tokens": split_tokens},
         "models": figures,
         "comparisons": comparisons(bootstrap, tables, figures),
         "controls": control_differences(bootstrap, tables),
-        "checkpointing": checkpointing.compare_policies(teacher, policies, loss_of),
+        "checkpointing": checkpointing.compare_policies(deep, policies, loss_of),
+        "checkpointing_layers": e.checkpoint_layers,
     }
 
 

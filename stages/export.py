@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -186,11 +187,11 @@ def measure(
         bytes=sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir())),
         bits_per_byte=nats / math.log(2) / (tokens * yardstick.bytes_per_token),
         largest_logit_difference=difference,
-        equal_continuations=written and sum(a == b for a, b in zip(written.texts, own.texts, strict=True)),
+        equal_continuations=sum(map(eq, written.texts, own.texts)) if written else None,
         score_tokens_per_second=tokens / seconds["form"] if by_its_runtime else None,
         score_speedup=seconds["own"] / seconds["form"] if by_its_runtime else None,
-        write_tokens_per_second=written and written.tokens_per_second,
-        write_speedup=written and written.tokens_per_second / own.tokens_per_second,
+        write_tokens_per_second=written.tokens_per_second if written else None,
+        write_speedup=written.tokens_per_second / own.tokens_per_second if written else None,
     )
 
 

@@ -24,7 +24,7 @@ from stages.files.artifacts import rounded, write_json
 from stages.measure import flops as cost
 from stages.measure.breakdown import seconds_by_part
 from stages.measure.scoring import Estimate
-from stages.measure.subjects import PRODUCTS, device_name, load_models, training_loss
+from stages.measure.subjects import PRODUCTS, deepened, device_name, load_models, training_loss
 from stages.model import checkpointing
 from stages.model.experts import route
 from stages.model.families.family import Routing
@@ -49,13 +49,15 @@ def main(settings, place: Place, run) -> dict:
     loaded = load_models(place.read("artifacts"), split.vocab_size, PRODUCTS)  # a control has the shape of one of them
     tokens = split.window(0, min(len(split), e.checkpoint_batch_sequences * (T + 1) + p.prefill_tokens))
     teacher = loaded["teacher"]
-    policies = checkpointing.policies(e.checkpoint_every_blocks, len(teacher.blocks))
+    deep = deepened(teacher, e.checkpoint_layers, settings.seed)
+    policies = checkpointing.policies(e.checkpoint_every_blocks, e.checkpoint_layers)
+    deep_loss = training_loss(deep, tokens, e.checkpoint_batch_sequences, T)
     losses = {name: training_loss(loaded[name], tokens, e.checkpoint_batch_sequences, T) for name in COMPRESSED}
 
     print(f"profile: {len(loaded)} models, {p.repetitions} repetitions of each timing", flush=True)
     measurements = {
         "latency": latency(loaded, tokens, p.prefill_tokens, p.decode_tokens, p.repetitions),
-        "checkpointing": checkpointing_time(teacher, policies, losses["teacher"], p.repetitions, settings.seed),
+        "checkpointing": checkpointing_time(deep, policies, deep_loss, p.repetitions, settings.seed),
         "router": router_time(
             p.router_tokens, teacher.shape, p.router_experts, p.router_experts_per_token, p.repetitions, settings.seed
         ),

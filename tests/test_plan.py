@@ -27,13 +27,19 @@ def settings(**changes):
 
 
 @functools.cache
+def registry():
+    return load_points()
+
+
+@functools.cache
 def validated():
-    return validation.validate(load_points())
+    return validation.validate(registry())
 
 
 @pytest.fixture(autouse=True)
-def validated_once(monkeypatch):
-    """The registry's errors are the same in every test here, and take seconds."""
+def registry_read_once(monkeypatch):
+    """The registry and its errors are the same in every test here, and take seconds."""
+    monkeypatch.setattr(plan, "load_points", registry)
     monkeypatch.setattr(plan, "validate", lambda points: validated())
 
 

@@ -144,6 +144,7 @@ def evaluation(documents=40):
                 "quality_lost_to_continued_high": 0.0171,
             },
         },
+        "checkpointing_layers": 4,
         "checkpointing": [
             {
                 "policy": policy,
@@ -533,7 +534,7 @@ def test_the_best_checkpointing_policy_is_the_one_that_saves_most_within_the_tim
 
     def claimed(ratio_of_all, ratio_of_others):
         ratios = {row["policy"]: ratio_of_all if row["policy"] == "every_1" else ratio_of_others for row in policies}
-        return claims.checkpointing_claim(policies, {name: slowed(ratio) for name, ratio in ratios.items()})
+        return claims.checkpointing_claim(policies, {name: slowed(ratio) for name, ratio in ratios.items()}, 4)
 
     assert claimed(1.2, 1.1).values["policy"] == "every_1" and claimed(1.2, 1.1).verdict == "beaten"
     assert claimed(1.4, 1.1).values["policy"] == "selective"
@@ -545,15 +546,15 @@ def test_the_best_checkpointing_policy_is_the_one_that_saves_most_within_the_tim
 
 def test_a_policy_surely_in_time_that_saves_too_little_does_not_hide_one_perhaps_in_time_that_saves_enough():
     policies = [row for row in evaluation()["checkpointing"] if row["policy"] in ("none", "every_4", "every_2")]
-    claim = claims.checkpointing_claim(policies, {"every_4": slowed(1.1), "every_2": slowed(1.24)})
+    claim = claims.checkpointing_claim(policies, {"every_4": slowed(1.1), "every_2": slowed(1.24)}, 4)
     assert (claim.values["policy"], claim.verdict) == ("every_2", "not testable here")
-    claim = claims.checkpointing_claim(policies, {"every_4": slowed(1.1), "every_2": slowed(1.4)})
+    claim = claims.checkpointing_claim(policies, {"every_4": slowed(1.1), "every_2": slowed(1.4)}, 4)
     assert (claim.values["policy"], claim.verdict) == ("every_4", "fails")
 
 
 def test_a_policy_with_other_gradients_is_never_recommended():
     policies = [row | {"gradients_equal": row["policy"] == "none"} for row in evaluation()["checkpointing"]]
-    assert claims.checkpointing_claim(policies, {}).verdict == "fails"
+    assert claims.checkpointing_claim(policies, {}, 4).verdict == "fails"
 
 
 @pytest.mark.parametrize(
@@ -622,7 +623,7 @@ def test_models_trained_as_little_as_at_scale_tiny_are_too_small_to_claim_anythi
         assert found[name].verdict == "too small to claim anything"
         assert f"{tokens:,} tokens; a verdict needs {claims.MIN_TRAINING_TOKENS:,}" in found[name].why
     measured = {policy: slowed(1.1, tiny_settings.profile.repetitions) for policy in timings()["checkpointing"]}
-    assert claims.checkpointing_claim(evaluation()["checkpointing"], measured).verdict == "too few repetitions"
+    assert claims.checkpointing_claim(evaluation()["checkpointing"], measured, 4).verdict == "too few repetitions"
 
 
 def test_the_page_and_the_table_show_how_much_is_behind_each_interval_and_leave_the_question_open(tmp_path):

@@ -623,7 +623,7 @@ def test_settings_of_which_nothing_changed_are_not_composed_again_and_inputs_are
 
 CHANGES = {  # a file: what is done to it
     "params.yaml": lambda text: text.replace("seed: 1 ", "seed: 2 "),
-    "conf/scale/demo.yaml": lambda text: text.replace("steps: 400", "steps: 401"),
+    "conf/scale/demo.yaml": lambda text: text.replace("pretrain: {steps: ", "pretrain: {steps: 1"),
     "conf/config.yaml": lambda text: f"{text}# a word\n",
     "conf/experiment/mine.yaml": lambda _: "# @package _global_\nseed: 3\n",
     "stages/settings/schema.py": lambda text: f"{text}# a word\n",

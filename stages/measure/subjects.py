@@ -1,6 +1,7 @@
 """The models of the pipeline that evaluate and profile measure, and the training step that both measure of them."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,13 @@ def load_models(artifacts: Path, vocab_size: int, names: Iterable[str] = MODELS)
             )
         loaded[name] = model.to(device)
     return loaded
+
+
+def deepened(model: nn.Module, layers: int, seed: int) -> nn.Module:
+    """A model of this shape with so many layers and fresh weights: what activation checkpointing saves and costs does
+    not depend on the weights, and a trained model may have too few blocks for the policies to differ."""
+    deep = models.new_model(replace(model.shape, layers=layers), seed)
+    return deep.to(next(model.parameters()).device)
 
 
 def device_name() -> str:

@@ -48,7 +48,7 @@ def make_claims(metrics: dict, timings: dict) -> list[Claim]:
         distillation_claim(metrics, SAME_OPERATIONS, lacking),
         sparsity_claim(metrics, "teacher", lacking),
         sparsity_claim(metrics, "student", lacking),
-        checkpointing_claim(evaluated["checkpointing"], timings["checkpointing"]),
+        checkpointing_claim(evaluated["checkpointing"], timings["checkpointing"], evaluated["checkpointing_layers"]),
         router_claim(timings["router"]),
     ]
 
@@ -176,7 +176,7 @@ def sparsity_verdict(cut: float, lost: Interval, control: Control) -> tuple[str,
     return "fails", "More than 8% is lost, beyond the interval."
 
 
-def checkpointing_claim(policies: list[dict], measured: dict) -> Claim:
+def checkpointing_claim(policies: list[dict], measured: dict, layers: int) -> Claim:
     """The policy that saves most within 25% more time."""
     claim = "Checkpointing every 4th layer saves 30% of activation memory for 25% more time"
     tried = [row for row in policies if row["policy"] != "none" and row["gradients_equal"]]
@@ -186,7 +186,7 @@ def checkpointing_claim(policies: list[dict], measured: dict) -> Claim:
     slower = {row["policy"]: more_time(measured[row["policy"]]) for row in tried}
     best = best_policy(tried, slower)
     saved, time = best["memory_saved"], slower[best["policy"]]
-    why = "The best of the policies tried; its gradients equal those of plain training."
+    why = f"The best of the policies tried, on {layers} layers; its gradients equal those of plain training."
     if repetitions < MIN_REPETITIONS:
         verdict, why = too_few(repetitions)
     elif saved < CHECKPOINTING_SAVES or lower_end(time) > CHECKPOINTING_COSTS:

@@ -189,6 +189,7 @@ class Evaluate(Section):
     batch_sequences: Count
     bootstrap_resamples: Annotated[int, Field(ge=2, le=MOST)]
     checkpoint_batch_sequences: Count
+    checkpoint_layers: Count  # of the model whose activation checkpointing is measured, else shaped as the teacher
     checkpoint_every_blocks: Annotated[tuple[Count, ...], NotStrict]
 
 
