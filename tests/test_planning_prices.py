@@ -64,7 +64,7 @@ def test_a_later_price_of_the_same_source_replaces_the_earlier_one(shipped):
 def test_a_first_hand_price_goes_before_second_hand_ones(shipped):
     found = quote(shipped, "aws", "H100", "on_demand", TODAY, STALE_DAYS)
     assert found.dollars == 6.88 and [row.id for row in found.rows] == ["aws-h100-2026-03"]
-    assert any("contradicting" in warning for warning in found.warnings)
+    assert any("contradict each other" in warning for warning in found.warnings)
 
 
 def test_a_second_hand_price_is_as_uncertain_as_such_rows_are_elsewhere_in_the_ledger(shipped):

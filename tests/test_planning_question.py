@@ -1,6 +1,7 @@
 """The question of a person: speed from the nearest run, dollars and days from it, and what leaving changes."""
 
 import datetime
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -176,5 +177,7 @@ def test_the_sentence_names_prices_intervals_and_what_moves():
     line = question.sentence(what, old, moves, PLAN)
     assert line.startswith("Training DeepSeek-V3 on 1T tokens with 512 H100 costs $") and "\n" not in line
     assert "at aws" in line and "owned at 80% use" in line and "egress not priced" in line
+    _, small = answered("coreweave", tokens=100e9)
+    assert re.search(r"costs \$\d{3}k \(\d{2,3} to \d{3}\) at coreweave", question.sentence(what, small, [], PLAN))
     _, nothing = answered("verda")
     assert question.sentence(what, nothing, [], PLAN).startswith("verda has no dated price for H100")

@@ -560,6 +560,7 @@ def test_bash_completes_with_what_a_stage_installs(repository):
 
 def test_compare_and_config_say_how_they_are_used(repository):
     assert "--explain pretrain.steps" in typed(repository, "--help", stage="config").stdout
+    assert "what leaving costs" in typed(repository, "--help", stage="plan").stdout
     assert "python -m stages.run.compare v0.1.0" in typed(repository, "--help", stage="run.compare").stdout
     refused = typed(repository, "--bogus", stage="config")
     assert refused.returncode == 1 and refused.stderr.startswith("offramp: --bogus: usage: python -m stages.config")

@@ -98,6 +98,7 @@ MISTAKES = [
     ("optimizer.decay_share", 0.99, "optimizer.decay_share = 0.99: must be at most 1 - "),
     ("evaluate.checkpoint_every_blocks", [], "evaluate.checkpoint_every_blocks = []: must name at least one"),
     ("evaluate.checkpoint_every_blocks", [0], "evaluate.checkpoint_every_blocks = 0: must be at least 1"),
+    ("export.formats", ["hfx"], "export.formats = hfx: must be hf, gguf or onnx"),
     ("corpus.source", "huggingface", "corpus.dataset = None: must name a dataset"),
     ("corpus.source", "files", "corpus.paths = []: must name at least one file or glob: in params.yaml corpus: {"),
     ("corpus.paths", ["a.txt"], "corpus.paths = ['a.txt']: only source files reads it"),

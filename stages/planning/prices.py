@@ -152,7 +152,8 @@ def _warnings(newest, rows, today, stale_days):
     if newest.second_hand:
         yield f"{newest.id} is second-hand: {newest.source}"
     for group in contradictions(rows, stale_days):
-        yield "contradicting rows: " + ", ".join(f"{row.id} {row.price_per_chip_hour:g}" for row in group)
+        told = ", ".join(f"{row.price_per_chip_hour:g} ({row.id})" for row in group)
+        yield f"rows of {newest.provider} contradict each other: {told}; used here: {newest.id}"
 
 
 def is_stale(row: DatedRow, today: datetime.date, stale_days: int) -> bool:

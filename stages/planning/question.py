@@ -143,7 +143,7 @@ def sentence(what: Subject, old: Answer, moves: Sequence[Leaving], plan: Any) ->
     if old.dollars is None:
         return f"{old.provider} has no dated price for {plan.chip} {plan.terms}: there is nothing to compare with"
     start = f"Training {what.name} on {plan.tokens / 1e12:g}T tokens with {old.chips:,} {plan.chip} costs "
-    start += f"{_millions(old.dollars)} at {old.provider}"
+    start += f"{_spread(old.dollars)} at {old.provider}"
     parts = []
     for move in moves:
         if move.change is not None:
@@ -158,8 +158,11 @@ def sentence(what: Subject, old: Answer, moves: Sequence[Leaving], plan: Any) ->
     return f"{start}; {', '.join(parts)}; {moving_takes}"
 
 
-def _millions(dollars: Range) -> str:
-    return f"${dollars.value / 1e6:.3g}M ({dollars.low / 1e6:.3g} to {dollars.high / 1e6:.3g})"
+def _spread(dollars: Range) -> str:
+    """In millions, or in thousands below one million."""
+    if dollars.value >= 1e6:
+        return f"${dollars.value / 1e6:.3g}M ({dollars.low / 1e6:.3g} to {dollars.high / 1e6:.3g})"
+    return f"${dollars.value / 1e3:,.0f}k ({dollars.low / 1e3:,.0f} to {dollars.high / 1e3:,.0f})"
 
 
 def _signed(share: float) -> str:

@@ -117,7 +117,8 @@ def _assumed(what, chip, chips, points, mfu):
     rate = chips * chip.peak("bf16") / what.flops_per_token
     ends = Range(rate * mfu, rate * min(mfu, float(low)), rate * max(mfu, float(high)))
     where = chip.name if len(of_chip) >= ENOUGH else "any chip"
-    basis = f"assumed: {mfu:.0%} of the peak, no measured run on {chip.name}; ends: published runs on {where}"
+    basis = f"assumed: {mfu:.0%} of the peak (plan.mfu), as no run of {what.name} on {chip.name} is published; "
+    basis += f"low and high: what 80% of the published runs on {where} reach"
     return Speed(ends, ends.value, None, basis, None)
 
 

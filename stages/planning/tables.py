@@ -11,6 +11,8 @@ from stages.planning.points import Point
 from stages.planning.prices import Ledger, contradictions, is_stale
 from stages.planning.validate import Errors, Table
 
+NOT_SHOWN = "not shown, as the student is not cheaper beyond the spread of the timings"
+
 
 def errors(table: Table) -> dict[str, dict]:
     """The planner's error beside linear scaling's, by class and by set of points."""
@@ -122,7 +124,8 @@ def _blank(cell):
 def for_people(content: dict, clocked: dict | None) -> str:
     """The answer as tables of text, with what it rests on and what is doubtful."""
     asked, name = content["question"], content["model"]["name"]
-    parts = [f"{name}, {asked['tokens']:g} tokens on {asked['chip']}; prices of {asked['today']}, {asked['terms']}", ""]
+    tokens, when = asked["tokens"] / 1e12, "of today" if asked["today"] == "now" else f"as known on {asked['today']}"
+    parts = [f"{name}, {tokens:g}T tokens on {asked['chip']}; prices {when}, {asked['terms']}", ""]
     parts += [_answers(content["answers"]), ""]
     parts += [f"speed: {basis}" for basis in dict.fromkeys(each["basis"] for each in content["answers"])]
     notes = dict.fromkeys(note for each in content["answers"] for note in each["warnings"])
@@ -130,8 +133,11 @@ def for_people(content: dict, clocked: dict | None) -> str:
     if content["leaving"]:
         parts += ["", f"leaving {asked['leave']}", _moves(content["leaving"])]
         if fall := content["worst_fall"]:
-            worse = f"largest published fall of throughput per chip, {fall['share']:.1%} ({fall['point']})"
-            parts += [f"with the {worse}, the dollars of the new place are {1 / (1 - fall['share']):.3g} times as many"]
+            worst = f"the worst published run does ({fall['share']:.1%}, {fall['point']})"
+            more = f"{1 / (1 - fall['share']):.3g} times as much"
+            parts += [f"note: if chips were slower at the new place, by as much as {worst}, it would cost {more}"]
+        if asked["leave"] not in asked["provider"]:
+            parts += [f"note: {asked['leave']} is the place that plan.leave names; plan.leave=<provider> names another"]
     if clocked:
         parts += ["", _savings(clocked)]
     return "\n".join([*parts, "", content["sentence"]])
@@ -152,26 +158,28 @@ def _answers(answers):
         row += [f"{speed[1]:,.0f} to {speed[2]:,.0f}", f"{each['efficiency']:.1%}", f"{each['goodput']:.1%}"]
         row += [f"{each['days'][0]:.3g}", f"{price[0]:.2f}" if price else "-"]
         row += (
-            [millions(total[0]), f"{millions(total[1])} to {millions(total[2])}"] if total else ["no dated price", "-"]
+            [dollars(total[0]), f"{dollars(total[1])} to {dollars(total[2])}"] if total else ["no dated price", "-"]
         )
         rows.append(row)
     return _table([*head, "dollars", "low to high"], rows)
 
 
-def millions(dollars: float) -> str:
-    return f"{dollars / 1e6:,.3g}M" if dollars >= 1e5 else f"{dollars:,.0f}"
+def dollars(value: float) -> str:
+    if value >= 1e6:
+        return f"{value / 1e6:,.3g}M"
+    return f"{value / 1e3:,.0f}k" if value >= 1e5 else f"{value:,.0f}"
 
 
 def _moves(moves):
-    head = ["to", "chips", "change", "low to high", "verdict", "moved", "transfer", "chips idle", "egress"]
+    head = ["to", "chips", "change", "low to high", "verdict", "moved", "transfer", "idle chips, $", "egress, $"]
     rows = []
     for each in moves:
         change = each["change"]
         row = [each["to"], f"{each['chips']:,}"]
         row += [f"{change[0]:+.0%}", f"{change[1]:+.0%} to {change[2]:+.0%}"] if change else ["-", "-"]
         row += [each["verdict"], f"{each['moved_bytes'] / 1e12:.3g} TB", f"{each['transfer_hours']:.3g} h"]
-        row += [millions(each["idle_dollars"]) if each["idle_dollars"] is not None else "-"]
-        row += ["not priced" if each["egress_dollars"] is None else millions(each["egress_dollars"])]
+        row += [dollars(each["idle_dollars"]) if each["idle_dollars"] is not None else "-"]
+        row += ["not priced" if each["egress_dollars"] is None else dollars(each["egress_dollars"])]
         rows.append(row)
     return _table(head, rows)
 
@@ -192,6 +200,6 @@ def _savings(clocked):
     for case, kinds in machine["distilling_pays_after_tokens"].items():
         for kind, found in kinds.items():
             verb = {"read": "read", "write": "written"}[kind]
-            tokens = f"{found[0]:,.3g} ({found[1]:,.3g} to {found[2]:,.3g})" if found else "no number of"
-            lines.append(f"distilling pays after {tokens} tokens {verb}, {case}")
+            after = f"after {found[0]:,.0f} ({found[1]:,.0f} to {found[2]:,.0f}) tokens" if found else NOT_SHOWN
+            lines.append(f"distilling pays, {verb}, {case}: {after}")
     return "\n".join(lines)

@@ -125,7 +125,7 @@ def beyond_bits(model: dict) -> str:
 
 
 def quality_interval(control: Control, evaluated: dict) -> str:
-    return f"bits per byte {control.interval()}; {count(evaluated['test']['documents'], 'document')}"
+    return f"lead {control.interval()} bits per byte; {count(evaluated['test']['documents'], 'document')}"
 
 
 def quality_values(control: Control, evaluated: dict) -> dict:

@@ -20,7 +20,7 @@ MODELS = {  # the reading order, and the colour, of the models
     "scratch_student": 3,
     "sparse_teacher": 0,
     "continued_teacher": 5,
-    "scratch_sparse_teacher": 3,
+    "scratch_sparse_teacher": 4,
     "sparse_student": 1,
     "continued_student": 6,
     "scratch_sparse_student": 7,
@@ -31,12 +31,12 @@ TARGET_SAVES, TARGET_COSTS = 0.6, 0.15  # of activation checkpointing: memory sa
 
 
 class Table(NamedTuple):
-    """The first column is words, the others numbers; with `prose` the last one is words, too."""
+    """The columns whose indices `words` names are words, which wrap; the others are numbers."""
 
     head: list[str]
     rows: list[list[str]]
     note: str = ""
-    prose: bool = False
+    words: tuple[int, ...] = (0,)
 
 
 class Figure(NamedTuple):
@@ -238,10 +238,10 @@ def speed_table(evaluated: dict, timings: dict) -> Table:
             rows.append([f"{words(name)}, {label}", signed(-cut), signed(time), signed(lost), verdict, spent or "–"])
     head = ["pruned", "FLOPs", "time", "bits/byte", "target", "milliseconds by part, dense → pruned"]
     note = (
-        f"Target: at least {percent(SPEED_TIME)} less time for at least {percent(SPEED_FLOPS)} fewer FLOPs at "
-        f"at most {percent(SPEED_LOSS)} quality lost. Pruning leaves embedding, norms and head as they are."
+        f"Target: at least {percent(SPEED_TIME)} less time for at least {percent(SPEED_FLOPS)} fewer FLOPs, with "
+        f"at most {percent(SPEED_LOSS)} of the quality lost. Pruning leaves embedding, norms and head as they are."
     )
-    return Table(head, rows, note)
+    return Table(head, rows, note, words=(0, 5))
 
 
 def control_rows(metrics: dict) -> list[Control]:
@@ -290,7 +290,7 @@ def conditions_table(made: dict[str, dict]) -> Table:
         everywhere = [*made] in stages_of.values()
         values = [value if everywhere else f"{value} ({', '.join(stages)})" for value, stages in stages_of.items()]
         rows.append([words(name), "; ".join(values)])
-    return Table(["condition", "value"], rows)
+    return Table(["condition", "value"], rows, words=(0, 1))
 
 
 def in_order(by_name: dict, order: Iterable[str] = MODELS) -> list[tuple]:

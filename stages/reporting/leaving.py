@@ -10,7 +10,7 @@ from stages.reporting.figures import Figure, Table, in_order
 from stages.reporting.wording import number, percent, signed, words
 
 KINDS = {"train": "trained on", "read": "read", "write": "written"}
-CASES = {True: "✓ holds", False: "✕ wrong", None: "–"}
+CASES = {True: "✓\u00a0holds", False: "✕\u00a0wrong", None: "–"}  # on one line
 
 
 def linked(text: str, row: str) -> Markup:
@@ -53,7 +53,7 @@ def answers_table(plan: dict) -> Table:
         Markup("{} rests on {}").format(provider, Markup(", ").join(linked(row, row) for row in found))
         for provider, found in rests.items()
     ]
-    return Table([*head, "dollars", "interval"], rows, Markup("; ").join(dict.fromkeys(notes)))
+    return Table([*head, "dollars", "interval"], rows, Markup("<br>").join(dict.fromkeys(notes)))
 
 
 def leaving_table(plan: dict) -> Table:
@@ -76,21 +76,22 @@ def leaving_table(plan: dict) -> Table:
     head = [
         "to",
         "chips",
-        "change of the dollars",
+        "change of cost",
         "interval",
         "verdict",
         "moved",
         "transfer",
-        "chips that wait",
+        "idle chips",
         "egress",
     ]
     fall = plan["worst_fall"]
-    note = "Same chips and speed on both sides; a verdict needs intervals that do not include 0."
+    note = "Both sides have the same chips and speed. Cheaper or dearer: the whole interval is below or above 0. "
+    note += "Idle chips: the rent of the new chips while the data moves."
     if fall:
-        more = signed(1 / (1 - fall["share"]) - 1)
-        note += f" With the largest published fall of throughput per chip ({percent(fall['share'])}, {fall['point']}) "
-        note += f"the new place would cost {more} more."
-    return Table(head, rows, note)
+        more, point = percent(1 / (1 - fall["share"]) - 1), linked(fall["point"], fall["point"])
+        note += " If chips were slower at the new place, by as much as the worst published run does "
+        note = Markup("{}({}, {}), it would cost {} more.").format(note, percent(fall["share"]), point, more)
+    return Table(head, rows, note, words=(0, 4))
 
 
 def scaling_figure(plan: dict) -> Figure:
@@ -156,9 +157,9 @@ def break_even_table(plan: dict) -> Table | None:
         )
     ]
     head = ["utilization", *(f"{years} years" for years in grid["years"]), *(f"at ${rent:g}" for rent in grid["rents"])]
-    return Table(
-        head, rows, "Dollars per owned hour by years of life, then months to break even by rent per chip-hour."
-    )
+    note = "Years: dollars for an hour of use of an owned chip that lives so long. At a rent per chip-hour: "
+    note += "the months after which buying has cost less than renting."
+    return Table(head, rows, note)
 
 
 def replay_table(plan: dict) -> Table | None:
@@ -203,7 +204,7 @@ def circulated_table(plan: dict) -> Table:
         ]
         for cell in plan["circulated"]["cells"]
     ]
-    return Table(["table and row", "quantity", "claimed", "recomputed", "", "why"], rows, prose=True)
+    return Table(["table and row", "quantity", "claimed", "recomputed", "claim", "why"], rows, words=(0, 1, 4, 5))
 
 
 def networks_table(plan: dict) -> Table:
@@ -227,18 +228,18 @@ def networks_table(plan: dict) -> Table:
         f"Assumed: {assumed['chip']}, {assumed['chips_per_node']} a node, {number(assumed['parameters'])} parameters, "
     )
     note += f"{assumed['tokens_per_chip_step']:,} tokens a chip and step, fully sharded, nothing overlapped."
-    return Table(["curve", "fitted between nodes", "needed", "of the chip", "error", "plausible"], rows, note)
+    head = ["curve", "fitted between nodes", "needed", "of the chip", "error", "plausible"]
+    return Table(head, rows, note, words=(0, 1))
 
 
 def errors_table(plan: dict) -> Table:
     rows = [
         [name, f"{each['points']}", percent(each["planner_error"]), percent(each["linear_error"]), each["verdict"]]
-        for name, each in plan["validation"]["classes"].items()
+        for name, each in in_order(plan["validation"]["classes"], ("all",))
     ]
-    head = ["class of points", "points", "planner", "linear scaling", ""]
-    return Table(
-        head, rows, "Mean absolute error on published runs, each predicted without the set that it belongs to."
-    )
+    head = ["class of points", "points", "planner", "linear scaling", "verdict"]
+    note = "Mean absolute error on published runs, each predicted without the set that it belongs to."
+    return Table(head, rows, note, words=(0, 4))
 
 
 def savings_tables(money: dict) -> list[Table]:
@@ -254,19 +255,21 @@ def savings_tables(money: dict) -> list[Table]:
         note += " plan.machine_dollars_per_hour names the price of this machine."
     tables = [Table(_head(3), rows, note)]
     on_chip = [
-        [f"{words(name)}, {provider}", *_cells(kinds, dollars)]
+        [f"{words(name)}, {provider}", *_cells(kinds, lambda value: dollars(1e3 * value))]
         for provider, models in money["chip"]["dollars"].items()
         for name, kinds in in_order(models)
     ]
     carried = "Measured on this chip." if money["measured_on_chip"] else "Not measured: see the text above the table."
     kinds = 3 if money["measured_on_chip"] else 2  # writing is not carried to a chip where it was not measured
-    tables.append(Table(_head(kinds), on_chip, f"Dollars per million tokens. {carried}"))
+    tables.append(Table(_head(kinds), on_chip, f"Dollars per billion tokens. {carried}"))
     pays = [
-        [case, KINDS[kind], number(found[0]) if found else "never", spread(found)]
+        [case, KINDS[kind], number(found[0]) if found else "not shown", spread(found)]
         for case, kinds in machine["distilling_pays_after_tokens"].items()
         for kind, found in kinds.items()
     ]
-    tables.append(Table(["distilling pays", "tokens", "after", "interval"], pays, "On one machine no price is needed."))
+    note = "After so many tokens the student has saved what distilling cost; not shown: it is not cheaper beyond the "
+    note += "spread of the timings. On one machine this needs no price."
+    tables.append(Table(["distilling pays", "tokens", "after", "interval"], pays, note, words=(0, 1)))
     return tables
 
 
@@ -284,7 +287,7 @@ def contradictions_table(plan: dict) -> Table:
     for group in plan["ledger"]["contradictions"]:
         cells = [linked(f"{by_id[row]['value']:.4g} ({by_id[row]['date']})", row) for row in group]
         rows.append([by_id[group[0]]["what"], Markup(", ").join(cells)])
-    return Table(["price", "dollars per chip-hour, side by side"], rows, prose=True)
+    return Table(["price", "dollars per chip-hour, side by side"], rows, words=(0, 1))
 
 
 def ledger_rows(plan: dict) -> list[dict]:

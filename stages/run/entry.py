@@ -160,6 +160,8 @@ def _run_by_hand(main, name, sections):
     work.__module__ = f"stages.{name}"  # Hydra names the job, and so its folder, after this
     arguments = sys.argv[1:] = offer_sheet(sys.argv[1:])
     refuse_arguments(arguments, name, sections)
+    if {"--help", "-h"} & {*arguments}:
+        print(sys.modules[main.__module__].__doc__)  # what the stage does, before Hydra's list of settings
     import hydra
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing: it becomes one line here

@@ -42,6 +42,7 @@ def refuse_first(error: ValidationError, model: type[BaseModel]) -> NoReturn:
     if first["type"] == "missing":
         raise Refusal(f"{key}: missing; put it in params.yaml or in a preset of conf/")
     of_setting = [each for each in errors if _setting_at(each["loc"], model)[0] == path]
+    of_setting = [each for each in of_setting if each is first or each["type"] != "too_short"]  # of one wrong word
     words = [each["ctx"]["expected"].replace("'", "") for each in of_setting if each["type"] == "literal_error"]
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if words and len(of_setting) > 1 and not is_number:
