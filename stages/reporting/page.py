@@ -15,6 +15,7 @@ from stages.reporting.claims import (
     TOO_SMALL,
     Claim,
 )
+from stages.reporting.controls import STRONGER
 from stages.reporting.wording import percent, signed_number, words
 
 MARKS = {"beaten": "▲", "holds": "✓", CONTROL_NOT_BEATEN: "✕", "fails": "✕"}  # the others leave the question open
@@ -83,11 +84,13 @@ def make_page(
 
 
 def headline(claims: list[Claim]) -> str:
-    """The sentence on top: what the student keeps, and how many claims stand."""
+    """The sentence on top: what the student keeps, whether its shape alone does better, and how many claims stand."""
     distilled, lacking = claims[0], claims[0].verdict in (TOO_SMALL, TOO_FEW_DOCUMENTS)
     line = f"{distilled.verdict.capitalize()}: a" if lacking else "A"
     line += f" student with {percent(distilled.values['parameter_share'])} of the teacher’s parameters "
     line += f"keeps {percent(distilled.values['quality_kept'])} of its quality"
+    if claims[1].values.get("control_outcome") == STRONGER and not lacking:
+        line += ", but less than the same shape trained without a teacher for the cost of both"
     beaten = sum(claim.verdict == "beaten" for claim in claims)
     return line + ("." if lacking else f"; {beaten} of {len(claims)} claims are beaten.")
 
