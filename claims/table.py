@@ -6,12 +6,15 @@ seeds there are ten different samples of them: the intervals hold the noise betw
 Shapes: R resamples, S seeds, G documents.
 """
 
+import statistics
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.table import conditions, listed
+from stages.challenge import MADE_FROM
 from stages.evaluate import comparisons, control_differences, quality
 from stages.files.artifacts import read_json
 from stages.measure import scoring
@@ -79,6 +82,7 @@ class Comparison:
     better: float  # bits per byte; below zero the control is better
     interval: str
     by_seed: list[float]
+    time: float | None  # seconds of training of the control with all that it was made from, over those of the model
     effect: float  # mean over documents and seeds of the paired difference, in its standard deviations (Cohen's d_z)
     p: float  # two-sided, of the bootstrap
 
@@ -121,7 +125,28 @@ class Corpus:
         paired = (theirs[:, scoring.NATS] - own[:, scoring.NATS]) / own[:, scoring.BYTES]
         effect = paired.mean() / paired.std(ddof=1)
         p = min(1.0, max(2 * tail, 1 / RESAMPLES))
-        return Comparison(self.name, model, equal, control, strong.ahead.value, strong.interval(), seeds, effect, p)
+        ahead, took = strong.ahead.value, self.time(control, model)
+        return Comparison(self.name, model, equal, control, ahead, strong.interval(), seeds, took, effect, p)
+
+    def time(self, control: str, model: str) -> float | None:
+        """Median over the seeds: equal operations are not equal time. None where the seconds of no seed are known."""
+        ratios = []
+        for folder in self.folders:
+            seconds, parts = seconds_of_fits(folder), [(name, *MADE_FROM.get(name, ())) for name in (control, model)]
+            if all(part in seconds for part in chain(*parts)):
+                theirs, own = (sum(seconds[part] for part in each) for each in parts)
+                ratios.append(theirs / own)
+        return statistics.median(ratios) if ratios else None
+
+
+def seconds_of_fits(folder: Path) -> dict[str, float]:
+    """Of every model that the run trained, by name."""
+    found: dict[str, float] = {}
+    for stage in ("pretrain", "distill", "sparsify", "challenge"):
+        measured = read_json(folder / f"measurements/{stage}.json")
+        timed = {name: value for name, value in measured.items() if name.endswith("/seconds") and value}
+        found |= {name.removesuffix("/seconds"): value for name, value in timed.items()}
+    return found
 
 
 def holm(values: list[float]) -> list[float]:
@@ -140,13 +165,15 @@ def outcome(comparison: Comparison, p: float) -> str:
 
 
 def comparisons_table(found: list[Comparison]) -> str:
-    head = "| corpus | model | strongest control | bits per byte better | 95% interval | seeds | effect | p | outcome |"
-    lines = [head, "| --- | --- | --- | ---: | --- | --- | ---: | ---: | --- |"]
+    head = ["corpus", "model", "strongest control", "its time", "bits per byte better", "95% interval", "seeds"]
+    lines = [f"| {' | '.join([*head, 'effect', 'p', 'outcome'])} |"]
+    lines.append("| --- | --- | --- | ---: | ---: | --- | --- | ---: | ---: | --- |")
     for comparison, p in zip(found, holm([one.p for one in found]), strict=True):
         cells = [
             comparison.corpus,
             words(comparison.model),
             f"{words(comparison.control)} ({comparison.equal})",
+            f"{number(comparison.time)}×",
             signed_number(comparison.better),
             comparison.interval,
             ", ".join(map(signed_number, comparison.by_seed)),
@@ -167,7 +194,8 @@ def page(runs: Runs) -> str:
         "# The claims over seeds and corpora",
         "Written by `make claims`. Intervals and p values resample seeds and test documents apart (with three seeds"
         " they are rough); p is corrected for the number of comparisons (Holm). The effect is the mean difference of a"
-        " document in its standard deviations. A control is beaten, or better, where the corrected p is below 0.05.",
+        " document in its standard deviations, the time that of the control's training over the model's, each with all"
+        " that it was made from. A control is beaten, or better, where the corrected p is below 0.05.",
         listed(conditions()),
         "## Models against their strongest controls",
         comparisons_table(found),

@@ -58,6 +58,33 @@ def test_every_chip_and_model_has_a_source():
     assert all(model.source for model in load_models().values())
 
 
+def test_a_latency_or_a_link_without_a_source_is_marked():
+    chips = load_chips()
+    for chip in chips.values():
+        for link in ("intra", "inter"):
+            assert getattr(chip, f"{link}_latency_seconds") or f"{link}_latency_seconds" in chip.assumed, chip.name
+    amd = [chip for name, chip in chips.items() if name.startswith("MI")]
+    assert all("inter_latency_seconds" in chip.assumed for chip in amd)
+
+
+def test_only_a_field_of_the_row_can_be_assumed():
+    values = load_chips()["H100"].model_dump() | {"assumed": ["memory"]}
+    with pytest.raises(Refusal, match="chip: assumed: memory is no field of the row; name a field"):
+        row_of(Chip, values, "chip")
+
+
+def test_the_parameters_of_scaled_models_follow_from_their_shapes():
+    """MaxText doubles heads and MLP, width and layers in turn from 16 heads of 128, 7,168, 2,048 and 16."""
+    for name, model in load_models().items():
+        if not name.startswith("MaxText-"):
+            continue
+        cycles, rest = divmod(int(name.removeprefix("MaxText-").removesuffix("B")).bit_length() - 1, 3)
+        heads_and_mlp, width, layers = 2 ** (cycles + (rest > 0)), 2048 * 2 ** (cycles + (rest > 1)), 16 * 2**cycles
+        assert (model.width, model.layers) == (width, layers), name
+        block = heads_and_mlp * width * (4 * 16 * 128 + 3 * 7168)
+        assert layers * block + 2 * 32000 * width == pytest.approx(model.total_parameters, rel=0.03), name
+
+
 def test_published_steps_and_rates_are_turned_into_each_other_exactly():
     points = [point for point in load_points() if not point.missing and point.metric != "efficiency_percent"]
     assert len(points) > 60

@@ -155,8 +155,9 @@ def test_the_progress_of_a_scoring_is_dropped_and_it_starts_again(tmp_path, trap
     with ResumeState(tmp_path, "evaluate", "key") as state:
         for content in (trap, hashlib.sha256(trap).digest() + trap):
             (state.folder / scoring.SUMS).write_bytes(content)
-            first, sums = scoring._continued(state, (1, 2, 3))
-            assert first == 0 and not sums.any() and not marker.exists()
+            sums, confidences = np.zeros((1, 2, 3)), np.zeros((1, 4), dtype=np.float32)
+            assert scoring._continue(state, sums, confidences, sequence_tokens=4) == 0
+            assert not sums.any() and not confidences.any() and not marker.exists()
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 2 and all("damaged" in line for line in told)
 

@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field
 
 from stages.files.artifacts import ROOT, Refusal
-from stages.planning.ledgers import Row, load_ledger, row_of
+from stages.planning.ledgers import SourcedRow, load_ledger, row_of
 
 CHIPS = ROOT / "conf/plan/chips.yaml"
 
@@ -15,7 +15,7 @@ Seconds = Annotated[float, Field(ge=0, le=1e9)]
 Number = Annotated[int, Field(ge=1, le=2**40)]
 
 
-class Chip(Row):
+class Chip(SourcedRow):
     """One chip in its usual system. Bandwidths are those of one chip, in one direction."""
 
     name: str

@@ -4,10 +4,10 @@ import difflib
 import re
 import typing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from stages.files.artifacts import Refusal
 from stages.settings.reading import RULES, shown
@@ -19,6 +19,19 @@ class Row(BaseModel):
     """Unknown fields, wrong types, NaN and infinity are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class SourcedRow(Row):
+    """A row of published values. `assumed` names the fields that its source does not confirm."""
+
+    assumed: Annotated[tuple[str, ...], Field(strict=False)] = ()
+
+    @model_validator(mode="after")
+    def _assumes_own_fields(self):
+        unknown = [name for name in self.assumed if name not in type(self).model_fields]
+        if unknown:
+            raise ValueError(f"assumed: {unknown[0]} is no field of the row; name a field")
+        return self
 
 
 R = TypeVar("R", bound=Row)

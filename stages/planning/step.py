@@ -17,7 +17,7 @@ from stages.files.artifacts import ROOT, Refusal
 from stages.planning.chips import Chip
 from stages.planning.collectives import hierarchical_all_reduce_parts
 from stages.planning.compute import routed_parameters, training_flops_per_token
-from stages.planning.ledgers import Row, load_ledger, row_of
+from stages.planning.ledgers import Row, SourcedRow, load_ledger, row_of
 from stages.planning.parallelism import (
     data_parallel_bytes_per_parameter,
     moe_wire_bytes_per_token,
@@ -34,7 +34,7 @@ Count = Annotated[int, Field(ge=1, le=2**40)]
 Size = Annotated[float, Field(gt=0, le=1e18)]
 
 
-class Model(Row):
+class Model(SourcedRow):
     """What is published of a model's shape; null is unknown."""
 
     name: str

@@ -21,7 +21,7 @@ TOO_FEW_DOCUMENTS, TOO_FEW_REPETITIONS = "too few documents", "too few repetitio
 # A verdict needs these. With fewer documents a 95% interval misses the true value more than twice as often as it should
 # (with 3, in one case of four). Intervals of repetitions are right from 5 on; twice that, because a busy machine
 # disturbs neighbouring repetitions alike (benchmarks/coverage.py). A model trained on fewer tokens (scale tiny: 10,240;
-# demo: 819,200) has learned very little.
+# demo: 1,024,000) has learned very little.
 MIN_DOCUMENTS, MIN_REPETITIONS, MIN_TRAINING_TOKENS = 20, 10, 100_000
 CHECKPOINTING_SAVES, CHECKPOINTING_COSTS = 0.3, 0.25  # of the activations' memory, and of a step's time
 ROUTER_RATIO = 3.2 / 1.1  # milliseconds before and after; only their ratio travels between machines
