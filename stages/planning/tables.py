@@ -131,7 +131,7 @@ def for_people(content: dict, clocked: dict | None) -> str:
     notes = dict.fromkeys(note for each in content["answers"] for note in each["warnings"])
     parts += [f"note: {note}" for note in notes]
     if content["leaving"]:
-        parts += ["", f"leaving {asked['leave']} (plan.leave) for the places of plan.provider", _moves(content["leaving"])]
+        parts += ["", f"leaving {asked['leave']} (plan.leave) for plan.provider", _moves(content["leaving"])]
         if fall := content["worst_fall"]:
             slower = f"were {fall['share']:.1%} slower at the new place, the largest loss of a published run"
             more = f"{1 / (1 - fall['share']):.3g} times as much"
