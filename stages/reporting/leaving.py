@@ -47,7 +47,7 @@ def answers_table(plan: dict) -> Table:
             ]
         )
     head = ["provider", "chips", "tokens/s", "interval", "of linear", "days", "$/chip-hour", "interval"]
-    notes = [note for each in plan["answers"] for note in [each["basis"], *each["warnings"]]]
+    notes = [note for each in plan["answers"] for note in [f"speed: {each['basis']}", *each["warnings"]]]
     rests = {each["provider"]: each["rows"] for each in plan["answers"] if len(each["rows"]) > 1}
     notes += [
         Markup("{} rests on {}").format(provider, Markup(", ").join(linked(row, row) for row in found))
