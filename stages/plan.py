@@ -5,7 +5,7 @@ and pruning save.
     python -m stages.plan plan.model=MPT-13B plan.chips=256 plan.leave=aws plan.provider=own    # your own question
     python -m stages.plan -m plan.chips=512,1024 plan.provider=aws,lambda                   # a sweep
     python -m stages.plan validate                     # the planner's error on every published point
-    python -m stages.plan validate --points FILE       # on points of your own
+    python -m stages.plan validate --points FILE       # on points of your own; both write it to outputs/plan/ too
 
 What does not depend on the clock (artifacts/plan.json, metrics/plan.json, plots/plan/) is the same in every run. What
 the measured times of `profile` lead to is in measurements/plan.json. No network is needed: every price, chip and
@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 from stages.files.artifacts import Refusal, read_json, rounded, write_atomically, write_json
+from stages.files.streams import disk_refusals, fill_closed_streams, shield_output
 from stages.planning import circulated, question, rent_or_own, savings, tables
 from stages.planning.chips import Chip, load_chips
 from stages.planning.ownership import Books, load_books, owning, ready_to_own
@@ -29,6 +30,8 @@ from stages.planning.validate import validate
 from stages.run.entry import Place, run_stage
 
 SECTIONS = ("plan",)
+VALIDATIONS = Path("outputs/plan")  # of the folder where the person is, as Hydra's outputs
+VALIDATE_USAGE = "python -m stages.plan validate [--points FILE]"
 COMPRESSED = ("teacher", "student", "sparse_teacher", "sparse_student")
 
 
@@ -175,18 +178,38 @@ def listed(arguments: list[str]) -> list[str]:
 
 
 def validate_points(words: list[str]) -> None:
-    """Prints the planner's error on each point of the registry, or of a file of rows in its format."""
-    if words and (words[0] != "--points" or len(words) != 2):
-        raise Refusal(f"validate {' '.join(words)}: usage: python -m stages.plan validate [--points FILE]")
-    print(validate(load_points(words[1]) if words else load_points()).markdown())
+    """Prints the planner's error on each point of the registry, or of a file of rows in its format, and writes the same
+    table to outputs/plan/."""
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--points=") else [word])]
+    if words and (words[0] != "--points" or len(words) != 2 or not words[1]):
+        raise Refusal(f"validate {' '.join(words)}: usage: {VALIDATE_USAGE}")
+    table = validate(load_points(words[1]) if words else load_points()).markdown()
+    written = VALIDATIONS / (f"validation-{Path(words[1]).resolve().stem}.md" if words else "validation.md")
+    written.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(written, f"{table}\n")
+    print(table, flush=True)
+    print(f"offramp: the table is in {written}", file=sys.stderr)
+
+
+def validate_from_command_line(words: list[str]) -> int | str:
+    """The exit code of a process, or the line that it ends with."""
+    fill_closed_streams()
+    shield_output()  # a reader such as `head` may leave early, and the table is in its file
+    try:
+        with disk_refusals("plan validate", VALIDATIONS):
+            if {"-h", "--help"} & {*words}:
+                print(f"usage: {VALIDATE_USAGE}")
+            else:
+                validate_points(words)
+    except Refusal as refusal:
+        return " ".join(f"offramp: {refusal}".split())
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["validate"]:
-        try:
-            validate_points(sys.argv[2:])
-        except Refusal as refusal:
-            sys.exit(f"offramp: {refusal}")
-    else:
-        sys.argv[1:] = listed(sys.argv[1:])
-        run_stage(main, "plan", SECTIONS)
+        sys.exit(validate_from_command_line(sys.argv[2:]))
+    sys.argv[1:] = listed(sys.argv[1:])
+    run_stage(main, "plan", SECTIONS)

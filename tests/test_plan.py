@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -161,11 +162,13 @@ def test_a_list_of_providers_or_chips_is_a_list_and_in_a_sweep_jobs():
     assert validate(read).plan.provider == ("aws",) and validate(read).plan.chips == (512,)
 
 
-def typed(*words, check=True):
+def typed(*words, check=True, cwd=ROOT, shell="{}"):
     theirs = {name: value for name, value in os.environ.items() if name not in ("DVC_STAGE", "DVC_ROOT")}
     theirs |= {"PYTHONPATH": str(ROOT), "MLFLOW_DISABLE_TELEMETRY": "true"}
     command = [sys.executable, "-m", "stages.plan", *words]
-    done = subprocess.run(command, cwd=ROOT, env=theirs, capture_output=True, text=True)
+    done = subprocess.run(
+        shell.format(shlex.join(command)), cwd=cwd, env=theirs, capture_output=True, text=True, shell=True
+    )
     assert not check or done.returncode == 0, done.stderr
     return done
 
@@ -180,7 +183,7 @@ def test_the_command_line_of_the_documentation_prints_a_table(tmp_path):
     assert read_json(tmp_path / "metrics/plan.json")["cheapest"]["chips"] == 512
 
 
-def test_validate_prints_the_errors_of_a_file_of_points(tmp_path):
+def test_validate_prints_and_writes_the_errors_of_a_file_of_points(tmp_path):
     file = tmp_path / "points.yaml"
     mine = {
         "id": "mine", "set": "mine", "publisher": "me", "model": "DeepSeek-V3", "chip": "H100", "chips": 1024,
@@ -190,10 +193,17 @@ def test_validate_prints_the_errors_of_a_file_of_points(tmp_path):
     }  # fmt: skip
     base = mine | {"id": "base", "chips": 512, "nodes": 64, "global_batch_sequences": 4096, "anchor": None}
     file.write_text(json.dumps([base, mine]))
-    done = typed("validate", "--points", str(file))
+    done = typed("validate", "--points", "points.yaml", cwd=tmp_path)
     assert "| mine |" in done.stdout and "linear" in done.stdout
-    file.write_text(json.dumps([base | {"chips": 0}]))
-    refused = typed("validate", "--points", str(file), check=False)
+    table = tmp_path / "outputs/plan/validation-points.md"
+    assert table.read_text() == done.stdout and str(table.relative_to(tmp_path)) in done.stderr
+    table.unlink()
+    unread = typed("validate", "--points=points.yaml", cwd=tmp_path, shell="{} >/dev/full")
+    assert "Traceback" not in unread.stderr and table.read_text() == done.stdout
+    file.write_text(json.dumps([base | {"chips": 0, "id": "two\nlines"}]))
+    refused = typed("validate", "--points", "points.yaml", check=False, cwd=tmp_path)
     assert refused.returncode == 1 and refused.stderr.startswith("offramp: ") and refused.stderr.count("\n") == 1
+    refused = typed("validate", "--points", "x" * 300, check=False)
+    assert refused.returncode == 1 and "File name too long" in refused.stderr and refused.stderr.count("\n") == 1
     refused = typed("validate", "--point", check=False)
     assert refused.stderr.startswith("offramp: validate --point: usage: ")

@@ -129,7 +129,7 @@ def test_an_anchor_may_be_a_row_of_the_registry(tmp_path):
         ({"chips": -64}, "row a: chips = -64: must be at least 1"),
         ({"chips": "sixty"}, "row a: chips = sixty: must be a whole number"),
         ({"chips": True}, "row a: chips = True: must be a whole number"),
-        ({"value": -1.0}, "row a: value = -1.0: must be above 0"),
+        ({"value": -1.0}, "row a: value = -1.0: must be at least 1e-18"),
         ({"value": float("nan")}, "row a: value = nan: must be a finite number"),
         ({"global_batch_sequences": 100}, "row a: global_batch_sequences = 100: must be a multiple of dp"),
         ({"metric": "speed"}, "row a: metric = speed: must be step_seconds, "),
@@ -142,6 +142,11 @@ def test_an_anchor_may_be_a_row_of_the_registry(tmp_path):
         (
             {"model": {"name": "M", "total_parameters": 1e9, "active_parameters": 2e9}},
             "row a: model: active_parameters",
+        ),
+        (
+            {"model": {"name": "M", "total_parameters": 1e9, "active_parameters": 1e8, "experts": 8,
+                       "experts_per_token": 2}},
+            "row a: model: active_parameters = 1e+08: a token passes through 2 of 8 experts, so at least through that",
         ),
         ({"source": None}, "row a: source = None: must be a word"),
     ],
@@ -162,6 +167,7 @@ def test_a_missing_field_a_double_id_and_a_circle_are_refused(tmp_path):
     [
         (b"- {id: a, [", "not YAML"),
         (b"\xff\xfe\x00", "not YAML"),
+        (b"- {id: a}\n- {id: b, date: 2025-02-31}", ", line 2: not YAML (2025-02-31: day is out of range"),
         (b"- {id: a, id: b}", "the key id stands twice"),
         (b"", "must be a list of rows"),
         (b"points: 3", "must be a list of rows"),

@@ -91,6 +91,14 @@ def test_rows_without_anchors_are_listed_without_empty_tables(tmp_path):
     assert text == "Without an anchor, so not predicted: a."
 
 
+def test_a_bar_or_a_line_break_in_a_row_does_not_break_the_table(tmp_path):
+    large = {"id": "b", "chips": 512, "nodes": 64, "layout": {"zero": 3}, "value": 6300, "anchor": "a"}
+    large |= {"global_batch_sequences": 1024, "source": "notes | page 3\nbelow"}
+    lines = validate(load_points(written(tmp_path, GOOD, GOOD | large))).markdown().splitlines()
+    (line,) = [line for line in lines if line.startswith("| b |")]
+    assert "notes \\| page 3 below" in line
+
+
 def test_what_a_prediction_lacks_is_named(tmp_path):
     large = {"id": "b", "chips": 512, "nodes": 64, "layout": None, "anchor": "a", "global_batch_sequences": None}
     _, second = rows_of(tmp_path, GOOD, GOOD | large)

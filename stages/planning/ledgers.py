@@ -47,6 +47,14 @@ class _OneMeaning(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, f"the key {twice} stands twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        """A date that does not exist, an integer of thousands of digits: with its line."""
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:
+            problem = f"{shown(node.value)}: {str(error).splitlines()[0]}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
 
 # YAML 1.1 takes 671e9 for text; people write it and mean a number
 _OneMeaning.add_implicit_resolver(

@@ -10,6 +10,7 @@ is predicted from. `model` is a name of conf/plan/models.yaml or a mapping of th
 
 import datetime
 import difflib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -78,7 +79,7 @@ class Point(Row):
     sequence_tokens: Count | None = None
     gradient_bytes: Annotated[float, Field(gt=0, le=8)] = 4.0
     metric: Metric
-    value: Annotated[float, Field(gt=0, le=1e18)]
+    value: Annotated[float, Field(ge=1e-18, le=1e18)]
     anchor: Word | None = None
     stack: Word | None = None
     source: Word
@@ -231,7 +232,7 @@ def load_models() -> dict[str, Model]:
 
 def _files(paths):
     for path in map(Path, paths):
-        yield from sorted(path.glob("*.yaml")) if path.is_dir() else [path]
+        yield from sorted(path.glob("*.yaml")) if os.path.isdir(path) else [path]  # False for a name that is too long
 
 
 def _resolved(row, chips, models, place):
@@ -271,7 +272,7 @@ def _refuse_bad_anchor(point, found, place):
     seen = [point.id]
     while point.anchor is not None:
         if point.anchor not in found:
-            raise Refusal(f"{place}: anchor = {point.anchor}: no row has this id; add the row or leave anchor out")
+            raise Refusal(f"{place}: anchor = {shown(point.anchor)}: no row has this id; add the row or leave it out")
         point = found[point.anchor]
         if point.id in seen:
             raise Refusal(f"{place}: anchor: circular ({' -> '.join([*seen, point.id])}); one row must have none")

@@ -55,9 +55,9 @@ def subject(name: str, chip: str, models: Mapping[str, Model], points: Sequence[
         return Subject(name, figures["parameters"], 3 * figures["flops_per_token"])
     known = [*models, *ours, *by_id]
     close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
+    hint = f"did you mean {close[0]}? There" if close else "there"
     raise Refusal(
-        f"plan.model = {name}: no such model; {hint}There are {', '.join([*models, *ours])}, and ids of points"
+        f"plan.model = {name}: no such model; {hint} are {', '.join([*models, *ours])}, and ids of points"
     )
 
 

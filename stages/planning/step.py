@@ -56,13 +56,19 @@ class Model(SourcedRow):
             )
         if (self.experts_per_token or 0) > (self.experts or math.inf):
             raise ValueError(f"experts_per_token = {self.experts_per_token}: must be at most experts ({self.experts})")
+        if self.routed_parameters > (self.total_parameters or math.inf):
+            raise ValueError(
+                f"active_parameters = {self.active_parameters:g}: a token passes through {self.experts_per_token} of"
+                f" {self.experts} experts, so at least through that share of total_parameters; correct one of them"
+            )
         return self
 
     @property
     def routed_parameters(self) -> float:
         if not self.experts or not self.experts_per_token or self.experts_per_token == self.experts:
             return 0.0
-        assert self.total_parameters and self.active_parameters
+        if not self.total_parameters or not self.active_parameters:
+            return 0.0
         return routed_parameters(self.total_parameters, self.active_parameters, self.experts, self.experts_per_token)
 
     def flops_per_token(self, sequence_tokens: int) -> float:

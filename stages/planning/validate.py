@@ -211,8 +211,13 @@ def _percent(share, sign=True):
     return f"{100 * share:+.1f}%" if sign else f"{100 * share:.1f}%"
 
 
+def _cell(value):
+    """On one line, and without a bar that would end the cell."""
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
 def _row(*cells):
-    return f"| {' | '.join(str(cell) for cell in cells)} |"
+    return f"| {' | '.join(map(_cell, cells))} |"
 
 
 def _errors_row(name, errors):
@@ -258,8 +263,8 @@ def _points(table):
 def _unpredicted(table):
     left = [row for row in table.rows if row.error is None]
     without = [row for row in left if row.reason != "no anchor"]
-    lines = [f"- {row.point.id}: {row.reason}" for row in without]
-    alone = [row.point.id for row in left if row.reason == "no anchor"]
+    lines = [f"- {_cell(row.point.id)}: {row.reason}" for row in without]
+    alone = [_cell(row.point.id) for row in left if row.reason == "no anchor"]
     if alone:
         lines += [*([""] if lines else []), f"Without an anchor, so not predicted: {', '.join(alone)}."]
     return lines
