@@ -2,7 +2,7 @@
 and pruning save.
 
     dvc repro plan                                     # the question in conf/base.yaml, under `plan`
-    python -m stages.plan plan.model=Llama-3.1-405B plan.chips=512 plan.provider=aws,own    # your own, as a table
+    python -m stages.plan plan.model=MPT-13B plan.chips=256 plan.leave=aws plan.provider=own    # your own question
     python -m stages.plan -m plan.chips=512,1024 plan.provider=aws,lambda                   # a sweep
     python -m stages.plan validate                     # the planner's error on every published point
     python -m stages.plan validate --points FILE       # on points of your own; both write it to outputs/plan/ too

@@ -131,13 +131,11 @@ def for_people(content: dict, clocked: dict | None) -> str:
     notes = dict.fromkeys(note for each in content["answers"] for note in each["warnings"])
     parts += [f"note: {note}" for note in notes]
     if content["leaving"]:
-        parts += ["", f"leaving {asked['leave']}", _moves(content["leaving"])]
+        parts += ["", f"leaving {asked['leave']} (plan.leave) for plan.provider", _moves(content["leaving"])]
         if fall := content["worst_fall"]:
-            worst = f"the worst published run does ({fall['share']:.1%}, {fall['point']})"
+            slower = f"were {fall['share']:.1%} slower at the new place, the largest loss of a published run"
             more = f"{1 / (1 - fall['share']):.3g} times as much"
-            parts += [f"note: if chips were slower at the new place, by as much as {worst}, it would cost {more}"]
-        if asked["leave"] not in asked["provider"]:
-            parts += [f"note: {asked['leave']} is the place that plan.leave names; plan.leave=<provider> names another"]
+            parts += [f"note: if each chip {slower} ({fall['point']}), it would cost {more}"]
     if clocked:
         parts += ["", _savings(clocked)]
     return "\n".join([*parts, "", content["sentence"]])

@@ -47,7 +47,7 @@ def answers_table(plan: dict) -> Table:
             ]
         )
     head = ["provider", "chips", "tokens/s", "interval", "of linear", "days", "$/chip-hour", "interval"]
-    notes = [note for each in plan["answers"] for note in [each["basis"], *each["warnings"]]]
+    notes = [note for each in plan["answers"] for note in [f"speed: {each['basis']}", *each["warnings"]]]
     rests = {each["provider"]: each["rows"] for each in plan["answers"] if len(each["rows"]) > 1}
     notes += [
         Markup("{} rests on {}").format(provider, Markup(", ").join(linked(row, row) for row in found))
@@ -89,8 +89,8 @@ def leaving_table(plan: dict) -> Table:
     note += "Idle chips: the rent of the new chips while the data moves."
     if fall:
         more, point = percent(1 / (1 - fall["share"]) - 1), linked(fall["point"], fall["point"])
-        note += " If chips were slower at the new place, by as much as the worst published run does "
-        note = Markup("{}({}, {}), it would cost {} more.").format(note, percent(fall["share"]), point, more)
+        note += f" If each chip were {percent(fall['share'])} slower there, the largest loss of a published run "
+        note = Markup("{}({}), it would cost {} more.").format(note, point, more)
     return Table(head, rows, note, words=(0, 4))
 
 

@@ -203,7 +203,8 @@ def train(fit: Fit, rank: Rank, progress: Progress, optimizer: MuonAdamW) -> Non
         with checkpointing.checkpointed(fit.model, policy):
             trainer.fit(training, DataLoader(batches, batch_size=None))
     except MisconfigurationException as error:  # as where a callback needs a logger, and none was chosen
-        raise Refusal(f"{fit.name}: {' '.join(str(error).split())}") from None
+        hint = "" if loggers else "; logger=csv chooses a logger"
+        raise Refusal(f"{fit.name}: {' '.join(str(error).split()).rstrip('.')}{hint}") from None
     finally:
         record.line.close()
     if progress.step < fit.steps:
