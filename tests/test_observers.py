@@ -21,10 +21,10 @@ def test_what_a_preset_names_is_built_with_the_facts_of_the_run():
         "mine": {"_target_": "types.SimpleNamespace", "at": "${run:folder}/mine", "of": ["${run:fit}"]},
         "counted": {"_target_": "hydra.utils.get_method", "path": "stages.training.observers.tokens"},
     }
-    mine, counted = observers.build("logger", wanted, FACTS)
+    mine, counted = observers.build("logger", object, wanted, FACTS).values()
     assert (mine.at, mine.of) == ("/logs/mine", ["teacher"]) and type(mine.of) is list
     assert counted(torch.zeros(4, 65)) == 256 and observers.sequences(torch.zeros(4, 65)) == 4
-    assert observers.build("logger", {}, FACTS) == []
+    assert observers.build("logger", object, {}, FACTS) == {}
 
 
 MISSING = "logger.mine: nowhere.Logger cannot be built: No module named 'nowhere'; pip install -e '.[loggers]', or pip "
@@ -36,18 +36,36 @@ MISSING = "logger.mine: nowhere.Logger cannot be built: No module named 'nowhere
         ({"_target_": "nowhere.Logger"}, f"{MISSING}install nowhere"),
         ({"_target_": "collections.Cunter"}, "logger.mine: collections.Cunter cannot be built: module 'collections'"),
         ({"_target_": "fractions.Fraction", "x": 1}, "logger.mine: fractions.Fraction cannot be built: "),
+        ({"_target_": "fractions.Fraction"}, "logger.mine: fractions.Fraction makes a Fraction: it must be a dict of"),
     ],
 )
 def test_what_cannot_be_built_is_one_line_that_says_what_to_install(entry, line):
     with pytest.raises(Refusal) as refusal:
-        observers.build("logger", {"mine": entry}, FACTS)
+        observers.build("logger", dict, {"mine": entry}, FACTS)
     assert str(refusal.value).startswith(line) and "\n" not in str(refusal.value)
+
+
+class Broken:
+    def act(self, work):
+        return work()
+
+
+def test_an_error_in_a_callback_is_known_by_its_name_and_one_elsewhere_is_not():
+    mine, other = Broken(), Broken()
+
+    def name_of(one):
+        try:
+            one.act(lambda: 1 / 0)
+        except ZeroDivisionError as error:
+            return observers.at_fault(error, {"callbacks.mine": mine})
+
+    assert name_of(mine) == "callbacks.mine" and name_of(other) == ""
 
 
 def test_an_extra_that_is_not_installed_is_named_with_its_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "dvclive", None)
     with pytest.raises(Refusal, match=r"^logger.dvclive: .*dvclive.*; pip install -e '.\[loggers\]'"):
-        observers.build("logger", compose(["logger=dvclive"])["logger"], FACTS)
+        observers.build("logger", object, compose(["logger=dvclive"])["logger"], FACTS)
 
 
 def test_loggers_write_beside_a_run_by_hand_or_under_outputs_and_never_among_dvcs_outs(tmp_path):

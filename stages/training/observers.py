@@ -3,6 +3,7 @@
 They watch; what a rank promises is in stages/training/callbacks.py, and those run whatever is chosen here.
 """
 
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +15,35 @@ from stages.run.entry import Place
 EXTRA = "pip install -e '.[loggers]'"  # of pyproject.toml
 
 
-def build(group: str, wanted: dict[str, dict[str, Any]], facts: dict[str, str]) -> list[Any]:
-    """The objects that the settings of a group (callbacks or logger) name, in their order.
+def build(group: str, kind: type, wanted: dict[str, dict[str, Any]], facts: dict[str, str]) -> dict[str, Any]:
+    """The objects that the settings of a group (callbacks or logger) name, in their order, by "group.name".
 
-    `facts` stand for ${run:...}: folder, stage and fit. A Refusal names what cannot be built and why.
+    `facts` stand for ${run:...}: folder, stage and fit. A Refusal names what cannot be built, or is not of this kind.
     """
     if not wanted:
-        return []
+        return {}
     import hydra  # late: it costs a rank that nobody watches a fifth of a second
     from omegaconf import OmegaConf
 
     OmegaConf.register_new_resolver("run", facts.__getitem__, replace=True)
-    built = []
+    built = {}
     for name, entry in wanted.items():
         try:
-            built.append(hydra.utils.instantiate(OmegaConf.create(entry), _convert_="all"))
+            one = hydra.utils.instantiate(OmegaConf.create(entry), _convert_="all")
         except Exception as error:  # whatever a constructor raises
             raise Refusal(f"{group}.{name}: {entry['_target_']} cannot be built: {_reason(error)}") from None
+        if not isinstance(one, kind):
+            made = f"{entry['_target_']} makes a {type(one).__name__}"
+            raise Refusal(f"{group}.{name}: {made}: it must be a {kind.__name__} of lightning.pytorch")
+        built[f"{group}.{name}"] = one
     return built
+
+
+def at_fault(error: BaseException, built: dict[str, Any]) -> str:
+    """The name of the object in a method of which the error was raised; empty where it was elsewhere."""
+    names = {id(one): name for name, one in built.items()}
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return next((names[id(it)] for frame in frames if id(it := frame.f_locals.get("self")) in names), "")
 
 
 def _reason(error: BaseException) -> str:

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 import warnings
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ if "torchmetrics" not in sys.modules and not (__name__ == "__main__" and is_obse
 import lightning
 import torch
 import torch.distributed as dist
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
@@ -175,8 +177,8 @@ def train(fit: Fit, rank: Rank, progress: Progress, optimizer: MuonAdamW) -> Non
         for model in filter(None, (fit.model, training.teacher)):
             compile_blocks(model)
     facts = {"folder": str(observers.log_folder(rank.place, rank.stage)), "stage": rank.stage, "fit": fit.name}
-    loggers = observers.build("logger", rank.settings.logger, facts)
-    watching = observers.build("callbacks", rank.settings.callbacks, facts)
+    loggers = observers.build("logger", Logger, rank.settings.logger, facts)
+    watching = observers.build("callbacks", lightning.Callback, rank.settings.callbacks, facts)
     record = RecordSteps(fit, rank, progress.step)
     devices = int(os.environ.get("LOCAL_WORLD_SIZE", rank.world_size))
     trainer = lightning.Trainer(
@@ -187,12 +189,12 @@ def train(fit: Fit, rank: Rank, progress: Progress, optimizer: MuonAdamW) -> Non
         precision=rank.precision,
         accumulate_grad_batches=rank.accumulate,
         gradient_clip_val=rank.settings.trainer.gradient_clip_val,
-        callbacks=[AgreeOnStep(), BalanceExperts(), record, *watching, ExactResume()],
+        callbacks=[AgreeOnStep(), BalanceExperts(), record, *watching.values(), ExactResume()],
         fast_dev_run=rank.few_steps * rank.accumulate or False,
         max_epochs=1,
         use_distributed_sampler=False,
         default_root_dir=facts["folder"],
-        logger=loggers or False,
+        logger=[*loggers.values()] or False,
         log_every_n_steps=rank.log_every_steps,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -205,6 +207,12 @@ def train(fit: Fit, rank: Rank, progress: Progress, optimizer: MuonAdamW) -> Non
     except MisconfigurationException as error:  # as where a callback needs a logger, and none was chosen
         hint = "" if loggers else "; logger=csv chooses a logger"
         raise Refusal(f"{fit.name}: {' '.join(str(error).split()).rstrip('.')}{hint}") from None
+    except Exception as error:
+        if not (name := observers.at_fault(error, loggers | watching)):
+            raise
+        traceback.print_exc()
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise Refusal(f"{fit.name}: {name} failed: {why}; the traceback is in {rank.state / 'ranks.log'}") from None
     finally:
         record.line.close()
     if progress.step < fit.steps:
