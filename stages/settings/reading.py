@@ -41,7 +41,7 @@ def refuse_first(error: ValidationError, model: type[BaseModel]) -> NoReturn:
         refuse_unknown(first["loc"][-1], known, path)
     if first["type"] == "missing":
         raise Refusal(f"{key}: missing; put it in params.yaml or in a preset of conf/")
-    of_setting = [each for each in errors if _setting_at(each["loc"], model)[0] == path]
+    of_setting = [each for each in errors if _setting_at(each["loc"], model)[0] == path and each["type"] != "too_short"]
     words = [each["ctx"]["expected"].replace("'", "") for each in of_setting if each["type"] == "literal_error"]
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if words and len(of_setting) > 1 and not is_number:
