@@ -64,6 +64,8 @@ def job(settings: DictConfig) -> None:
     corpus, seed = words["corpus"], words["seed"]
     if corpus not in words["corpora"]:
         sys.exit(f"claims: corpus={corpus} is not one of {', '.join(words['corpora'])} (claims/sweep.yaml)")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        sys.exit(f"claims: seed={seed}: must be a whole number from 0 to 2**32 - 1")
     folder = FOLDER / code_key() / f"{corpus}-{seed}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)

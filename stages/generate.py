@@ -9,10 +9,8 @@ A model is a name under artifacts/ or a folder. Text goes to standard output as 
 
 import argparse
 import codecs
-import contextlib
 import itertools
 import math
-import os
 import shutil
 import sys
 import time
@@ -21,10 +19,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.files.artifacts import Refusal
+from stages.files.streams import fill_closed_streams, whole_output
 from stages.model.folders import folder_of
 
 COLUMN_GAP = "  |  "
 LEAST_COLUMN = 20  # characters
+MOST_TOKENS = 2**20  # memory for all of them is taken at the start
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ def arguments(words: list[str]) -> argparse.Namespace:
 
 
 def sampling_of(options: argparse.Namespace) -> Sampling:
-    if options.tokens < 1:
-        raise Refusal(f"--tokens {options.tokens}: must be at least 1")
+    if not 1 <= options.tokens <= MOST_TOKENS:
+        raise Refusal(f"--tokens {options.tokens}: must be from 1 to {MOST_TOKENS:,}")
     if not 0 <= options.temperature < math.inf:
         raise Refusal(f"--temperature {options.temperature:g}: must be a number from 0 on")
     if not 0 < options.top_p <= 1:
@@ -194,15 +194,16 @@ def cut(line: str, width: int) -> list[str]:
 
 
 def entry() -> Any:
+    fill_closed_streams()
     try:
-        main(sys.argv[1:])
+        with whole_output():
+            main(sys.argv[1:])
     except Refusal as refusal:
+        if isinstance(refusal.__context__, BrokenPipeError):  # the reader, such as `head`, has seen enough
+            return 0
         return f"offramp: {refusal}"
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

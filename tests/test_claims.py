@@ -60,8 +60,15 @@ def test_a_run_counts_once_its_report_is_there(tmp_path):
     assert page(Runs({})) == "No run has finished yet."
 
 
-def test_an_unknown_corpus_is_one_line():
-    words = [sys.executable, "-m", "claims", "corpus=klingon", "seed=1"]
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["corpus=klingon", "seed=1"], "corpus=klingon is not one of python, headers, algebra (claims/sweep.yaml)"),
+        (["corpus=python", "seed=one"], "seed=one: must be a whole number from 0 to 2**32 - 1"),
+    ],
+)
+def test_an_unknown_corpus_and_a_seed_that_is_no_number_are_one_line(words, line):
+    words = [sys.executable, "-m", "claims", *words]
     done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr == "claims: corpus=klingon is not one of python, headers, algebra (claims/sweep.yaml)\n"
+    assert done.stderr == f"claims: {line}\n"

@@ -13,6 +13,7 @@ from test_shards import BPE
 from test_student import SHAPE
 
 from stages import generate as command
+from stages.files import streams
 from stages.files.artifacts import Refusal
 from stages.model import generation
 from stages.model.folders import folder_of
@@ -102,7 +103,8 @@ def test_a_character_of_several_tokens_is_printed_when_it_is_whole():
     [
         (["--model", "nobody"], "nobody: no model of that name and no folder with a config.json"),
         (["--compare", "student,"], "no model of that name"),
-        (["--tokens", "0"], "--tokens 0: must be at least 1"),
+        (["--tokens", "0"], "--tokens 0: must be from 1 to 1,048,576"),
+        (["--tokens", "9999999"], "--tokens 9999999: must be from 1"),
         (["--temperature", "-1"], "--temperature -1: must be a number from 0 on"),
         (["--temperature", "nan"], "--temperature nan"),
         (["--temperature", "inf"], "--temperature inf"),
@@ -115,3 +117,20 @@ def test_a_wrong_option_is_refused_in_one_line(words, told):
     with pytest.raises(Refusal) as caught:
         command.main([*words, "x"])
     assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "ended"),
+    [
+        (BrokenPipeError(32, "Broken pipe"), 0),
+        (OSError(28, "No space left on device"), "offramp: standard output could not be written (No space left"),
+    ],
+)
+def test_a_reader_that_has_seen_enough_is_no_error_and_a_full_disk_is_one_line(monkeypatch, error, ended):
+    def write(words):
+        raise error
+
+    monkeypatch.setattr(command, "main", write)
+    monkeypatch.setattr(streams, "drop_output", lambda: None)
+    said = command.entry()
+    assert said == ended or said.startswith(ended)

@@ -109,6 +109,7 @@ MISTAKES = [
     ("corpus.paths", "a.txt", "corpus.paths = 'a.txt': must be a list, such as [a, b]"),
     ("seed", "5", "seed = '5': must be a whole number, and this is text: write it without quotes"),
     ("distill.temperature", "1e3", "distill.temperature = '1e3': must be a number, and this is text"),
+    ("export.formats", ["pdf"], "export.formats = pdf: must be hf, gguf or onnx"),
     ("plan.chips", [0], "plan.chips = 0: must be at least 1"),
     ("plan.chips", [], "plan.chips = []: must name at least one"),
     ("plan.provider", [], "plan.provider = []: must name at least one"),
