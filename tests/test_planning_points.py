@@ -144,8 +144,15 @@ def test_an_anchor_may_be_a_row_of_the_registry(tmp_path):
             "row a: model: active_parameters",
         ),
         (
-            {"model": {"name": "M", "total_parameters": 1e9, "active_parameters": 1e8, "experts": 8,
-                       "experts_per_token": 2}},
+            {
+                "model": {
+                    "name": "M",
+                    "total_parameters": 1e9,
+                    "active_parameters": 1e8,
+                    "experts": 8,
+                    "experts_per_token": 2,
+                }
+            },
             "row a: model: active_parameters = 1e+08: a token passes through 2 of 8 experts, so at least through that",
         ),
         ({"source": None}, "row a: source = None: must be a word"),

@@ -123,6 +123,7 @@ MISTAKES = [
     (GOOD | {"price_per_chip_hour_high": 1.0}, "row a: price_per_chip_hour_high = 1: must be at least"),
     (GOOD | {"date": "2026-02-30"}, "row a: date: 2026-02-30 is no date; write YYYY"),
     (GOOD | {"date": "yesterday"}, "row a: date: yesterday is no date; write YYYY"),
+    (GOOD | {"date": 10**30}, "row a: date: "),
     (GOOD | {"terms": "hourly"}, "row a: terms = hourly: must be on_demand, spot"),
     (GOOD | {"colour": "red"}, "row a: colour: no such field; there are id, date"),
     (GOOD | {"source": " "}, "row a: source = "),

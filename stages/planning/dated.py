@@ -28,7 +28,7 @@ def _plain(value: Any) -> Any:
 def _existing(date: str) -> str:
     try:
         first_day(date)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(f"{shown(date)} is no date; write YYYY, YYYY-MM or YYYY-MM-DD (null: undated)") from None
     return date
 

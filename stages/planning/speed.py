@@ -56,9 +56,7 @@ def subject(name: str, chip: str, models: Mapping[str, Model], points: Sequence[
     known = [*models, *ours, *by_id]
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]}? There" if close else "there"
-    raise Refusal(
-        f"plan.model = {name}: no such model; {hint} are {', '.join([*models, *ours])}, and ids of points"
-    )
+    raise Refusal(f"plan.model = {name}: no such model; {hint} are {', '.join([*models, *ours])}, and ids of points")
 
 
 def _published(model, point, key):
