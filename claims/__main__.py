@@ -8,7 +8,6 @@ Each job runs the pipeline in a copy of this checkout under .runs/claims/, named
 that was cut off continues there, as `dvc repro` does, and a finished one is not run again.
 """
 
-import hashlib
 import importlib.util
 import shutil
 import subprocess
@@ -24,6 +23,7 @@ from benchmarks.checkout import DVC, checkout, environment
 from benchmarks.table import ROOT
 from claims.table import MIN_CORPORA, MIN_SEEDS, Runs, page
 from stages.files.artifacts import write_atomically
+from stages.files.resuming import resume_key
 
 FOLDER = ROOT / ".runs" / "claims"
 WRITTEN = ROOT / "docs" / "claims.md"
@@ -39,12 +39,8 @@ def package_folder(name: str) -> str:
 
 def code_key() -> str:
     """What the figures depend on: another key has other folders."""
-    digest = hashlib.sha256()
-    files = [path for folder in ("stages", "conf") for path in (ROOT / folder).rglob("*")]
-    read = [path for path in files if path.suffix in (".py", ".yaml")]
-    for path in sorted([*read, ROOT / "params.yaml", ROOT / "dvc.yaml"]):
-        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
+    settings = sorted((ROOT / "conf").rglob("*.yaml"))
+    return resume_key("claims", [], [*settings, ROOT / "params.yaml", ROOT / "dvc.yaml"])
 
 
 def prepare_checkout(folder: Path, corpus: dict, seed: int) -> None:
