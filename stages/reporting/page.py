@@ -70,6 +70,7 @@ def make_page(
         experts=figures.expert_figures(metrics["pretrain"]),
         checkpointing=figures.checkpointing_figure(evaluated, timings),
         policies=figures.checkpointing_table(evaluated, timings),
+        checkpointing_layers=evaluated["checkpointing_layers"],
         latency=figures.latency_table(timings),
         speed=figures.speed_table(evaluated, timings),
         plan=plan,
