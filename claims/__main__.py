@@ -4,11 +4,13 @@
     python -m claims corpus=python seed=1,2         # a part of it; prints the table, writes nothing
     python -m claims hydra.sweeper.params=null      # prints the table of what has run
 
-Each job runs the pipeline in a copy of this checkout under .runs/claims/, named by a hash of code and settings. A job
-that was cut off continues there, as `dvc repro` does, and a finished one is not run again.
+Each job runs the pipeline up to `evaluate`, and the control of equal time (claims/challenge.py), in a copy of this
+checkout under .runs/claims/, named by a hash of code and settings. A job that was cut off continues there, as `dvc
+repro` does, and a finished one is not run again.
 """
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from benchmarks.checkout import DVC, checkout, environment
 from benchmarks.table import ROOT
-from claims.table import MIN_CORPORA, MIN_SEEDS, Runs, page
+from claims.table import MIN_CORPORA, MIN_SEEDS, TIMED, Runs, page
 from stages.files.artifacts import write_atomically
 from stages.files.resuming import resume_key
 
@@ -55,7 +57,7 @@ def prepare_checkout(folder: Path, corpus: dict, seed: int) -> None:
 
 @hydra.main(version_base=None, config_path=".", config_name="sweep")
 def job(settings: DictConfig) -> None:
-    """One corpus and one seed: the whole pipeline."""
+    """One corpus and one seed: the pipeline to `evaluate`, and the control of equal time."""
     words: Any = OmegaConf.to_container(settings, resolve=True)
     corpus, seed = words["corpus"], words["seed"]
     if corpus not in words["corpora"]:
@@ -67,9 +69,11 @@ def job(settings: DictConfig) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         prepare_checkout(folder, words["corpora"][corpus], seed)
     print(f"claims: {corpus}, seed {seed}: {folder.relative_to(ROOT)}", flush=True)
-    done = subprocess.run([*DVC, "repro", "--quiet"], cwd=folder, env=environment())
-    if done.returncode:
-        sys.exit(f"claims: {corpus}, seed {seed} ended early: the same command continues it")
+    timed = [sys.executable, "-m", "claims.challenge", f"hydra.run.dir={TIMED}"]
+    for words in ([*DVC, "repro", "--quiet", "evaluate"], timed):
+        done = subprocess.run(words, cwd=folder, env=environment(PYTHONPATH=f".{os.pathsep}{ROOT}"))
+        if done.returncode:
+            sys.exit(f"claims: {corpus}, seed {seed} ended early: the same command continues it")
 
 
 def main() -> None:

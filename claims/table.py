@@ -14,24 +14,26 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.table import conditions, listed
+from claims.challenge import SCORES
 from stages.challenge import MADE_FROM
 from stages.evaluate import comparisons, control_differences, quality
 from stages.files.artifacts import read_json
 from stages.measure import scoring
 from stages.measure.subjects import MODELS
-from stages.reporting.claims import Claim, claims_as_markdown, make_claims
+from stages.reporting.claims import Claim, claims_as_markdown, quality_claims
 from stages.reporting.controls import SAME_OPERATIONS, SAME_TOKENS, controls_of, strongest
 from stages.reporting.wording import number, signed_number, words
 
+TIMED, SAME_TIME = "timed", "same time"  # the folder of the control of equal time in that of a job, and its kind
 MIN_SEEDS, MIN_CORPORA = 3, 3
 RESAMPLES = 4000
 COMPARED = (  # the claims that a control decides
     ("student", SAME_TOKENS),
     ("student", SAME_OPERATIONS),
+    ("student", SAME_TIME),
     ("sparse_teacher", SAME_OPERATIONS),
     ("sparse_student", SAME_OPERATIONS),
 )
-OF_ALL_MODELS = 4  # claims on quality; the others (checkpointing, router) do not depend on the corpus
 
 
 class CrossedBootstrap(scoring.Bootstrap):
@@ -56,9 +58,10 @@ class Runs:
     @classmethod
     def of(cls, folder: Path) -> "Runs":
         found: dict[str, dict[int, Path]] = {}
-        for path in sorted(folder.glob("*-*/report/claims.json")):
-            corpus, _, seed = path.parents[1].name.rpartition("-")
-            found.setdefault(corpus, {})[int(seed)] = path.parents[1]
+        for path in sorted(folder.glob(f"*-*/{TIMED}/{SCORES}")):
+            run = path.parents[len(Path(TIMED, SCORES).parts) - 1]
+            corpus, _, seed = run.name.rpartition("-")
+            found.setdefault(corpus, {})[int(seed)] = run
         return cls(found)
 
     @property
@@ -94,6 +97,7 @@ class Corpus:
         self.name, self.folders = name, list(folders.values())
         scores = [folder / "artifacts/scores" for folder in self.folders]
         self.tables = {model: np.concatenate([np.load(each / f"{model}.npy") for each in scores]) for model in MODELS}
+        self.tables["timed_student"] = np.concatenate([np.load(each / TIMED / SCORES) for each in self.folders])
         self.documents = len(self.tables["teacher"]) // len(scores)
         self.bootstrap = CrossedBootstrap(len(scores), self.documents, RESAMPLES, seed=0)
         self.metrics = self.pooled()
@@ -106,17 +110,19 @@ class Corpus:
         models = {
             model: evaluated["models"][model] | quality(self.bootstrap, table, model != "teacher")
             for model, table in self.tables.items()
+            if model in evaluated["models"]
         }
         compared = comparisons(self.bootstrap, self.tables, models)
         controls = control_differences(self.bootstrap, self.tables)
         return metrics | {"evaluate": evaluated | {"models": models, "comparisons": compared, "controls": controls}}
 
     def claims(self) -> list[Claim]:
-        return make_claims(self.metrics, read_json(self.folders[0] / "measurements/profile.json"))
+        return quality_claims(self.metrics)
 
     def comparison(self, model: str, equal: str) -> Comparison:
-        strong = strongest(controls_of(model, self.metrics), equal)
-        control = strong.name
+        control = "timed_student"
+        if equal != SAME_TIME:
+            control = strongest(controls_of(model, self.metrics), equal).name
         theirs, own = self.tables[control], self.tables[model]
         resampled_R = self.bootstrap.bits_per_byte(theirs) - self.bootstrap.bits_per_byte(own)
         tail = min((resampled_R <= 0).mean(), (resampled_R >= 0).mean())
@@ -125,8 +131,10 @@ class Corpus:
         paired = (theirs[:, scoring.NATS] - own[:, scoring.NATS]) / own[:, scoring.BYTES]
         effect = paired.mean() / paired.std(ddof=1)
         p = min(1.0, max(2 * tail, 1 / RESAMPLES))
-        ahead, took = strong.ahead.value, self.time(control, model)
-        return Comparison(self.name, model, equal, control, ahead, strong.interval(), seeds, took, effect, p)
+        ahead, _ = scoring.difference(self.bootstrap, theirs, own)
+        interval = f"{signed_number(ahead.low)} to {signed_number(ahead.high)}"
+        took = self.time(control, model)
+        return Comparison(self.name, model, equal, control, ahead.value, interval, seeds, took, effect, p)
 
     def time(self, control: str, model: str) -> float | None:
         """Median over the seeds: equal operations are not equal time. None where the seconds of no seed are known."""
@@ -146,6 +154,7 @@ def seconds_of_fits(folder: Path) -> dict[str, float]:
         measured = read_json(folder / f"measurements/{stage}.json")
         timed = {name: value for name, value in measured.items() if name.endswith("/seconds") and value}
         found |= {name.removesuffix("/seconds"): value for name, value in timed.items()}
+    found["timed_student"] = read_json(folder / TIMED / "metrics/challenge.json")["timed_student_seconds"]
     return found
 
 
@@ -202,5 +211,5 @@ def page(runs: Runs) -> str:
     ]
     for corpus in corpora:
         title = f"{corpus.name}: {len(corpus.folders)} seeds, {corpus.documents} test documents"
-        parts += [f"## {title}", claims_as_markdown(corpus.claims()[:OF_ALL_MODELS]).rstrip()]
+        parts += [f"## {title}", claims_as_markdown(corpus.claims()).rstrip()]
     return "\n\n".join(parts) + "\n"

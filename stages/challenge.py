@@ -36,27 +36,35 @@ CHALLENGED = ("student", "sparse_teacher", "sparse_student")
 
 
 def fits(settings, place: Place, _) -> Iterator:
-    from stages.model.hub import new_model, shape_from
     from stages.training.cost import step_flops
+
+    made = read_costs(place)
+    whole = whole_costs(made)
+    tokens = settings.challenge.batch_sequences * settings.trainer.accumulate_grad_batches * settings.sequence_tokens
+    for name in CHALLENGED:
+        fit = from_nothing(name, made, settings, place)
+        fit.steps = max(1, whole[name] // step_flops(fit.model, tokens, settings.sequence_tokens))
+        yield fit
+
+
+def from_nothing(name: str, made: dict[str, dict], settings, place: Place):
+    """The training of a model's shape from random weights; how many steps it takes is left open."""
+    from stages.model.hub import new_model, shape_from
     from stages.training.fit import Fit, NextToken
 
-    recipe, made = settings.challenge, read_costs(place)
-    whole, balanced = whole_costs(made), made["teacher"]
-    tokens = recipe.batch_sequences * settings.trainer.accumulate_grad_batches * settings.sequence_tokens
-    for name in CHALLENGED:
-        model = new_model(shape_from(made[name]["config"], place.read("artifacts/costs")), settings.seed)
-        yield Fit(
-            name=f"scratch_{name}",
-            model=model,
-            objective=NextToken(balanced["balance_loss_weight"]),
-            steps=max(1, whole[name] // step_flops(model, tokens, settings.sequence_tokens)),
-            batch_sequences=recipe.batch_sequences,
-            learning_rate_scale=recipe.learning_rate_scale,
-            validate_every_steps=recipe.validate_every_steps,
-            validation_sequences=recipe.validation_sequences,
-            out=f"artifacts/scratch_{name}",
-            bias_update_rate=balanced["bias_update_rate"],
-        )
+    recipe, balanced = settings.challenge, made["teacher"]
+    return Fit(
+        name=f"scratch_{name}",
+        model=new_model(shape_from(made[name]["config"], place.read("artifacts/costs")), settings.seed),
+        objective=NextToken(balanced["balance_loss_weight"]),
+        steps=0,
+        batch_sequences=recipe.batch_sequences,
+        learning_rate_scale=recipe.learning_rate_scale,
+        validate_every_steps=recipe.validate_every_steps,
+        validation_sequences=recipe.validation_sequences,
+        out=f"artifacts/scratch_{name}",
+        bias_update_rate=balanced["bias_update_rate"],
+    )
 
 
 def read_costs(place: Place) -> dict[str, dict]:

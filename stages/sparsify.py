@@ -56,6 +56,7 @@ def fits(settings, place: Place, keep: Callable) -> Iterator:
         kept = keep(f"{name}_calibration", look)
         sparse = prune(dense, shares, kept["importance"], multiple)
         settle(sparse)
+        balance = wanted.get("bias_update_rate", 0.0)  # of both: a control is beaten only where it was treated alike
         yield Fit(
             name=f"sparse_{name}",
             model=sparse,
@@ -64,7 +65,7 @@ def fits(settings, place: Place, keep: Callable) -> Iterator:
             ),
             out=f"artifacts/sparse_{name}",
             notes={"one_shot_loss_ratio": kept["one_shot_loss_ratio"]},
-            bias_update_rate=wanted.get("bias_update_rate", 0.0),
+            bias_update_rate=balance,
             finish=settle,
             prepared_flops=CALIBRATION_PASSES
             * round(forward_flops(dense.shape, calibration_tokens, settings.sequence_tokens)),
@@ -75,6 +76,7 @@ def fits(settings, place: Place, keep: Callable) -> Iterator:
             model=models.load(place.read(f"artifacts/{name}")),
             objective=NextToken(),
             out=f"artifacts/continued_{name}",
+            bias_update_rate=balance,
             **common,
         )
 

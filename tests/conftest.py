@@ -9,9 +9,14 @@ for name in ("DVC_STAGE", "DVC_ROOT", "HYDRA_FULL_ERROR", "MAKEFLAGS", "MAKELEVE
     os.environ.pop(name, None)
 
 import pytest  # noqa: E402
+from hypothesis import settings as effort  # noqa: E402
 
 from stages.settings import schema as settings  # noqa: E402
 from stages.settings.compose import compose  # noqa: E402
+
+# The same examples in every run and no time limit on one: `--hypothesis-profile=default` looks for new ones.
+effort.register_profile("same", derandomize=True, deadline=None)
+effort.load_profile("same")
 
 
 @pytest.fixture(scope="session")

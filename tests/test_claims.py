@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 from benchmarks.checkout import ROOT, environment
-from claims.table import CrossedBootstrap, Runs, holm, page
+from claims.challenge import SCORES, equal_steps
+from claims.table import TIMED, CrossedBootstrap, Runs, holm, page
+from stages.files.artifacts import write_json
 from stages.measure import scoring
+from stages.run.entry import Place
 
 
 def table_of(nats: np.ndarray) -> np.ndarray:
@@ -49,15 +52,27 @@ def test_holm_multiplies_the_smallest_by_all_and_keeps_the_order():
     assert holm([0.6, 0.9]) == [1.0, 1.0]
 
 
-def test_a_run_counts_once_its_report_is_there(tmp_path):
+def test_a_run_counts_once_its_control_of_equal_time_is_scored(tmp_path):
     for name in ("python-1", "python-2", "c-headers-1"):
-        (tmp_path / name / "report").mkdir(parents=True)
-        (tmp_path / name / "report" / "claims.json").touch()
+        scores = tmp_path / name / TIMED / SCORES
+        scores.parent.mkdir(parents=True)
+        scores.touch()
     (tmp_path / "python-3").mkdir()
     runs = Runs.of(tmp_path)
     assert runs.corpora == ["c-headers", "python"] and runs.seeds == 1
     assert list(runs.folders["python"]) == [1, 2]
     assert page(Runs({})) == "No run has finished yet."
+
+
+def test_equal_time_is_the_time_of_teacher_and_student_by_the_measured_speed(tmp_path):
+    for path, figures in {
+        "measurements/pretrain.json": {"teacher/seconds": 40.0},
+        "measurements/distill.json": {"student/seconds": 10.0},
+        "measurements/challenge.json": {"scratch_student/seconds": 75.0},
+        "metrics/challenge.json": {"scratch_student_steps": 1200},
+    }.items():
+        write_json(Place(tmp_path, tmp_path).write(path), figures)
+    assert equal_steps(Place(tmp_path, tmp_path)) == 800
 
 
 @pytest.mark.parametrize(

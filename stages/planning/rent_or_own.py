@@ -30,7 +30,8 @@ def annuity_dollars(capital_dollars: float, cost_of_capital: float, years: float
     if cost_of_capital == 0:
         return capital_dollars * (1 - residual) / years
     discounted = -math.expm1(-years * math.log1p(cost_of_capital))  # 1 - (1 + r)^-n, exact for small r too
-    return capital_dollars * (1 - residual * (1 - discounted)) * cost_of_capital / discounted
+    recovery = cost_of_capital / discounted  # first: a tiny rate times dollars would be rounded, a ratio of the two not
+    return capital_dollars * (1 - residual * (1 - discounted)) * recovery
 
 
 def power_dollars_per_hour(owned: Owning) -> float:
