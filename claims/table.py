@@ -82,8 +82,7 @@ class Comparison:
     model: str
     equal: str
     control: str
-    better: float  # bits per byte; below zero the control is better
-    interval: str
+    better: scoring.Estimate  # bits per byte; below zero the control is better
     by_seed: list[float]
     time: float | None  # seconds of training of the control with all that it was made from, over those of the model
     effect: float  # mean over documents and seeds of the paired difference, in its standard deviations (Cohen's d_z)
@@ -132,9 +131,7 @@ class Corpus:
         effect = paired.mean() / paired.std(ddof=1)
         p = min(1.0, max(2 * tail, 1 / RESAMPLES))
         ahead, _ = scoring.difference(self.bootstrap, theirs, own)
-        interval = f"{signed_number(ahead.low)} to {signed_number(ahead.high)}"
-        took = self.time(control, model)
-        return Comparison(self.name, model, equal, control, ahead.value, interval, seeds, took, effect, p)
+        return Comparison(self.name, model, equal, control, ahead, seeds, self.time(control, model), effect, p)
 
     def time(self, control: str, model: str) -> float | None:
         """Median over the seeds: equal operations are not equal time. None where the seconds of no seed are known."""
@@ -170,7 +167,7 @@ def holm(values: list[float]) -> list[float]:
 def outcome(comparison: Comparison, p: float) -> str:
     if p >= 0.05:
         return "level"
-    return "control beaten" if comparison.better > 0 else "control is better"
+    return "control beaten" if comparison.effect > 0 else "control is better"
 
 
 def comparisons_table(found: list[Comparison]) -> str:
@@ -183,8 +180,8 @@ def comparisons_table(found: list[Comparison]) -> str:
             words(comparison.model),
             f"{words(comparison.control)} ({comparison.equal})",
             f"{number(comparison.time)}×",
-            signed_number(comparison.better),
-            comparison.interval,
+            signed_number(comparison.better.value),
+            f"{signed_number(comparison.better.low)} to {signed_number(comparison.better.high)}",
             ", ".join(map(signed_number, comparison.by_seed)),
             number(comparison.effect),
             f"{p:.2g}",

@@ -28,7 +28,9 @@ def signed(share: float) -> str:
     return "0.0%" if text[1:] == "0.0%" else text
 
 
-def signed_number(value: float) -> str:
+def signed_number(value: float | None) -> str:
+    if value is None:
+        return "–"
     text = f"{value:+.4f}".replace("-", "−")
     return "0" if float(text[1:]) == 0 else text
 
