@@ -3,8 +3,9 @@
 from stages.data.shards import END_OF_TEXT
 
 
-def corpus_card(card, knobs):
-    """The card for a reader."""
+def corpus_card(card, knobs, ending=END_OF_TEXT):
+    """The card for a reader; `ending` is the token that ends a document."""
+    origin = "the teacher's own" if "teacher" in card else "from the training split only"
     corpus = card["corpus"]
     rows = []
     for split, part in card["splits"].items():
@@ -57,8 +58,8 @@ def corpus_card(card, knobs):
             f"{knobs.test_share:g}, validation below {knobs.test_share + knobs.val_share:g}, else training.",
             f"No document is in two splits.{filled}",
             "",
-            f"Tokenizer: {card['tokenizer']}, {card['vocab_size']:,} tokens, from the training split only;",
-            f"`{END_OF_TEXT}` ({card['end_of_text']}) ends every document and counts no byte.",
+            f"Tokenizer: {card['tokenizer']}, {card['vocab_size']:,} tokens, {origin};",
+            f"`{ending}` ({card['end_of_text']}) ends every document and counts no byte.",
             "",
         ]
     )
