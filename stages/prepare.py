@@ -266,7 +266,7 @@ def _encoded(tokenizer, batch):
 
 
 def state_key(knobs, teacher, files, splits):
-    """Of what the tokens depend on: the texts that were read, wherever they came from, and a teacher's own tokenizer."""
+    """Of what the tokens depend on: the texts, wherever they came from, and a teacher's own tokenizer."""
     digest = hashlib.sha256()
     for documents in splits.values():
         digest.update(b"".join(document.digest for document in documents) + b"\n")

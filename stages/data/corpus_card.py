@@ -1,11 +1,11 @@
 """The card of a corpus for a reader, CORPUS.md; for programs there is card.json."""
 
+from stages.data.file_tokenizer import FileTokenizer
 from stages.data.shards import END_OF_TEXT
 
 
-def corpus_card(card, knobs, ending=END_OF_TEXT):
-    """The card for a reader; `ending` is the token that ends a document."""
-    origin = "the teacher's own" if "teacher" in card else "from the training split only"
+def corpus_card(card, knobs):
+    """The card for a reader."""
     corpus = card["corpus"]
     rows = []
     for split, part in card["splits"].items():
@@ -44,6 +44,9 @@ def corpus_card(card, knobs, ending=END_OF_TEXT):
         notes.append(f"Of the rest, each split took its share of {limit} by checksum.")
     count = card["documents_moved_to_fill_splits"]
     filled = f" So that each split has enough, {count:,} went to the one next to theirs." if count else ""
+    given = card["tokenizer"] == FileTokenizer.kind
+    origin = "the teacher's own, from text that is not known here" if given else "from the training split only"
+    end = "a token " if given else f"`{END_OF_TEXT}` "
     return "\n".join(
         [
             "# Corpus card",
@@ -59,7 +62,7 @@ def corpus_card(card, knobs, ending=END_OF_TEXT):
             f"No document is in two splits.{filled}",
             "",
             f"Tokenizer: {card['tokenizer']}, {card['vocab_size']:,} tokens, {origin};",
-            f"`{ending}` ({card['end_of_text']}) ends every document and counts no byte.",
+            f"{end}({card['end_of_text']}) ends every document and counts no byte.",
             "",
         ]
     )

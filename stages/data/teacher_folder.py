@@ -7,7 +7,6 @@ Weights are not read here, and nothing in the folder is executed or unpickled.
 """
 
 from pathlib import Path
-
 from typing import TYPE_CHECKING
 
 from stages.files.artifacts import Refusal, read_json

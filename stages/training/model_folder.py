@@ -7,8 +7,8 @@ model was made from by checksums. Equal runs must write equal bytes, so it has n
 from collections.abc import Mapping
 from pathlib import Path
 
-from stages.data.hub_tokenizer import tokenizer_files
-from stages.data.shards import END_OF_TEXT, read_card
+from stages.data.hub_tokenizer import TOKENIZER_CONFIG, tokenizer_files
+from stages.data.shards import read_card
 from stages.files.artifacts import read_json, write_atomically
 from stages.model.folders import FIGURES_LATER, MODEL_CARD
 from stages.model.weight_files import weight_files
@@ -57,6 +57,7 @@ def model_card(
     config, corpus = read_json(folder / "config.json"), data["corpus"]
     hashes = {"data card (tokenizer, token shards)": data["sha256"], "tokenizer": data["tokenizer_sha256"], **lineage}
     hashes["weights of this model"] = config["weights_sha256"]
+    end_of_text = read_json(folder / TOKENIZER_CONFIG)["eos_token"]
     structure = {"parameters": weight_files(folder).parameters}
     structure |= {word: config[key] for key, word in STRUCTURE.items() if key in config}
     lines = [
@@ -85,7 +86,7 @@ def model_card(
         "- A base model: it continues text. It has no chat template, follows no instructions and was not made safe.",
         f"- It has read one corpus, at most {config['max_position_embeddings']} tokens at a time. Longer texts and",
         "  other kinds of text are beyond it.",
-        f"- `{END_OF_TEXT}` ends a text. A prompt that spells it is read as text, as `split_special_tokens` says.",
+        f"- `{end_of_text}` ends a text. A prompt that spells it is read as text, as `split_special_tokens` says.",
         *_loading(config),
         "",
         "## Licences",
