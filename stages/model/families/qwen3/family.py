@@ -82,11 +82,12 @@ class Qwen3Family:
         window, longest = given.get("sliding_window"), given.get("max_position_embeddings")
         if kind == "mistral" and isinstance(window, int) and isinstance(longest, int) and window >= longest:
             del given["sliding_window"]  # it hides nothing
+        fixed = {"hidden_act": "silu"} | _FIXED[kind]
+        shape = hub_layout.read_fields(Qwen3Shape, _FIELDS, fixed, given, path)
         layers = given.get("layer_types", [])
         if not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
             raise Refusal(f"{path}: layer_types has others than full_attention, which alone is supported")
-        fixed = {"hidden_act": "silu"} | _FIXED[kind]
-        return hub_layout.read_fields(Qwen3Shape, _FIELDS, fixed, given, path)
+        return shape
 
     def to_hub(self, model: Qwen3) -> dict[str, Tensor]:
         return hub_layout.to_hub(model, _attention(model), hub_layout.same_weight, hub_layout.swiglu_to_hub)
