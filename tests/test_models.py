@@ -202,7 +202,7 @@ def test_wrong_weights_are_refused_by_name(saved, change, told):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"model_type": "llama"}, "model_type 'llama' is not supported, only deepseek_v3"),
+        ({"model_type": "bert"}, "model_type 'bert' is not supported, only deepseek_v3"),
         ({"hidden_size": "wide"}, "hidden_size is 'wide', expected int"),
         ({"hidden_size": 48}, "config.json says"),
         ({"q_lora_rank": 8}, "q_lora_rank is 8, only None is supported"),

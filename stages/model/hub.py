@@ -23,8 +23,7 @@ from torch import Tensor
 from stages.files.artifacts import Refusal, read_json, sha256_of, write_atomically, write_json
 from stages.model.families.deepseek_v3.model import DeepseekV3, DeepseekV3Shape
 from stages.model.families.qwen3.model import Qwen3, Qwen3Shape
-from stages.model.families.registry import family_of, family_of_type
-from stages.model.layers import initialise
+from stages.model.families.registry import family_of, shape_of
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 INDEX = "model.safetensors.index.json"  # of a model in several files: which one has which tensor
@@ -54,8 +53,8 @@ def _shape_of(kind: type, settings: Any, vocab_size: int, sequence_tokens: int) 
 
 def new_model(shape: Any, seed: int) -> Any:
     """A model of this shape with fresh weights that depend on the seed alone; an impossible shape is refused."""
-    model = empty_model(shape).to_empty(device="cpu")
-    initialise(model, shape.layers, seed)
+    model = empty_model(shape)
+    family_of(shape).initialise(model, seed)
     return model
 
 
@@ -121,6 +120,8 @@ def load(folder: Path | str) -> Any:
     folder = Path(folder)
     config = read_json(folder / CONFIG)
     shape = shape_from(config, folder / CONFIG)
+    if (model := family_of(shape).read(folder, shape, config.get("weights_sha256"))) is not None:
+        return model.requires_grad_().eval()
     tensors = _read_folder(folder, config.get("weights_sha256"))
     if config.get("tie_word_embeddings"):
         _untie(tensors, folder / CONFIG)
@@ -141,7 +142,7 @@ def shape_from(config: Any, path: Path) -> Any:
             f"{path} is not the file that was saved (SHA-256 differs): run dvc repro again, "
             "or remove config_sha256 from it if you changed it on purpose"
         )
-    shape = family_of_type(config.get("model_type"), path).shape_from(config, path)
+    shape = shape_of(config, path)
     check_shape(shape, str(path))
     return shape
 

@@ -13,6 +13,7 @@ from stages.model.families import hub_layout, prunable
 from stages.model.families.family import DenseSource, Routing
 from stages.model.families.prunable import Prunable
 from stages.model.families.qwen3.model import Qwen3, Qwen3Shape
+from stages.model.layers import initialise
 from stages.settings import shapes
 
 _FIELDS = hub_layout.COMMON_FIELDS | {
@@ -41,6 +42,9 @@ class Qwen3Family:
     def build(self, shape: Qwen3Shape) -> Qwen3:
         return Qwen3(shape)
 
+    def initialise(self, model: Qwen3, seed: int) -> None:
+        initialise(model.to_empty(device="cpu"), model.shape.layers, seed)
+
     def broken_rules(self, shape: Qwen3Shape) -> Iterator[tuple[str, str]]:
         yield from shapes.too_small(shape)
         yield from shapes.qwen3(shape)
@@ -51,6 +55,9 @@ class Qwen3Family:
 
     def shape_from(self, config: dict[str, Any], path: Path) -> Qwen3Shape:
         return hub_layout.read_fields(Qwen3Shape, _FIELDS, hub_layout.COMMON_FIXED | _FIXED, config, path)
+
+    def read(self, *_: Any) -> None:
+        """Its folders are read by `from_hub`."""
 
     def to_hub(self, model: Qwen3) -> dict[str, Tensor]:
         return hub_layout.to_hub(model, _ATTENTION, hub_layout.same_weight, hub_layout.swiglu_to_hub)
