@@ -75,8 +75,7 @@ def _source_for(student: Any, teacher: Any) -> DenseSource:
         )
     if reason := source.unfit(teacher):
         raise Refusal(
-            f"distill.init = teacher: no student starts from this {family_of(theirs).name} teacher, as {reason}:"
-            " set distill.init to random"
+            f"distill.init = teacher: no student starts from this teacher, as {reason}: set distill.init to random"
         )
     if ours.vocab_size != theirs.vocab_size:
         raise Refusal(

@@ -83,7 +83,7 @@ class DenseSource(Protocol):
     """How a dense student reads another model; x_ND is the input of the attention or of the MLP of a block."""
 
     def unfit(self, model: Any) -> str | None:
-        """Why no student can start from this model, in words that follow its family's name; None: it can."""
+        """Why no student can start from this model, after "as"; None: it can."""
 
     def embedding(self, model: Any) -> Tensor:
         """[V, D]: what a token brings into the residual stream."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from stages.model.families import dense_neurons
 from stages.model.families.adapter.model import AdapterModel, moe_of
 from stages.model.families.adapter.places import head_dim
+from stages.model.families.adapter.shape import KNOWN
 from stages.model.families.family import DenseNeurons, PlainHeads
 
 
@@ -20,11 +21,11 @@ class Source:
     def unfit(self, model: AdapterModel) -> str | None:
         config, block = model.hub.config, model.blocks[0]
         if config.model_type == "gpt_oss":
-            return "its experts have biases and a clamped (up + 1) gate, which no SwiGLU has"
-        if getattr(config, "hidden_act", "silu") != "silu" or not hasattr(config, "hidden_act"):
-            return "its MLP is no SwiGLU"
-        if not hasattr(block, "input_layernorm") or hasattr(block, "pre_feedforward_layernorm"):
-            return "it norms what attention and MLP give, which the student does not"
+            return "the experts of GPT-OSS have biases and a clamped (up + 1) gate, which no SwiGLU has"
+        if getattr(config, "hidden_act", None) != "silu":
+            return f"the MLP of {KNOWN[config.model_type]} is no SwiGLU"
+        if not hasattr(block, "input_layernorm"):
+            return f"{KNOWN[config.model_type]} norms what attention and MLP give, not what they read"
         return None
 
     def embedding(self, model: AdapterModel) -> Tensor:

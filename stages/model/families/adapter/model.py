@@ -137,8 +137,12 @@ class AdapterModel(nn.Module):
                 moe.experts.register_forward_pre_hook(self._see)
 
     def _see(self, experts: nn.Module, inputs: tuple) -> None:
+        if self.seen is None and not torch.is_grad_enabled():
+            return
+        # A block that is recomputed for its gradient must do what it did, but its load is not counted again.
+        routing = _routing(inputs[1], inputs[2], len(experts.down_proj))
         if self.seen is not None:
-            self.seen.append(_routing(inputs[1], inputs[2], len(experts.down_proj)))
+            self.seen.append(routing)
 
     def features(
         self, tokens_BT: Tensor, cache: list[LayerCache] | None = None, layers: Collection[int] = ()

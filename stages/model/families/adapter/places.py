@@ -56,9 +56,6 @@ def _heads(attention: nn.Module, at: str, name: str, config: Any) -> Prunable:
             cuts.append(Cut(f"{at}.{row}.weight", 0))
             if linear.bias is not None:
                 cuts.append(Cut(f"{at}.{row}.bias", 0))
-    for norm in ("q_norm", "k_norm"):  # OLMo's norms see all heads at once, Qwen3's one
-        if (found := getattr(attention, norm, None)) is not None and len(found.weight) > head_dim(config):
-            cuts.append(Cut(f"{at}.{norm}.weight", 0))
     if hasattr(attention, "sinks"):
         cuts.append(Cut(f"{at}.sinks", 0))
     return Prunable("heads", name, units, attention.o_proj, tuple(cuts), parts.head_norms(attention.o_proj, units))
@@ -102,6 +99,9 @@ def pruned_shape(shape: AdapterShape, model: AdapterModel, kept: Callable[[str, 
     values: dict[str, Any] = {}
     heads, units = config.num_attention_heads, head_units(config)
     if (groups := kept("heads", units)) != units:
+        if _norms_all_heads(model.blocks[0].attention, config):
+            raise Refusal(f"keep_heads: {KNOWN[config.model_type]} norms the queries and keys of all heads together, so"
+                          " that one that leaves would change the others: set keep_heads to 1")  # fmt: skip
         values["num_attention_heads"] = groups * (heads // units)
         values["num_key_value_heads"] = groups
         if not getattr(config, "kv_lora_rank", None):
@@ -114,6 +114,12 @@ def pruned_shape(shape: AdapterShape, model: AdapterModel, kept: Callable[[str, 
         if moes:
             values |= _expert_counts(config, len(moes[0].down), kept)
     return _changed(shape, {name: value for name, value in values.items() if value != getattr(config, name, None)})
+
+
+def _norms_all_heads(attention: nn.Module, config: Any) -> bool:
+    """As OLMo does; Qwen3 norms each head by itself."""
+    norm = getattr(attention, "q_norm", None)
+    return norm is not None and len(norm.weight) > head_dim(config)
 
 
 def _refuse_gpt_oss(kept: Callable[[str, int], int]) -> None:

@@ -78,7 +78,8 @@ def _make_tables(model: Any) -> None:
         at, _, own = name.rpartition(".")
         module = made[at] = model.get_submodule(at)
         setattr(module, own, torch.empty_like(part, device="cpu"))
-    with torch.random.fork_rng(devices=[]), torch.no_grad():  # the same function draws weights, here on no device
+    # the same function draws weights, which are on no device here
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
         for module in made.values():
             model._init_weights(module)
 
