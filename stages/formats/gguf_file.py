@@ -18,7 +18,6 @@ from stages.formats.extras import extra
 from stages.model import hub
 from stages.model.families.qwen3.model import Qwen3Shape
 from stages.model.families.registry import family_of
-from stages.model.kernels.norm import NORM_EPSILON
 
 KINDS = {"f32": "F32", "f16": "F16", "q8_0": "Q8_0"}  # our word, and the package's for the matrices
 FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
@@ -43,6 +42,8 @@ def write_gguf(folder: Path, path: Path, kind: str) -> None:
             f"{folder}: no GGUF of the family {family.name}: llama.cpp's loader of deepseek2 demands a q_lora_rank,"
             " which this teacher has not; export the student"
         )
+    if model.shape.kind != "qwen3" or model.shape.attention_bias:
+        raise Refusal(f"{folder}: no GGUF of a {model.shape.kind} is written yet, only of a qwen3 without biases")
     writer = gguf.GGUFWriter(path=None, arch="qwen3")
     _describe(gguf, writer, model.shape, folder.name, kind)
     _add_tokenizer(gguf, writer, folder, model.shape.vocab_size)
@@ -76,7 +77,7 @@ def _describe(gguf: Any, writer: Any, shape: Qwen3Shape, name: str, kind: str) -
     writer.add_key_length(shape.head_dim)
     writer.add_value_length(shape.head_dim)
     writer.add_rope_freq_base(shape.rope_theta)
-    writer.add_layer_norm_rms_eps(NORM_EPSILON)
+    writer.add_layer_norm_rms_eps(shape.norm_epsilon)
 
 
 def _add_tokenizer(gguf: Any, writer: Any, folder: Path, vocab_size: int) -> None:

@@ -4,8 +4,6 @@ With them AutoTokenizer, pipeline("text-generation") and `hf upload` take the fo
 model was made from by checksums. Equal runs must write equal bytes, so it has no commit, date, host or path.
 """
 
-import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from stages.data.hub_tokenizer import TOKENIZER_CONFIG, tokenizer_files
 from stages.data.shards import read_card
 from stages.files.artifacts import read_json, write_atomically
 from stages.model.folders import FIGURES_LATER, MODEL_CARD
+from stages.model.weight_files import weight_files
 from stages.run.entry import Place
 
 SOFTMAX_TYPE = "offramp_softmax_moe"  # stages/model/families/deepseek_v3/hub.py, whose import would cost torch's
@@ -59,7 +58,7 @@ def model_card(
     hashes = {"data card (tokenizer, token shards)": data["sha256"], "tokenizer": data["tokenizer_sha256"], **lineage}
     hashes["weights of this model"] = config["weights_sha256"]
     end_of_text = read_json(folder / TOKENIZER_CONFIG)["eos_token"]
-    structure = {"parameters": parameters(folder / "model.safetensors")}
+    structure = {"parameters": weight_files(folder).parameters}
     structure |= {word: config[key] for key, word in STRUCTURE.items() if key in config}
     lines = [
         "---",
@@ -113,8 +112,3 @@ def _loading(config: dict) -> list[str]:
     return []
 
 
-def parameters(weights: Path) -> int:
-    """Numbers in a safetensors file, from its header: the tensors, and so torch, are not needed."""
-    with weights.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return sum(math.prod(part["shape"]) for name, part in header.items() if name != "__metadata__")
