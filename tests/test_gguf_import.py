@@ -11,7 +11,8 @@ from stages.data.hub_tokenizer import load_hub_tokenizer
 from stages.data.shards import byte_alphabet
 from stages.files.artifacts import Refusal
 from stages.formats import gguf_import
-from stages.formats.gguf_import import BLOCK, CLASSES, ONLY, folder_from_gguf
+from stages.formats.gguf_import import CLASSES, folder_from_gguf
+from stages.formats.gguf_names import BLOCK, ONLY
 from stages.formats.pre_tokenizers import PRE_TOKENIZERS, name_of
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
@@ -122,7 +123,7 @@ def test_k_quants_are_read_as_the_package_reads_them():
         kind = gguf.GGMLQuantizationType[name]
         raw = drawn.integers(0, 60, (2, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
         tensor = type("Tensor", (), {"data": raw, "tensor_type": kind})
-        values = gguf_import._values(gguf, "model.layers.0.mlp.down_proj.weight", tensor, {"model_type": "llama"})
+        values = gguf_import._values(gguf, "model.layers.0.mlp.down_proj.weight", tensor, SIZES | {"model_type": "llama"})
         assert values.shape == (2, 256) and values.dtype == np.float32 and np.isfinite(values).all()
 
 

@@ -63,7 +63,7 @@ class FileTokenizer:
         self._bytes = self._bytes_of_ids(ids, added)
         # Unigram looks for its pieces anywhere in a text, also for those that are special
         unigram = bare["model"].get("type") == "Unigram"
-        self._marks = {text for text, token in added.items() if token["special"] and unigram}
+        self._marks = sorted((text for text, token in added.items() if token["special"] and unigram), reverse=True)
         apart = [ODD_BYTES.pattern[1:-1], *([SPACE + "+"] if self._spaced else []), *map(re.escape, self._marks)]
         self._apart = re.compile(f"({'|'.join(apart)})")
 

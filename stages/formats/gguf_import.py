@@ -22,29 +22,12 @@ from stages.data.hub_tokenizer import TOKENIZER_CONFIG
 from stages.data.shards import TOKENIZER
 from stages.files.artifacts import Refusal, sha256_of, write_atomically, write_json
 from stages.formats.extras import extra
+from stages.formats.gguf_names import HEAD, halves_from_pairs, names_of, rotated_heads
 from stages.formats.pre_tokenizers import PRE_TOKENIZERS, WHOLE_WORDS_FIRST
 
 SHARD_BYTES = 2 << 30  # of float32 in one file, so that a reader holds no more than it besides the model
 ORIGIN = "ORIGIN.md"
 CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-# their name in a block -> ours; and of those that only one architecture has
-BLOCK = {
-    "attn_norm.weight": "input_layernorm.weight",
-    "attn_q.weight": "self_attn.q_proj.weight",
-    "attn_k.weight": "self_attn.k_proj.weight",
-    "attn_v.weight": "self_attn.v_proj.weight",
-    "attn_output.weight": "self_attn.o_proj.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "ffn_gate.weight": "mlp.gate_proj.weight",
-    "ffn_up.weight": "mlp.up_proj.weight",
-    "ffn_down.weight": "mlp.down_proj.weight",
-}
-ONLY = {
-    "llama": {},
-    "qwen2": {f"attn_{part}.bias": f"self_attn.{part}_proj.bias" for part in "qkv"},
-    "qwen3": {f"attn_{part}_norm.weight": f"self_attn.{part}_norm.weight" for part in "qk"},
-}
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def folder_from_gguf(path: Path, out: Path) -> Path:
@@ -98,13 +81,10 @@ def config_of(fields: dict[str, Any], there: set[str], path: Path) -> tuple[dict
             raise Refusal(f"{path}: {kind}.{key} is {found!r}, which is not read here: take a Hugging Face folder")
     if value("attention.value_length", head_dim) != head_dim or value("rope.dimension_count", head_dim) != head_dim:
         raise Refusal(f"{path}: keys ({head_dim} a head), values and rotary parts of other widths are not read here")
-    names = {"token_embd.weight": EMBEDDING, "output_norm.weight": "model.norm.weight", "output.weight": HEAD}
-    for layer in range(layers):
-        for theirs, ours in (BLOCK | ONLY[kind]).items():
-            names[f"blk.{layer}.{theirs}"] = f"model.layers.{layer}.{ours}"
+    names = names_of(kind, layers)
     if unknown := sorted(there - names.keys()):
         raise Refusal(f"{path} has {unknown[0]} ({len(unknown)} such), which no {kind} of {layers} layers has here")
-    if missing := sorted(names.keys() - there - {"output.weight"}):
+    if missing := sorted(names.keys() - there - {HEAD}):
         raise Refusal(f"{path} lacks {missing[0]} ({len(missing)} missing): copy the file again")
     theta, ends = value("rope.freq_base", 10000.0), "tokenizer.ggml.{}_token_id"
     config = {
@@ -122,13 +102,17 @@ def config_of(fields: dict[str, Any], there: set[str], path: Path) -> tuple[dict
         "rope_theta": theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
         "hidden_act": "silu",
-        "tie_word_embeddings": "output.weight" not in there,
+        "tie_word_embeddings": HEAD not in there,
         "dtype": "float32",
         "bos_token_id": fields.get(ends.format("bos")),
         "eos_token_id": fields.get(ends.format("eos")),
     }
-    bias = {"attention_bias": False, "mlp_bias": False} if kind == "llama" else {"use_sliding_window": False}
-    return config | bias | ({"attention_bias": False} if kind == "qwen3" else {}), names
+    if kind == "llama" and width % heads:  # which transformers' Llama refuses; its Mistral is the same arithmetic
+        own: dict[str, Any] = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
+    else:
+        own = {"llama": {"attention_bias": False, "mlp_bias": False}, "qwen2": {"use_sliding_window": False},
+               "qwen3": {"use_sliding_window": False, "attention_bias": False}}[kind]  # fmt: skip
+    return config | own, names
 
 
 def _check(gguf: Any, tensors: dict[str, Any], config: dict[str, Any], path: Path) -> None:
@@ -161,13 +145,10 @@ def shape_of(name: str, config: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _values(gguf: Any, name: str, tensor: Any, config: dict[str, Any]) -> np.ndarray:
-    """Float32. llama.cpp rotates neighbours, transformers halves: there Llama's rows of q and k have another order."""
+    """Float32, in transformers' order."""
     values = np.ascontiguousarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
-    heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
-    if config["model_type"] == "llama" and heads:
-        pairs = values.reshape(config[heads], config["head_dim"] // 2, 2, *values.shape[1:])
-        values = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
-    return values
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    return halves_from_pairs(values, rotated_heads(config["model_type"], name, heads, kv_heads))
 
 
 def _write_weights(gguf: Any, tensors: dict[str, Any], config: dict[str, Any], out: Path) -> None:
