@@ -123,7 +123,8 @@ def test_k_quants_are_read_as_the_package_reads_them():
         kind = gguf.GGMLQuantizationType[name]
         raw = drawn.integers(0, 60, (2, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
         tensor = type("Tensor", (), {"data": raw, "tensor_type": kind})
-        values = gguf_import._values(gguf, "model.layers.0.mlp.down_proj.weight", tensor, SIZES | {"model_type": "llama"})
+        config = SIZES | {"model_type": "llama"}
+        values = gguf_import._values(gguf, "model.layers.0.mlp.down_proj.weight", tensor, config)
         assert values.shape == (2, 256) and values.dtype == np.float32 and np.isfinite(values).all()
 
 
