@@ -36,11 +36,6 @@ class WeightFiles:
         """In memory, once it is loaded."""
         return self.parameters * BYTES_PER_PARAMETER
 
-    @property
-    def loading_bytes(self) -> int:
-        """The most that loading takes."""
-        return self.bytes + self.largest_file_bytes
-
 
 def weight_files(folder: Path) -> WeightFiles:
     """What the folder holds. No weight is read; a missing file, a pickle or a damaged header is refused by name."""
@@ -110,12 +105,14 @@ def available_bytes() -> int | None:
     return min(found, default=None)
 
 
-def refuse_larger_than_memory(files: WeightFiles, folder: Path, copies: int = 1) -> None:
-    """`copies`: of as many processes, each of which loads the model."""
-    available, needed = available_bytes(), copies * files.bytes + files.largest_file_bytes
+def refuse_larger_than_memory(files: WeightFiles, folder: Path, copies: int = 1, is_saved: bool = False) -> None:
+    """`copies`: of as many processes, each of which loads the model; one of them may save it, in a copy of its own."""
+    beside = max(files.largest_file_bytes, files.bytes if is_saved else 0)
+    available, needed = available_bytes(), copies * files.bytes + beside
     if available is not None and needed > available:
         held = f" in each of {copies} ranks" if copies > 1 else ""
+        work = "loading and saving" if is_saved else "loading"
         raise Refusal(
-            f"{folder}: {files.parameters:,} parameters take {files.bytes:,} bytes{held}, and loading them"
-            f" {needed:,} in all; {available:,} are free: take a smaller model, fewer ranks or a larger machine"
+            f"{folder}: {files.parameters:,} parameters take {files.bytes:,} bytes{held}, and {work} them {needed:,} in"
+            f" all; {available:,} are free: take a smaller model, a larger machine or fewer ranks (trainer.ranks)"
         )

@@ -27,6 +27,7 @@ STRUCTURE = {  # what a reader looks for first in config.json, where the family 
     "moe_intermediate_size": "expert width",
     "max_position_embeddings": "context in training, tokens",
 }
+NO_SOURCES: Mapping[str, str] = {}
 LICENCES = {
     "stdlib": "The text is Python's standard library: PSF-2.0, and the licences that some of its files name.",
     "files": "The text comes from the user's own files, whose licences are not known here.",
@@ -35,18 +36,24 @@ LICENCES = {
 
 
 def complete_folder(
-    place: Place, name: str, summary: str, parents: tuple[str, ...], figures: Mapping[str, float], sequence_tokens: int
+    place: Place,
+    name: str,
+    summary: str,
+    parents: tuple[str, ...],
+    figures: Mapping[str, float],
+    sequence_tokens: int,
+    sources: Mapping[str, str] = NO_SOURCES,
 ) -> None:
     """Writes the companions of artifacts/<name>, whose config.json and weights are there.
 
-    `summary` says in a sentence how the model was made, `parents` which models of artifacts/ it was made from, and
-    `figures` what was measured of it so far.
+    `summary` says in a sentence how the model was made, `parents` which models of artifacts/ it was made from, `sources`
+    the SHA-256 of what else it was made from, and `figures` what was measured of it so far.
     """
     folder, data = place.write(f"artifacts/{name}"), place.read("artifacts/data")
     for file, content in tokenizer_files(data, sequence_tokens).items():
         write_atomically(folder / file, content)
     hashes = {parent: read_json(place.read(f"artifacts/{parent}") / "config.json") for parent in parents}
-    lineage = {f"weights of `{parent}`": config["weights_sha256"] for parent, config in hashes.items()}
+    lineage = {f"weights of `{parent}`": config["weights_sha256"] for parent, config in hashes.items()} | dict(sources)
     write_atomically(folder / MODEL_CARD, model_card(folder, name, summary, lineage, figures, read_card(data)))
 
 
