@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: env repro test test-forms chaos claims bench recipe serve smollm ui lint audit
+.PHONY: env repro test test-forms test-lm-eval chaos claims bench recipe serve smollm ui lint audit
 .DELETE_ON_ERROR:
 
 env: .venv/.run .venv/.develop
@@ -38,8 +38,13 @@ env: .venv/.run .venv/.develop
 	@touch $@
 
 .venv/.forms: .venv/.develop .venv/.gguf
-	@echo "installing the packages of ONNX into .venv"
-	@$(PIP) -e '.[onnx]'
+	@echo "installing the packages of ONNX and int8 into .venv"
+	@$(PIP) -e '.[onnx,int8]'
+	@touch $@
+
+.venv/.score: .venv/.develop
+	@echo "installing lm-evaluation-harness into .venv"
+	@$(PIP) -e '.[score]'
 	@touch $@
 
 .venv/.audit: .venv/.run
@@ -69,8 +74,11 @@ bench: .venv/.develop
 recipe: .venv/.develop
 	python -m benchmarks.recipe
 
-test-forms: .venv/.forms  # what make test skips where the extras gguf and onnx are not installed
-	python -m pytest tests/test_export.py tests/test_llama_cpp.py
+test-forms: .venv/.forms  # what make test skips where the extras gguf, onnx and int8 are not installed
+	python -m pytest tests/test_export.py tests/test_llama_cpp.py tests/test_gguf_import.py
+
+test-lm-eval: .venv/.score  # what make test skips where the extra score is not installed
+	python -m pytest tests/test_lm_eval_task.py
 
 serve: .venv/.gguf
 	python -m stages.serve --model $(MODEL) --port $(SERVE_PORT)
