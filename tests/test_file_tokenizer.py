@@ -190,7 +190,7 @@ REFUSED = {
     "normalizer NFKC changes text": KINDS["gpt2"] | {"normalizer": sequence("normalizers", {"type": "NFKC"})},
     "pre-tokenizer WhitespaceSplit removes": LLAMA | {"pre_tokenizer": {"type": "WhitespaceSplit"}},
     "end_of_word_suffix '</w>'": LLAMA | {"model": LLAMA["model"] | {"end_of_word_suffix": "</w>"}},
-    "no token for the byte 0x00": without(KINDS["gpt2"], byte_alphabet()[0]),
+    "no token for the byte 0x0A": without(KINDS["gpt2"], byte_alphabet()[10]),
     "has none of": bpe(byte_alphabet(), ["<|im_end|>"]) | {"pre_tokenizer": LEVEL},
 }  # fmt: skip
 
@@ -217,6 +217,13 @@ def test_a_text_that_does_not_come_back_is_refused(read, tmp_path, monkeypatch):
     tokenizer._bytes[tokenizer.encode("x")[0]] = b"y"
     with pytest.raises(Refusal, match="loses text: b'a x b' comes back as b'a y b'"):
         tokenizer.encode_batch(["fine", "a x b"])
+
+
+def test_a_byte_that_is_rare_in_text_may_lack_a_token_until_a_text_has_it(tmp_path):
+    tokenizer = load_hub_tokenizer(written(tmp_path, without(KINDS["gpt2"], byte_alphabet()[4])), ROWS)
+    assert tokenizer.decode(tokenizer.encode_batch(["fine"])[0]) == "fine"
+    with pytest.raises(Refusal, match=r"loses text: b'a\\x04b' comes back as b'ab'; leave the text"):
+        tokenizer.encode_batch(["fine", "a\x04b"])
 
 
 def test_a_card_that_names_an_own_tokenizer_is_read_as_before(tmp_path):

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -48,8 +49,18 @@ def sheet(tmp_path):
     return tmp_path
 
 
-def test_the_four_scales_are_shipped():
-    assert SCALES == ["demo", "gpu", "node", "tiny"]
+def test_the_five_scales_are_shipped():
+    assert SCALES == ["demo", "gpu", "node", "smollm", "tiny"]
+
+
+def test_the_scale_of_a_real_teacher_validates_with_what_make_smollm_says():
+    words = re.search(r"In params.yaml: (.*)\"", (ROOT / "Makefile").read_text())[1]
+    folder = "models/smollm2-135m-instruct"
+    assert words.replace("$(SMOLLM)", folder) == (
+        f"scale: smollm, teacher: {{source: folder, path: {folder}}}, distill.init: pruned"
+    )
+    settings = validate(compose(["scale=smollm", f"teacher={{source:folder,path:{folder}}}", "distill.init=pruned"]))
+    assert settings.teacher.path == folder and settings.pretrain.steps == 0
 
 
 @pytest.mark.parametrize("corpus", CORPORA)
@@ -271,7 +282,7 @@ def accepted_or_refused_in_one_line(plain):
 
 
 SPOILED = [
-    ("scale: demo", "scale: dmeo", "params.yaml: scale = dmeo: must be one of demo, gpu, node, tiny"),
+    ("scale: demo", "scale: dmeo", "params.yaml: scale = dmeo: must be one of demo, gpu, node, smollm, tiny"),
     ("scale: demo", "scale: 3", "params.yaml: scale = 3: must be one of"),
     ("scale: demo", "", "params.yaml: scale: missing; write one of"),
     ("scale: demo", "scale: demo\nspeed: fast", "speed: no such setting"),
@@ -499,7 +510,7 @@ def test_an_arbitrarily_edited_sheet_gives_settings_or_one_refusal(tmp_path_fact
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("scale=dmeo", "scale = dmeo: must be one of demo, gpu, node, tiny; did you mean demo?"),
+        ("scale=dmeo", "scale = dmeo: must be one of demo, gpu, node, smollm, tiny; did you mean demo?"),
         ("distill.temprature=2", "distill.temprature: no such setting; did you mean distill.temperature?"),
         ("+distill.warmth=2", "distill.warmth: no such setting"),
         ("seed==[", "'seed==[': Hydra cannot read this (extraneous input '='): put double quotes around the text"),

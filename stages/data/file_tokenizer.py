@@ -26,7 +26,9 @@ from stages.files.artifacts import Refusal
 # In this order; an instruct model's eos_token is often the end of a chat message, and is not asked.
 ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>")
 SPACE = "▁"  # U+2581, which stands for a space where a tokenizer is not byte-level
-NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
+# Bytes that tokenizers may lack, as their training text had none: control characters, leads of planes that nobody uses,
+# and what never stands in UTF-8. A text that has one is refused when it comes.
+RARE_BYTES = {*range(0x20), 0x7F, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)} - set(b"\t\n\f\r")
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -55,13 +57,13 @@ class FileTokenizer:
         self.end_of_text = _end_of_text(ids, end_of_text, path)
         self._spaced = not _is_byte_level(bare)
         self._byte_ids = [ids.get(token) for token in (byte_tokens() if self._spaced else byte_alphabet())]
-        if lacking := [byte for byte, id in enumerate(self._byte_ids) if id is None and byte not in NEVER_IN_UTF8]:
+        if lacking := [byte for byte, id in enumerate(self._byte_ids) if id is None and byte not in RARE_BYTES]:
             raise Refusal(f"{path} has no token for the byte 0x{lacking[0]:02X}: a text that has it would be lost")
         added = {token["content"]: token for token in self._content["added_tokens"]}
         self._bytes = self._bytes_of_ids(ids, added)
         # Unigram looks for its pieces anywhere in a text, also for those that are special
         unigram = bare["model"].get("type") == "Unigram"
-        self._marks = {text for text, token in added.items() if token["special"] and unigram}
+        self._marks = sorted((text for text, token in added.items() if token["special"] and unigram), reverse=True)
         apart = [ODD_BYTES.pattern[1:-1], *([SPACE + "+"] if self._spaced else []), *map(re.escape, self._marks)]
         self._apart = re.compile(f"({'|'.join(apart)})")
 
@@ -97,7 +99,7 @@ class FileTokenizer:
 
     def _id_of_byte(self, byte: int) -> int:
         if (id := self._byte_ids[byte]) is None:
-            raise Refusal(f"{self._path} has no token for the byte 0x{byte:02X}, which stands in no text that is UTF-8")
+            raise Refusal(f"{self._path} has no token for the byte 0x{byte:02X}: leave it out")
         return id
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -112,7 +114,7 @@ class FileTokenizer:
                 at = next((i for i, (a, b) in enumerate(zip(back, wanted, strict=False)) if a != b), len(back))
                 raise Refusal(
                     f"{self._path} loses text: {wanted[max(0, at - 20) : at + 20]!r} comes back as"
-                    f" {back[max(0, at - 20) : at + 20]!r}; bits per byte would be wrong: take another teacher"
+                    f" {back[max(0, at - 20) : at + 20]!r}; leave the text that has it out, or take another teacher"
                 )
         return found
 
