@@ -183,7 +183,7 @@ def test_a_teacher_that_does_not_fit_data_memory_or_context_is_refused(root, mon
     place = Place(root, root)
     pretrain.refuse_other_teacher(settings_of(pretrain.SECTIONS), place)
     with pytest.raises(Refusal, match="^artifacts/data was not made for a teacher that is trained here: run dvc repro"):
-        pretrain.refuse_other_teacher(settings_of(pretrain.SECTIONS, "teacher=train"), place)
+        pretrain.refuse_other_teacher(settings_of(pretrain.SECTIONS, "teacher=train", "teacher.path=null"), place)
     save(new_model(replace(LLAMA, vocab_size=301), seed=0), root / "models/mine")
     with pytest.raises(Refusal, match="^artifacts/data was not made with this folder as it is now: run dvc repro prep"):
         pretrain.refuse_other_teacher(settings_of(pretrain.SECTIONS), place)
