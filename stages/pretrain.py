@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from stages.data.fingerprints import teacher_fingerprint
 from stages.data.shards import read_card
-from stages.data.teacher_folder import teacher_folder
+from stages.data.teacher_folder import refuse_longer, teacher_folder
 from stages.files.artifacts import Refusal, read_json, rounded, write_json
 from stages.run.entry import Place, run_stage
 from stages.training.launch import launch, write_costs, write_curves
@@ -54,6 +54,7 @@ def read_teacher(settings, place: Place, vocab_size: int):
     from stages.training.cost import expectation
 
     folder = teacher_folder(settings.teacher.path, place.root)
+    refuse_longer(settings.sequence_tokens, folder)
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
     files = weight_files(folder)
     refuse_larger_than_memory(files, folder, ranks, is_saved=True)
@@ -65,9 +66,6 @@ def read_teacher(settings, place: Place, vocab_size: int):
         raise Refusal(
             f"{folder}: vocab_size is {model.shape.vocab_size}, artifacts/data has {vocab_size}: run dvc repro prepare"
         )
-    if settings.sequence_tokens > model.shape.sequence_tokens:
-        most = f"max_position_embeddings is {model.shape.sequence_tokens} in {folder / 'config.json'}"
-        raise Refusal(f"sequence_tokens = {settings.sequence_tokens}: {most}: set it to that or less")
     return model
 
 
