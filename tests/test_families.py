@@ -25,7 +25,7 @@ from stages.model.families.prunable import Cut, Prunable
 from stages.model.features import Features
 from stages.model.generation import generate
 from stages.model.hub import load, new_model, save
-from stages.model.layers import LayerCache
+from stages.model.layers import LayerCache, initialise
 from stages.settings.schema import SparsifyScore
 from stages.training.callbacks import BalanceExperts
 from stages.training.fit import NextToken
@@ -91,6 +91,9 @@ class PoolingFamily:
     def build(self, shape: PoolingShape) -> Pooling:
         return Pooling(shape)
 
+    def initialise(self, model: Pooling, seed: int) -> None:
+        initialise(model.to_empty(device="cpu"), model.shape.layers, seed)
+
     def broken_rules(self, shape: PoolingShape) -> Iterator[tuple[str, str]]:
         if shape.hidden < shape.width:
             yield "hidden", f"must be at least width ({shape.width})"
@@ -100,6 +103,9 @@ class PoolingFamily:
 
     def shape_from(self, config: dict, path: Path) -> PoolingShape:
         return PoolingShape(**{name: config[name] for name in get_type_hints(PoolingShape)})
+
+    def read(self, folder: Path, shape: PoolingShape, recorded_sha256: str | None) -> None:
+        """By from_hub."""
 
     def to_hub(self, model: Pooling) -> dict[str, Tensor]:
         return {f"transformer.{name}": part for name, part in model.state_dict().items()}

@@ -207,7 +207,7 @@ def test_wrong_weights_are_refused_by_name(saved, change, told):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported, only deepseek_v3"),
+        ({"model_type": "bert"}, "model_type 'bert' is not supported, only deepseek_v3"),
         ({"auto_map": {"AutoModel": "x.py"}}, "auto_map is set: it asks for code from its folder"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is set: its weights are quantised"),
         ({"hidden_size": "wide"}, "hidden_size is 'wide', expected int"),
@@ -400,9 +400,12 @@ def test_a_folder_of_several_files_that_is_not_whole_is_refused(tmp_path):
         assert told in refusal_of(tmp_path)
 
 
-def test_sliding_windows_which_our_attention_has_not_are_refused(tmp_path):
-    written_by_transformers(tmp_path, use_sliding_window=True, sliding_window=8, max_window_layers=0)
-    assert "use_sliding_window is True" in refusal_of(tmp_path)
+def test_sliding_windows_which_our_attention_has_not_are_left_to_transformers(tmp_path):
+    theirs = written_by_transformers(tmp_path, use_sliding_window=True, sliding_window=8, max_window_layers=0)
+    model, tokens_BT = models.load(tmp_path), torch.arange(20)[None]
+    assert type(model.shape) is not type(STUDENT)
+    with torch.no_grad():
+        assert torch.equal(model(tokens_BT), theirs(tokens_BT).logits)
 
 
 def test_bfloat16_weights_without_a_recorded_hash_are_loaded_as_float32(saved):

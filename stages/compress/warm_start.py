@@ -39,9 +39,9 @@ def initialise_student(student: Any, teacher: Any, calibration_batches: Iterable
     batches = list(calibration_batches)
     seen = _norm_inputs(teacher, batches)
     stream_DS = _strongest_directions(seen, student.shape.width)
-    student.embedding.weight.copy_(teacher.embedding.weight @ stream_DS)
+    student.embedding.weight.copy_(source.embedding(teacher) @ stream_DS)
     read_DS = _set_norm(student.norm, teacher.norm, seen["norm"], stream_DS)
-    student.head.weight.copy_(teacher.head.weight @ read_DS)
+    student.head.weight.copy_(source.head(teacher) @ read_DS)
 
     heads = importance(teacher, batches, {"heads": "taylor"})
     copied = {"width": student.shape.width, "blocks": 0, "queries_and_keys": 0, "values_and_outputs": 0}
@@ -53,8 +53,8 @@ def initialise_student(student: Any, teacher: Any, calibration_batches: Iterable
         _set_norm(new.attention_norm, old.attention_norm, x_ND, stream_DS)
         new_in_NS, old_in_ND = new.attention_norm(x_ND @ stream_DS), old.attention_norm(x_ND)
         same_rope = student.shape.rope_theta == teacher.shape.rope_theta
-        plain, score_H = source.plain_heads(old, old_in_ND), heads[f"{name}.attention.heads"]
-        for part in _set_attention(new.attention, plain, score_H, same_rope, new_in_NS, stream_DS):
+        plain, score_U = source.plain_heads(old, old_in_ND), heads[f"{name}.attention.heads"]
+        for part in _set_attention(new.attention, plain, score_U, same_rope, new_in_NS, stream_DS):
             copied[part] += 1
         x_ND = seen[f"{name}.mlp_norm"]
         read_DS = _set_norm(new.mlp_norm, old.mlp_norm, x_ND, stream_DS)
@@ -72,6 +72,10 @@ def _source_for(student: Any, teacher: Any) -> DenseSource:
         raise Refusal(
             f"distill.init = teacher: a {family_of(ours).name} student cannot start from a {family_of(theirs).name}"
             " teacher: set distill.init to random"
+        )
+    if reason := source.unfit(teacher):
+        raise Refusal(
+            f"distill.init = teacher: no student starts from this teacher, as {reason}: set distill.init to random"
         )
     if ours.vocab_size != theirs.vocab_size:
         raise Refusal(
@@ -175,13 +179,12 @@ def _set_mlp(new: Any, old: DenseNeurons, read_DS: Tensor, stream_DS: Tensor) ->
 
 
 def _set_attention(
-    new: Any, old: PlainHeads, score_H: Tensor, same_rope: bool, x_NS: Tensor, stream_DS: Tensor
+    new: Any, old: PlainHeads, score_U: Tensor, same_rope: bool, x_NS: Tensor, stream_DS: Tensor
 ) -> list[str]:
     """Translates values with outputs, and queries with keys, where sizes allow; returns which of them."""
-    if new.heads > len(score_H):
+    if (heads_H := _heads_for(new, old, score_U)) is None:
         return []
-    heads_H = most_important(score_H, new.heads).to(x_NS.device)
-    per_group = new.heads // new.kv_heads
+    heads_H, per_group = heads_H.to(x_NS.device), new.heads // new.kv_heads
     query_HNd, key_HNd, value_HNU, output_HDU = (part[heads_H] for part in old[:4])
     copied = []
     if new.head_dim <= per_group * value_HNU.shape[2]:
@@ -192,9 +195,24 @@ def _set_attention(
     free = new.head_dim - old.rotated  # dimensions left for what the teacher does not rotate
     plain = query_HNd.shape[2] - old.rotated
     if same_rope and new.head_dim % old.rotated == 0 and 0 <= free <= per_group * plain:
-        _set_queries_and_keys(new, old.rotated, query_HNd, key_HNd, x_NS)
+        norms = (old.query_norm_d, old.key_norm_d) if free == plain == 0 else (None, None)
+        _set_queries_and_keys(new, old.rotated, query_HNd, key_HNd, norms, x_NS)
         copied.append("queries_and_keys")
     return copied
+
+
+def _heads_for(new: Any, old: PlainHeads, score_U: Tensor) -> Tensor | None:
+    """The teacher's heads [H] for the student's, group by group; None where it has too few.
+
+    Where heads of a group have a key of their own, a group of the student takes its heads from one of the teacher's.
+    """
+    if old.key_groups is None:
+        return most_important(score_U, new.heads) if new.heads <= len(score_U) else None
+    per_group, theirs = new.heads // new.kv_heads, len(old.query_HNd) // old.key_groups
+    if new.kv_heads > old.key_groups or per_group > theirs:
+        return None
+    groups_G = most_important(score_U, new.kv_heads)
+    return (groups_G[:, None] * theirs + torch.arange(per_group)).flatten()
 
 
 def shared_parts(part_HNP: Tensor, reader_HOP: Tensor, groups: int, size: int) -> tuple[Tensor, Tensor]:
@@ -215,23 +233,35 @@ def shared_parts(part_HNP: Tensor, reader_HOP: Tensor, groups: int, size: int) -
     return (side_by_side_GNM @ basis_GMd).float(), back_HPd.float()
 
 
-def _set_queries_and_keys(new: Any, rotated: int, query_HNd: Tensor, key_HNd: Tensor, x_NS: Tensor) -> None:
-    """All heads share the teacher's rotated key: only the unrotated part must be cut down to the group's."""
-    old_head_dim = query_HNd.shape[2]
+def _set_queries_and_keys(
+    new: Any, rotated: int, query_HNd: Tensor, key_HNd: Tensor, norms: tuple[Tensor | None, Tensor | None], x_NS: Tensor
+) -> None:
+    """The heads of a group share the teacher's rotated key: only the unrotated part must be cut down to the group's.
+
+    `norms` are those that come after queries and keys in the teacher; where it has none, they undo what they do.
+    """
+    old_head_dim, per_group = query_HNd.shape[2], new.heads // new.kv_heads
     query_HNP, query_HNR = query_HNd.split([old_head_dim - rotated, rotated], dim=2)
     key_HNP, key_HNR = key_HNd.split([old_head_dim - rotated, rotated], dim=2)
     free = new.head_dim - rotated
-    key_GNf, back_HPf = shared_parts(key_HNP, query_HNP, new.kv_heads, free)
-    query_HNf = query_HNP @ back_HPf
-    # the norms below see both parts together: give the cut one its old share of the query
-    scale = query_HNP.norm() / query_HNf.norm().clamp(min=1e-30) if free else 1.0
+    scale: Any = 1.0
+    if free:
+        key_GNf, back_HPf = shared_parts(key_HNP, query_HNP, new.kv_heads, free)
+        query_HNf = query_HNP @ back_HPf
+        # the norms below see both parts together: give the cut one its old share of the query
+        scale = query_HNP.norm() / query_HNf.norm().clamp(min=1e-30)
+    else:
+        key_GNf, query_HNf = key_HNP[: new.kv_heads, :, :0], query_HNP[..., :0]
     query_HNd = torch.cat([query_HNf * scale, query_HNR], dim=2)
-    key_GNd = torch.cat([key_GNf / scale, key_HNR[: new.kv_heads]], dim=2)
+    key_GNd = torch.cat([key_GNf / scale, key_HNR[::per_group]], dim=2)
     order_d = rope_order(free, rotated)
-    parts = (new.query, new.query_norm, query_HNd), (new.key, new.key_norm, key_GNd)
-    for linear, norm, part_HNd in parts:
+    parts = (new.query, new.query_norm, query_HNd, norms[0]), (new.key, new.key_norm, key_GNd, norms[1])
+    for linear, norm, part_HNd, old_norm_d in parts:
         linear.weight.copy_(least_squares(x_NS, part_HNd[:, :, order_d].transpose(0, 1).flatten(1)))
-        norm.weight.fill_(linear(x_NS).square().mean().sqrt())  # gives back the size that it divides away
+        if old_norm_d is None:
+            norm.weight.fill_(linear(x_NS).square().mean().sqrt())  # gives back the size that it divides away
+        else:
+            norm.weight.copy_(old_norm_d)
     new.query_norm.weight.mul_((new.head_dim / old_head_dim) ** 0.5)  # softmax scales differ
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from stages.files.artifacts import Refusal
 from stages.model import hub as models
-from stages.model.losses import next_token
+from stages.model.losses import after_head, next_token
 
 PRODUCTS = ("teacher", "student", "sparse_teacher", "sparse_student")
 CONTROLS = {  # what else the same tokens, or the same operations, would have given
@@ -55,6 +55,7 @@ def training_loss(model: nn.Module, tokens: np.ndarray, batch_sequences: int, se
 
     def loss_of():
         x_BTD = model.features(tokens_BT1[:, :-1]).x_BTD
-        return next_token(x_BTD.flatten(0, 1), model.head.weight, tokens_BT1[:, 1:].reshape(-1))
+        targets_N = tokens_BT1[:, 1:].reshape(-1)
+        return next_token(x_BTD.flatten(0, 1), model.head.weight, targets_N, after=after_head(model))
 
     return loss_of

@@ -94,9 +94,9 @@ def _chosen(policy: str, blocks: list) -> set[nn.Module]:
 
 
 def _within(function, around):
-    def run(*arguments):
+    def run(*arguments, **named):
         with around():
-            return function(*arguments)
+            return function(*arguments, **named)
 
     return run
 

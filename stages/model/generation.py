@@ -33,7 +33,7 @@ class Reader:
         """Logits [B, V] of the token after these, which follow what was read before."""
         if tokens_BT.shape[1] > 1:
             return self._logits(tokens_BT, self.cache)
-        if tokens_BT.is_cuda and len(tokens_BT) <= GATHERED_TOKENS:
+        if tokens_BT.is_cuda and len(tokens_BT) <= GATHERED_TOKENS and self.cache[0].graphs:
             return self._replayed(tokens_BT)
         with one_thread(tokens_BT.device):
             return self._logits(tokens_BT, self.cache)

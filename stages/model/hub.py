@@ -24,8 +24,7 @@ from stages.files.artifacts import Refusal, read_json, sha256_of, write_atomical
 from stages.model.families.deepseek_v3.model import DeepseekV3, DeepseekV3Shape
 from stages.model.families.hub_layout import EMBEDDING, HEAD
 from stages.model.families.qwen3.model import Qwen3, Qwen3Shape
-from stages.model.families.registry import family_of, family_of_type
-from stages.model.layers import initialise
+from stages.model.families.registry import family_of, shape_of
 from stages.model.weight_files import CONFIG, INDEX, WEIGHTS, refuse_larger_than_memory, weight_files
 
 NO_WEIGHT = ".rotary_emb.inv_freq"  # in old files, computed anew by everyone
@@ -58,8 +57,8 @@ def _shape_of(kind: type, settings: Any, vocab_size: int, sequence_tokens: int) 
 
 def new_model(shape: Any, seed: int) -> Any:
     """A model of this shape with fresh weights that depend on the seed alone; an impossible shape is refused."""
-    model = empty_model(shape).to_empty(device="cpu")
-    initialise(model, shape.layers, seed)
+    model = empty_model(shape)
+    family_of(shape).initialise(model, seed)
     return model
 
 
@@ -92,7 +91,7 @@ def save(
     folder = Path(folder)
     family = family_of(model.shape)
     tensors = {name: part.detach().float().cpu().contiguous() for name, part in family.to_hub(model).items()}
-    broken = [name for name, part in tensors.items() if not torch.isfinite(part).all()]
+    broken = [name for name, part in tensors.items() if not _is_finite(part)]
     if broken:
         raise Refusal(f"{folder}: not saved, {broken[0]} holds a non-finite number: lower the learning rate")
     # transformers reads no safetensors file without this format mark
@@ -106,6 +105,11 @@ def save(
         "tokenizer_sha256": tokenizer_sha256,
     }
     write_json(folder / CONFIG, config | {"config_sha256": _config_sha256(config)})
+
+
+def _is_finite(part: Tensor) -> bool:
+    """Without the copies that isfinite makes."""
+    return part.numel() == 0 or all(torch.isfinite(end).item() for end in part.aminmax())
 
 
 def _config_sha256(config: dict[str, Any]) -> str:
@@ -127,6 +131,8 @@ def load(folder: Path | str) -> Any:
     config = read_json(folder / CONFIG)
     shape = shape_from(config, folder / CONFIG)
     refuse_larger_than_memory(weight_files(folder), folder)
+    if (model := family_of(shape).read(folder, shape, config.get("weights_sha256"))) is not None:
+        return model.requires_grad_().eval()
     tensors = _read_folder(folder, config.get("weights_sha256"))
     _refuse_larger_than(tensors, shape, folder / CONFIG)
     family, model = family_of(shape), empty_model(shape)
@@ -150,7 +156,7 @@ def shape_from(config: Any, path: Path) -> Any:
     for key, cure in FOREIGN.items():
         if config.get(key):
             raise Refusal(f"{path}: {key} is set: {cure}")
-    shape = family_of_type(config.get("model_type"), path).shape_from(config, path)
+    shape = shape_of(config, path)
     check_shape(shape, str(path))
     return shape
 
@@ -215,5 +221,5 @@ def _check_weights(tensors: dict[str, Tensor], expected: dict[str, torch.Size], 
     for name, shape in expected.items():
         if tensors[name].shape != shape:
             raise Refusal(f"{path}: {name} is {list(tensors[name].shape)}, {CONFIG} says {list(shape)}")
-        if not torch.isfinite(tensors[name]).all():
+        if not _is_finite(tensors[name]):
             raise Refusal(f"{path}: {name} holds a non-finite number: train the model again")

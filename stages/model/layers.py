@@ -92,6 +92,7 @@ class LayerCache:
     """What decoding keeps of one layer: buffers [B, capacity, ...], filled up to `length`."""
 
     seen_S: Tensor | None = None  # which of the positions that `append` returns are filled; None: all
+    graphs = True  # its buffers stay where they are: a CUDA graph may read them
 
     def __init__(self, *buffers: Tensor):
         self.buffers = buffers

@@ -6,19 +6,39 @@ Shapes: N tokens, D width, V vocabulary, C tokens of a chunk. Everything in nats
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stages.model.divergences import Divergence, forward_kl
 from stages.model.layers import can_compile, for_matmuls
 
 
-def next_token(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk_tokens: int | None = None) -> Tensor:
-    """Mean cross-entropy of softmax(x W^T) against the next tokens, in nats."""
+class LogitMap(Protocol):
+    """What a family makes of x W^T, number by number: a scale, a soft cap. `model.head.after` has it."""
+
+    def __call__(self, z: Tensor) -> Tensor: ...
+
+    def slope(self, logits: Tensor) -> Tensor:
+        """The derivative, from what the map gave."""
+
+
+def after_head(model: nn.Module) -> LogitMap | None:
+    """What the logits of a model are beyond x W^T; None for nothing, as in our own classes."""
+    return getattr(model.head, "after", None)
+
+
+def next_token(
+    x_ND: Tensor,
+    head_VD: Tensor,
+    targets_N: Tensor,
+    chunk_tokens: int | None = None,
+    after: LogitMap | None = None,
+) -> Tensor:
+    """Mean cross-entropy of softmax(after(x W^T)) against the next tokens, in nats."""
     chunk_tokens = chunk_tokens or (8192 if x_ND.is_cuda else 1024)  # a GPU is idle between small products
-    loss, _, _ = _ChunkedLoss.apply(x_ND, head_VD, targets_N, None, None, None, chunk_tokens)
+    loss, _, _ = _ChunkedLoss.apply(x_ND, head_VD, targets_N, None, None, None, chunk_tokens, after, None)
     return loss
 
 
@@ -32,11 +52,18 @@ class DistillationLoss:
     chunk_tokens: int  # whose logits, [C, V] of student and teacher, stand in memory together
 
     def __call__(
-        self, x_ND: Tensor, head_VD: Tensor, teacher_x_ND: Tensor, teacher_head_VD: Tensor, targets_N: Tensor
+        self,
+        x_ND: Tensor,
+        head_VD: Tensor,
+        teacher_x_ND: Tensor,
+        teacher_head_VD: Tensor,
+        targets_N: Tensor,
+        after: LogitMap | None = None,
+        teacher_after: LogitMap | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its two parts. Teacher and student may differ in D, not in V."""
         loss, hard, soft = _ChunkedLoss.apply(
-            x_ND, head_VD, targets_N, teacher_x_ND, teacher_head_VD, self, self.chunk_tokens
+            x_ND, head_VD, targets_N, teacher_x_ND, teacher_head_VD, self, self.chunk_tokens, after, teacher_after
         )
         return loss, {"cross_entropy": hard, "divergence": soft}
 
@@ -45,7 +72,9 @@ class _ChunkedLoss(torch.autograd.Function):
     """Loss and its gradients in one pass: each chunk's logits are dropped once their gradient is known."""
 
     @staticmethod
-    def forward(ctx, x_ND, head_VD, targets_N, teacher_x_ND, teacher_head_VD, distilling, chunk_tokens):
+    def forward(
+        ctx, x_ND, head_VD, targets_N, teacher_x_ND, teacher_head_VD, distilling, chunk_tokens, after, teacher_after
+    ):
         x, head = for_matmuls(x_ND), for_matmuls(head_VD)
         if distilling is not None:
             teacher_x, teacher_head = for_matmuls(teacher_x_ND), for_matmuls(teacher_head_VD)
@@ -55,12 +84,16 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, x_ND.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             if distilling is None:
-                dz_CV, hard_sum = _hard_gradient(x[chunk], head, targets_N[chunk])
+                dz_CV, hard_sum = _hard_gradient(x[chunk], head, targets_N[chunk], after)
             else:
-                both = Chunk(x[chunk], head, targets_N[chunk], teacher_x[chunk], teacher_head)
+                both = Chunk(
+                    x[chunk], head, targets_N[chunk], teacher_x[chunk], teacher_head, after, teacher_after
+                )
                 dz_CV, hard_sum, soft_sum = gradient_for(distilling.divergence, x.is_cuda)(both, distilling)
                 soft += soft_sum
             hard += hard_sum
+            if after is not None:  # so far for the logits; now for x W^T
+                dz_CV = dz_CV * after.slope(_logits(x[chunk], head, after))
             dz_CV = dz_CV.to(x.dtype)
             torch.mm(dz_CV, head, out=dx_ND[chunk])
             if x.dtype == dhead_VD.dtype:
@@ -82,7 +115,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx, grad_loss, *_):
         dx_ND, dhead_VD = ctx.saved_tensors
         scale = grad_loss / ctx.n_tokens
-        return dx_ND.to(ctx.dtype) * scale, dhead_VD * scale, None, None, None, None, None
+        return dx_ND.to(ctx.dtype) * scale, dhead_VD * scale, None, None, None, None, None, None, None
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -104,6 +137,14 @@ class Chunk(NamedTuple):
     target_C: Tensor
     teacher_x_CD: Tensor
     teacher_head_VD: Tensor
+    after: LogitMap | None = None
+    teacher_after: LogitMap | None = None
+
+    def logits(self) -> Tensor:
+        return _logits(self.x_CD, self.head_VD, self.after)
+
+    def teacher_logits(self) -> Tensor:
+        return _logits(self.teacher_x_CD, self.teacher_head_VD, self.teacher_after)
 
 
 def gradient_for(divergence: Divergence, on_gpu: bool) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
@@ -114,7 +155,7 @@ def gradient_for(divergence: Divergence, on_gpu: bool) -> Callable[..., tuple[Te
 
 def by_autograd(chunk: Chunk, loss: DistillationLoss) -> tuple[Tensor, Tensor, Tensor]:
     """Of any divergence, from its function alone."""
-    z_CV, teacher_z_CV = _logits(chunk.x_CD, chunk.head_VD), _logits(chunk.teacher_x_CD, chunk.teacher_head_VD)
+    z_CV, teacher_z_CV = chunk.logits(), chunk.teacher_logits()
     with torch.enable_grad(), torch.autocast(z_CV.device.type, enabled=False):
         soft = loss.divergence(z_CV.requires_grad_(), teacher_z_CV, loss.temperature).sum()
         (dz_CV,) = torch.autograd.grad(soft, z_CV)
@@ -123,11 +164,11 @@ def by_autograd(chunk: Chunk, loss: DistillationLoss) -> tuple[Tensor, Tensor, T
 
 
 def forward_kl_in_place(chunk: Chunk, loss: DistillationLoss) -> tuple[Tensor, Tensor, Tensor]:
-    z_CV = _logits(chunk.x_CD, chunk.head_VD)
+    z_CV = chunk.logits()
     dz_CV, hard = _cross_entropy_gradient(z_CV, chunk.target_C)
     log_p_CV = z_CV.div_(loss.temperature).log_softmax(-1)
     del z_CV
-    log_q_CV = _logits(chunk.teacher_x_CD, chunk.teacher_head_VD).div_(loss.temperature).log_softmax(-1)
+    log_q_CV = chunk.teacher_logits().div_(loss.temperature).log_softmax(-1)
     q_CV = log_q_CV.exp()
     soft = loss.temperature**2 * torch.dot(q_CV.flatten(), log_q_CV.sub_(log_p_CV).flatten())
     del log_q_CV
@@ -136,22 +177,29 @@ def forward_kl_in_place(chunk: Chunk, loss: DistillationLoss) -> tuple[Tensor, T
 
 
 def compiled_forward_kl(chunk: Chunk, loss: DistillationLoss) -> tuple[Tensor, Tensor, Tensor]:
-    z_CV, teacher_z_CV = chunk.x_CD @ chunk.head_VD.T, chunk.teacher_x_CD @ chunk.teacher_head_VD.T
+    z_CV = _mapped(chunk.x_CD @ chunk.head_VD.T, chunk.after)
+    teacher_z_CV = _mapped(chunk.teacher_x_CD @ chunk.teacher_head_VD.T, chunk.teacher_after)
     dz_CV, hard_C, soft_C = _compiled()(z_CV, chunk.target_C, teacher_z_CV, loss.temperature, loss.soft_weight)
     return dz_CV, hard_C.sum(), soft_C.sum()
 
 
-def _hard_gradient(x_CD: Tensor, head_VD: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
+def _hard_gradient(
+    x_CD: Tensor, head_VD: Tensor, target_C: Tensor, after: LogitMap | None = None
+) -> tuple[Tensor, Tensor]:
     """Without a teacher."""
     if x_CD.is_cuda:
-        dz_CV, hard_C, _ = _compiled()(x_CD @ head_VD.T, target_C, None, 1.0, 0.0)
+        dz_CV, hard_C, _ = _compiled()(_mapped(x_CD @ head_VD.T, after), target_C, None, 1.0, 0.0)
         return dz_CV, hard_C.sum()
-    return _cross_entropy_gradient(_logits(x_CD, head_VD), target_C)
+    return _cross_entropy_gradient(_logits(x_CD, head_VD, after), target_C)
 
 
-def _logits(x_CD: Tensor, head_VD: Tensor) -> Tensor:
+def _logits(x_CD: Tensor, head_VD: Tensor, after: LogitMap | None = None) -> Tensor:
     z_CV = x_CD @ head_VD.T
-    return z_CV.to(_at_least_float32(z_CV.dtype))
+    return _mapped(z_CV.to(_at_least_float32(z_CV.dtype)), after)
+
+
+def _mapped(z_CV: Tensor, after: LogitMap | None) -> Tensor:
+    return z_CV if after is None else after(z_CV)
 
 
 def _cross_entropy_gradient(z_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from stages.model.divergences import DIVERGENCES
 from stages.model.layers import can_compile
-from stages.model.losses import DistillationLoss, next_token
+from stages.model.losses import DistillationLoss, after_head, next_token
 
 VALIDATION_BATCH = 8  # sequences that a rank validates on at a time
 
@@ -64,7 +64,7 @@ class NextToken:
     def __call__(self, model: nn.Module, tokens_BT1: Tensor) -> Outcome:
         inputs_BT, targets_N = split_targets(tokens_BT1)
         x_BTD, routings, _ = model.features(inputs_BT)
-        cross_entropy = next_token(x_BTD.flatten(0, 1), model.head.weight, targets_N)
+        cross_entropy = next_token(x_BTD.flatten(0, 1), model.head.weight, targets_N, after=after_head(model))
         loss, parts = add_balance_loss(cross_entropy, routings, self.balance_loss_weight)
         return Outcome(loss, {"cross_entropy": cross_entropy.detach()} | parts, [r.load_E for r in routings])
 
@@ -86,8 +86,9 @@ class Distillation:
         with torch.no_grad():
             teacher_x_ND = self.teacher.features(inputs_BT).x_BTD.flatten(0, 1)
         x_BTD, routings, _ = model.features(inputs_BT)
+        heads = model.head.weight, teacher_x_ND, self.teacher.head.weight
         loss, parts = self.loss(
-            x_BTD.flatten(0, 1), model.head.weight, teacher_x_ND, self.teacher.head.weight, targets_N
+            x_BTD.flatten(0, 1), *heads, targets_N, after_head(model), after_head(self.teacher)
         )
         if routings:
             parts["balance_loss"] = mean_balance_loss(routings).detach()
@@ -138,7 +139,8 @@ def validation_nats(model: nn.Module, batches: list[Tensor]) -> Tensor:
     for tokens_BT1 in batches:
         inputs_BT, targets_N = split_targets(tokens_BT1.to(model.head.weight.device))
         x_BTD = model.features(inputs_BT).x_BTD
-        total += next_token(x_BTD.flatten(0, 1), model.head.weight, targets_N).double().cpu() * targets_N.numel()
+        nats = next_token(x_BTD.flatten(0, 1), model.head.weight, targets_N, after=after_head(model))
+        total += nats.double().cpu() * targets_N.numel()
     return total
 
 

@@ -46,8 +46,8 @@ def complete_folder(
 ) -> None:
     """Writes the companions of artifacts/<name>, whose config.json and weights are there.
 
-    `summary` says in a sentence how the model was made, `parents` which models of artifacts/ it was made from, `sources`
-    the SHA-256 of what else it was made from, and `figures` what was measured of it so far.
+    `summary` says in a sentence how the model was made, `parents` which models of artifacts/ it was made from,
+    `sources` the SHA-256 of what else it was made from, and `figures` what was measured of it so far.
     """
     folder, data = place.write(f"artifacts/{name}"), place.read("artifacts/data")
     for file, content in tokenizer_files(data, sequence_tokens).items():

@@ -160,7 +160,7 @@ def parameters_by_kind(model: nn.Module) -> tuple[list[Tensor], list[Tensor], li
     for name, p in model.named_parameters():
         if p.ndim < 2:
             vectors.append(p)
-        elif name.startswith(("embedding", "head")) or "router" in name:
+        elif name.startswith(("embedding", "head")) or "router" in name or name.endswith(".gate.weight"):
             others.append(p)
         elif "gate_up" in name:
             doubled.append(p)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from stages.files.artifacts import Refusal
 from stages.model.families.prunable import Prunable
 from stages.model.features import Features
 from stages.model.layers import LayerCache
@@ -55,6 +56,10 @@ class PlainHeads(NamedTuple):
     value_HNU: Tensor
     output_HDU: Tensor
     rotated: int  # how many of d
+    key_groups: int | None = None  # neighbouring heads of a group share their key; None: all share its rotated part
+    # Weights [d] of a norm over each head that comes after, where the student has it too: query and key are before it.
+    query_norm_d: Tensor | None = None
+    key_norm_d: Tensor | None = None
 
 
 class DenseNeurons(NamedTuple):
@@ -75,11 +80,24 @@ class Routing(NamedTuple):
 
 
 class DenseSource(Protocol):
-    """How a dense student reads a block of another model; x_ND is the input of the attention or of the MLP."""
+    """How a dense student reads another model; x_ND is the input of the attention or of the MLP of a block."""
+
+    def unfit(self, model: Any) -> str | None:
+        """Why no student can start from this model, after "as"; None: it can."""
+
+    def embedding(self, model: Any) -> Tensor:
+        """[V, D]: what a token brings into the residual stream."""
+
+    def head(self, model: Any) -> Tensor:
+        """[V, D]: what makes logits of the last norm's output, without a cap."""
 
     def plain_heads(self, block: Any, x_ND: Tensor) -> PlainHeads: ...
 
     def dense_neurons(self, block: Any, x_ND: Tensor) -> DenseNeurons: ...
+
+
+class Unsupported(Refusal):
+    """A sound config of another arithmetic than a family's own classes have: another family may take it."""
 
 
 class Family(Protocol):
@@ -92,6 +110,9 @@ class Family(Protocol):
     def build(self, shape: Shape) -> Any:
         """A `Model` of this shape; its weights are not initialised."""
 
+    def initialise(self, model: Any, seed: int) -> None:
+        """Fresh weights on the CPU for a model that has none yet; they depend on the seed alone."""
+
     def broken_rules(self, shape: Shape) -> Iterator[tuple[str, str]]:
         """Each field that does not fit, with the rule: ("heads", "must be a multiple of kv_heads (2)")."""
 
@@ -102,6 +123,9 @@ class Family(Protocol):
 
     def shape_from(self, config: dict[str, Any], path: Path) -> Shape:
         """The inverse; refuses a config that the model's arithmetic does not follow. `path` is for messages."""
+
+    def read(self, folder: Path, shape: Shape, recorded_sha256: str | None) -> Any:
+        """The model of a folder, by a reader of the family's own; None: `from_hub` reads it."""
 
     def to_hub(self, model: Any) -> dict[str, Tensor]:
         """The weights by the names, and in the layout, that transformers has."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.files.artifacts import Refusal
+from stages.model.families.family import Unsupported
 from stages.model.kernels.norm import NORM_EPSILON
 from stages.model.layers import INIT_STD
 
@@ -49,14 +50,14 @@ def read_fields(kind: type, names: dict[str, str], fixed: dict[str, Any], config
     """The shape that a config.json describes; a value of another type, or another than the fixed one, is refused."""
     for key, value in fixed.items():
         if config.get(key, value) != value:
-            raise Refusal(f"{path}: {key} is {config[key]!r}, only {value!r} is supported")
+            raise Unsupported(f"{path}: {key} is {config[key]!r}, only {value!r} is supported")
     tied = config.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
         raise Refusal(f"{path}: tie_word_embeddings is {tied!r}, expected bool: restore the file")
     rope = config.get("rope_parameters") or {}
     plain = isinstance(rope, dict) and rope.get("rope_type", "default") == "default" and not config.get("rope_scaling")
     if not plain or rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1)) != 1:
-        raise Refusal(f"{path}: scaled or partial rotary positions are not supported, only rope_type 'default'")
+        raise Unsupported(f"{path}: scaled or partial rotary positions are not supported, only rope_type 'default'")
     config = {"rope_theta": rope.get("rope_theta")} | config
     given: dict[str, Any] = {}
     for name, wanted in get_type_hints(kind).items():

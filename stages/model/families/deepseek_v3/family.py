@@ -15,6 +15,7 @@ from stages.model.families.deepseek_v3.confidence import mixtures
 from stages.model.families.deepseek_v3.model import DeepseekV3, DeepseekV3Shape
 from stages.model.families.family import DenseSource, Routing
 from stages.model.families.prunable import Prunable
+from stages.model.layers import initialise
 from stages.settings import shapes
 
 MAY_BE_ZERO = ("dense_layers", "shared_experts", "nope_head_dim", "mean_experts_per_token")
@@ -29,6 +30,9 @@ class DeepseekV3Family:
 
     def build(self, shape: DeepseekV3Shape) -> DeepseekV3:
         return DeepseekV3(shape)
+
+    def initialise(self, model: DeepseekV3, seed: int) -> None:
+        initialise(model.to_empty(device="cpu"), model.shape.layers, seed)
 
     def broken_rules(self, shape: DeepseekV3Shape) -> Iterator[tuple[str, str]]:
         yield from shapes.too_small(shape, may_be_zero=MAY_BE_ZERO)
@@ -45,6 +49,9 @@ class DeepseekV3Family:
 
     def shape_from(self, config: dict[str, Any], path: Path) -> DeepseekV3Shape:
         return hub.shape_from(config, path)
+
+    def read(self, *_: Any) -> None:
+        """Its folders are read by `from_hub`."""
 
     def to_hub(self, model: DeepseekV3) -> dict[str, Tensor]:
         return hub.to_hub(model)

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from stages.files.artifacts import Refusal
 from stages.model.families import hub_layout, prunable
-from stages.model.families.family import DenseSource, Routing
+from stages.model.families.family import DenseSource, Routing, Unsupported
 from stages.model.families.prunable import Prunable
 from stages.model.families.qwen3.model import Qwen3, Qwen3Shape
 from stages.model.kernels.norm import NORM_EPSILON
+from stages.model.layers import initialise
 from stages.settings import shapes
 
 _FIELDS = hub_layout.COMMON_FIELDS | {
@@ -53,6 +53,9 @@ class Qwen3Family:
     def build(self, shape: Qwen3Shape) -> Qwen3:
         return Qwen3(shape)
 
+    def initialise(self, model: Qwen3, seed: int) -> None:
+        initialise(model.to_empty(device="cpu"), model.shape.layers, seed)
+
     def broken_rules(self, shape: Qwen3Shape) -> Iterator[tuple[str, str]]:
         yield from shapes.too_small(shape)
         yield from shapes.qwen3(shape)
@@ -82,11 +85,15 @@ class Qwen3Family:
         window, longest = given.get("sliding_window"), given.get("max_position_embeddings")
         if kind == "mistral" and isinstance(window, int) and isinstance(longest, int) and window >= longest:
             del given["sliding_window"]  # it hides nothing
+        fixed = {"hidden_act": "silu"} | _FIXED[kind]
+        shape = hub_layout.read_fields(Qwen3Shape, _FIELDS, fixed, given, path)
         layers = given.get("layer_types", [])
         if not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
-            raise Refusal(f"{path}: layer_types has others than full_attention, which alone is supported")
-        fixed = {"hidden_act": "silu"} | _FIXED[kind]
-        return hub_layout.read_fields(Qwen3Shape, _FIELDS, fixed, given, path)
+            raise Unsupported(f"{path}: layer_types has others than full_attention, which alone is supported")
+        return shape
+
+    def read(self, *_: Any) -> None:
+        """Its folders are read by `from_hub`."""
 
     def to_hub(self, model: Qwen3) -> dict[str, Tensor]:
         return hub_layout.to_hub(model, _attention(model), hub_layout.same_weight, hub_layout.swiglu_to_hub)

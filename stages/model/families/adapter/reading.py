@@ -1,0 +1,223 @@
+"""A Hugging Face folder as a model of transformers' own class, or one line that says why not.
+
+Only safetensors are read, nothing is unpickled, no code of a folder is run. The names and sizes of all tensors are
+compared with what the class wants before a number is read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from stages.files.artifacts import Refusal, read_json, sha256_of
+from stages.model.families.adapter.shape import KNOWN, AdapterShape, config_of
+
+WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack")
+GROUPED = 8  # widths of which transformers' grouped kernel takes multiples
+HEADER_BYTES = 10**8  # safetensors' own limit
+
+Header = dict[str, tuple[str, list[int], str]]  # tensor -> dtype, sizes, file
+
+
+def transformers(where: str) -> ModuleType:
+    """The package; `where` names, for the message, what needs it."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # it looks for newer versions of itself otherwise
+    try:
+        return importlib.import_module("transformers")
+    except ImportError:
+        raise Refusal(
+            f"{where}: its family is read through transformers, which is not installed:"
+            " .venv/bin/pip install -c constraints.txt -e '.[huggingface]'"
+        ) from None
+
+
+def hub_config(shape: AdapterShape, where: str = CONFIG) -> Any:
+    """transformers' own config object."""
+    config = config_of(shape)
+    try:
+        return transformers(where).AutoConfig.for_model(**config)
+    except Refusal:
+        raise
+    except Exception as error:  # its classes raise whatever a wrong value leads to
+        raise Refusal(f"{where}: transformers does not take this config ({_one_line(error)}): restore it") from None
+
+
+def empty(shape: AdapterShape, where: str = CONFIG) -> nn.Module:
+    """A model of transformers' class without memory for its weights; its rotary tables are real."""
+    library, config = transformers(where), hub_config(shape, where)
+    try:
+        with torch.device("meta"):
+            model = library.AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, experts_implementation=_experts_implementation(config)
+            )
+        _make_tables(model)
+        model.tie_weights()
+    except Exception as error:
+        raise Refusal(f"{where}: transformers cannot build this model ({_one_line(error)}): restore it") from None
+    return model
+
+
+def _experts_implementation(config: Any) -> str | None:
+    widths = [config.hidden_size, config.intermediate_size, getattr(config, "moe_intermediate_size", None)]
+    return "eager" if any(width and width % GROUPED for width in widths) else None
+
+
+def _make_tables(model: Any) -> None:
+    """What a class computes from its config, and keeps in no file: rotary frequencies, the embedding's scale."""
+    made = {}
+    for name, part in model.named_non_persistent_buffers():
+        at, _, own = name.rpartition(".")
+        module = made[at] = model.get_submodule(at)
+        setattr(module, own, torch.empty_like(part, device="cpu"))
+    # the same function draws weights, which are on no device here
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
+        for module in made.values():
+            model._init_weights(module)
+
+
+def on_disk(model: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a model of transformers' by the names that its `save_pretrained` writes."""
+    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    return revert_weight_conversion(model, remove_tied_weights_from_state_dict(model.state_dict(), model))
+
+
+def read(folder: Path, shape: AdapterShape, recorded_sha256: str | None) -> nn.Module:
+    """The model of a folder in float32; `recorded_sha256` is of its weights, where we wrote them."""
+    model_type = json.loads(shape.config_json)["model_type"]
+    library = transformers(f"{folder / CONFIG}: model_type {model_type!r}")
+    header = headers(folder)
+    _refuse_larger_than(header, shape, folder / CONFIG)
+    _check(header, empty(shape, str(folder / CONFIG)), folder)
+    if recorded_sha256 is not None and sha256_of(folder / WEIGHTS) != recorded_sha256:
+        raise Refusal(
+            f"{folder / WEIGHTS} is not the file that was saved (SHA-256 differs from {CONFIG}): run dvc repro again,"
+            f" or remove weights_sha256 from {CONFIG} if you changed the weights on purpose"
+        )
+    config = hub_config(shape, str(folder / CONFIG))
+    try:
+        with _quiet(library):
+            model, found = library.AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                experts_implementation=_experts_implementation(config),
+                output_loading_info=True,
+            )
+    except Exception as error:
+        raise Refusal(f"{folder}: transformers cannot read it ({_one_line(error)}): copy the folder again") from None
+    if wrong := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
+        raise Refusal(f"{folder}: transformers found no fitting {wrong[0]} in the weights: copy the folder again")
+    for name, part in model.named_parameters():
+        if not torch.isfinite(part).all():
+            raise Refusal(f"{folder}: {name} holds a non-finite number: copy the folder again")
+    return model
+
+
+def headers(folder: Path) -> Header:
+    """Names, sizes and dtypes of all tensors, from the beginnings of the files."""
+    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
+        return _header(folder / WEIGHTS)
+    index = read_json(folder / INDEX)
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+        raise Refusal(f"{folder / INDEX} has no weight_map of tensors to files: restore the file")
+    found: Header = {}
+    for name in sorted(set(files.values())):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise Refusal(f"{folder / INDEX} names {name!r}, which is no safetensors file of its folder")
+        if not (folder / name).is_file():
+            raise Refusal(f"{folder / name} is missing, which {INDEX} names: copy all shards")
+        found |= _header(folder / name)
+    if missing := sorted(files.keys() - found.keys()):
+        raise Refusal(f"{folder / files[missing[0]]} lacks {missing[0]}, which {INDEX} says it has: copy it again")
+    return found
+
+
+def _header(path: Path) -> Header:
+    if not path.is_file():
+        pickles = sorted(file.name for file in path.parent.glob("*") if file.suffix in PICKLES)
+        if pickles:
+            raise Refusal(f"{path.parent / pickles[0]} may run code when it is read, and is not: save the model as"
+                          f" safetensors (save_pretrained), as {path.name}")  # fmt: skip
+        raise Refusal(f"{path} is missing: copy the model's safetensors files there")
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > HEADER_BYTES:
+                raise ValueError("its header has no end")
+            parts = json.loads(file.read(size))
+        found = {
+            name: (part["dtype"], part["shape"], path.name) for name, part in parts.items() if name != "__metadata__"
+        }
+        end = max((part["data_offsets"][1] for name, part in parts.items() if name != "__metadata__"), default=0)
+        if path.stat().st_size != 8 + size + end:
+            raise ValueError("it is cut short")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+        raise Refusal(f"{path} is damaged ({_one_line(error)}): copy it again") from None
+    return found
+
+
+def _refuse_larger_than(header: Header, shape: AdapterShape, path: Path) -> None:
+    """Before a model is built: one of 10**9 layers would keep the machine busy until it is out of memory."""
+    numbers = sum(int(torch.Size(sizes).numel()) for _, sizes, _ in header.values())
+    for name, value in config_of(shape).items():
+        most = len(header) if name == "num_hidden_layers" or "experts" in name else numbers
+        if isinstance(value, int) and name.startswith(("num_", "n_", "hidden_size", "intermediate", "vocab_size")):
+            if value > most:
+                raise Refusal(f"{path}: {name} ({value}) is more than the weights of the folder can hold")
+
+
+def _check(header: Header, model: Any, folder: Path) -> None:
+    """Every tensor that the class wants is there, of its size, and nothing else is."""
+    wanted = {name: list(part.shape) for name, part in on_disk(model).items()}
+    where = header[next(iter(header))][2] if header else WEIGHTS
+    if missing := sorted(wanted.keys() - header.keys()):
+        raise Refusal(f"{folder / where} lacks {missing[0]} ({len(missing)} missing): weights and {CONFIG} do not"
+                      " match; copy the folder again")  # fmt: skip
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$", r"^lm_head\.weight$"]
+    unknown = [name for name in sorted(header.keys() - wanted.keys()) if not any(re.search(p, name) for p in ignored)]
+    if unknown:
+        raise Refusal(f"{folder / header[unknown[0]][2]} has {unknown[0]} ({len(unknown)} unknown), which a"
+                      f" {KNOWN[model.config.model_type]} of this {CONFIG} has not: restore the two")  # fmt: skip
+    for name, sizes in wanted.items():
+        dtype, given, file = header[name]
+        if given != sizes:
+            raise Refusal(f"{folder / file}: {name} is {given}, {CONFIG} says {sizes}: restore the two")
+        if dtype not in ("F64", "F32", "F16", "BF16"):
+            raise Refusal(f"{folder / file}: {name} is {dtype}, only floating-point weights are read: save it"
+                          " dequantised")  # fmt: skip
+
+
+class _quiet:
+    """Its bars and hints kept from our output: what matters of them is checked here."""
+
+    def __init__(self, library: Any):
+        self.logging = library.utils.logging
+
+    def __enter__(self) -> None:
+        self.before, self.bar = self.logging.get_verbosity(), self.logging.is_progress_bar_enabled()
+        self.logging.set_verbosity_error()
+        self.logging.disable_progress_bar()
+
+    def __exit__(self, *_: Any) -> None:
+        self.logging.set_verbosity(self.before)
+        if self.bar:
+            self.logging.enable_progress_bar()
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
