@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: env repro test test-forms test-lm-eval chaos claims bench recipe serve smollm ui lint audit
+.PHONY: env repro test test-forms test-lm-eval test-engines chaos claims bench recipe serve smollm ui lint audit
 .DELETE_ON_ERROR:
 
 env: .venv/.run .venv/.develop
@@ -47,6 +47,18 @@ env: .venv/.run .venv/.develop
 	@$(PIP) -e '.[score]'
 	@touch $@
 
+.venv/.ray: .venv/.develop
+	@echo "installing Ray into .venv"
+	@$(PIP) -e '.[ray]'
+	@touch $@
+
+# The engines' own parsers: their packages do not go together with the pinned ones.
+.engines/.parsers: tests/engines.txt
+	@test -x .engines/bin/python || $(PYTHON) -m venv .engines
+	@echo "installing the parsers of the engines' documents into .engines"
+	@.engines/bin/python -m pip install --quiet --disable-pip-version-check -r tests/engines.txt
+	@touch $@
+
 .venv/.audit: .venv/.run
 	@$(PIP) -e '.[audit]'
 	@touch $@
@@ -79,6 +91,9 @@ test-forms: .venv/.forms  # what make test skips where the extras gguf, onnx and
 
 test-lm-eval: .venv/.score  # what make test skips where the extra score is not installed
 	python -m pytest tests/test_lm_eval_task.py
+
+test-engines: .venv/.ray .engines/.parsers  # what make test skips: each document by its engine's own parser; Ray
+	python -m pytest tests/test_engines.py tests/test_engine_parsers.py
 
 serve: .venv/.gguf
 	python -m stages.serve --model $(MODEL) --port $(SERVE_PORT)

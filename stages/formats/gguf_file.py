@@ -14,7 +14,7 @@ import torch
 from stages.data.hub_tokenizer import load_hub_tokenizer
 from stages.data.shards import TOKENIZER
 from stages.files.artifacts import Refusal, read_json, written_whole
-from stages.formats.extras import extra
+from stages.files.extras import extra
 from stages.formats.gguf_names import halves_from_pairs, names_of, pairs_from_halves, rotated_heads
 from stages.formats.pre_tokenizers import name_of
 from stages.model import hub

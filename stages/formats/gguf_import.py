@@ -21,7 +21,7 @@ from stages.data.file_tokenizer import SPACE
 from stages.data.hub_tokenizer import TOKENIZER_CONFIG
 from stages.data.shards import TOKENIZER
 from stages.files.artifacts import Refusal, sha256_of, write_atomically, write_json
-from stages.formats.extras import extra
+from stages.files.extras import extra
 from stages.formats.gguf_names import HEAD, halves_from_pairs, names_of, rotated_heads
 from stages.formats.pre_tokenizers import PRE_TOKENIZERS, WHOLE_WORDS_FIRST
 

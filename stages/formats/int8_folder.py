@@ -20,7 +20,7 @@ from torch import Tensor
 from stages.data.hub_tokenizer import GENERATION_CONFIG, TOKENIZER_CONFIG
 from stages.data.shards import TOKENIZER
 from stages.files.artifacts import Refusal, link_or_copy, read_json
-from stages.formats.extras import extra
+from stages.files.extras import extra
 from stages.model.families.registry import family_of_type
 
 OF_THE_WHOLE = ("weights_sha256", "config_sha256")  # of config.json: of weights that these are not
