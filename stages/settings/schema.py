@@ -104,6 +104,7 @@ class Trainer(Section):
     accelerator: Literal["auto", "cpu", "gpu"]
     launcher: Word  # a module of stages/training/launchers
     strategy: Word  # a module of stages/training/strategies
+    average_every_steps: Count  # read by the strategy local_sgd
     precision: Literal["auto", "32-true", "bf16-mixed"]
     deterministic: bool
     ranks: Annotated[int, Field(ge=1, le=65536)] | Literal["auto"]

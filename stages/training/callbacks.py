@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Callback
 from stages.files.artifacts import Refusal
 from stages.training.fit import max_violation
 from stages.training.progress import ProgressLine
+from stages.training.strategies import ranks_agree
 
 LOAD_WINDOW_STEPS = 20  # the expert load reported at the end is that of the last so many steps
 
@@ -123,6 +124,8 @@ class ExactResume(AfterStep):
 
     def after_step(self, trainer, module) -> None:
         progress, rank = module.progress, module.rank
+        if not ranks_agree(rank.strategy, progress.step, module.fit.steps, rank.settings.trainer):
+            return  # a wish to stop stays until they do
         if module.stop > 0:
             self._save_and_stop(module)
         now = time.monotonic()

@@ -64,13 +64,15 @@ class MuonAdamW(torch.optim.Optimizer):
     `matrices` says how many stand on top of each other in M: 2 for gate and up of a SwiGLU.
 
     Under DDP every rank has the same gradients, so the ranks share the orthogonalisation out among them and
-    exchange the updates: on CPU the same bits as one process, for a fraction of its time.
+    exchange the updates: on CPU the same bits as one process, for a fraction of its time. Where not all have the
+    same, `equal_ranks` is the group of those that do.
     """
 
     def __init__(self, groups: list[dict], lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0):
         muon = {"use_muon": False, "momentum": momentum, "matrices": 1}
         adam = {"betas": (0.9, 0.999), "eps": 1e-8, "fused": True}  # `fused`: torch restores the step on the device
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay} | muon | adam)
+        self.equal_ranks: dist.ProcessGroup | None = None  # None: all
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -89,7 +91,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def _step_muon(self, group: dict, parameters: list[Tensor]) -> None:
         updates = [self._momentum_update(p, group["momentum"]) for p in parameters]
         updates = [u.unflatten(-2, (group["matrices"], -1)) for u in updates]
-        for p, update in zip(parameters, orthogonalised_by_the_ranks(updates), strict=True):
+        for p, update in zip(parameters, orthogonalised_by_the_ranks(updates, self.equal_ranks), strict=True):
             rows, columns = update.shape[-2:]
             p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(update.reshape(p.shape), alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
@@ -124,10 +126,10 @@ class MuonAdamW(torch.optim.Optimizer):
         )
 
 
-def orthogonalised_by_the_ranks(updates: list[Tensor]) -> list[Tensor]:
+def orthogonalised_by_the_ranks(updates: list[Tensor], group: dist.ProcessGroup | None = None) -> list[Tensor]:
     """Each update [..., M, N] orthogonalised by one rank and sent to the others, in bfloat16."""
     parallel = dist.is_available() and dist.is_initialized()
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
+    rank, world_size = (dist.get_rank(group), dist.get_world_size(group)) if parallel else (0, 1)
     if world_size == 1:
         return [found.bfloat16() for found in orthogonalise_each(updates)]  # rounded as if it had been sent
     shares = fair_shares([update.numel() * min(update.shape[-2:]) for update in updates], world_size)
@@ -140,7 +142,7 @@ def orthogonalised_by_the_ranks(updates: list[Tensor]) -> list[Tensor]:
             sent.append(updates[0].new_empty(size, dtype=torch.bfloat16))
     results = list(updates)
     for owner, (share, flat) in enumerate(zip(shares, sent, strict=True)):
-        dist.broadcast(flat, src=owner)
+        dist.broadcast(flat, group=group, group_src=owner)
         for i, piece in zip(share, flat.split([updates[i].numel() for i in share]), strict=True):
             results[i] = piece.view_as(updates[i])
     return results
