@@ -56,6 +56,10 @@ def main(overrides=()):
     if settings.trainer.fast_dev_run:
         by_hand = "python -m stages.pretrain trainer.fast_dev_run=true"
         raise Refusal(f"trainer.fast_dev_run: DVC would keep its outs: run it by hand, such as {by_hand}")
+    if settings.engine.dry_run or settings.engine.node_rank:
+        key = "dry_run" if settings.engine.dry_run else "node_rank"
+        by_hand = f"python -m stages.pretrain engine.{key}={str(getattr(settings.engine, key)).lower()}"
+        raise Refusal(f"engine.{key}: it would leave DVC no outs: run it by hand, such as {by_hand}")
     inputs = inputs_of(settings.corpus)
     tracked, untracked = divided(plain)
     write_atomically(ROOT / "resolved.yaml", HEADER + as_yaml(tracked | {SECTION: untracked}))

@@ -26,7 +26,7 @@ from torch import Tensor
 from stages.data.hub_tokenizer import GENERATION_CONFIG, TOKENIZER_CONFIG
 from stages.data.shards import TOKENIZER, Tokens, Windows, read_card
 from stages.files.artifacts import Refusal, read_json, rounded, write_json
-from stages.formats.extras import extra
+from stages.files.extras import extra
 from stages.formats.hugging_face import write_hugging_face
 from stages.model import hub
 from stages.model.folders import MODEL_CARD, folder_of

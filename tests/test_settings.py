@@ -23,7 +23,7 @@ from stages.run import unchanged
 from stages.settings.compose import compose, explain
 from stages.settings.lightning import duration_seconds
 from stages.settings.schema import BATCHES, SECTIONS, Settings, as_yaml, leaves, refuse_uneven_batches, validate
-from stages.settings.untracked import OBSERVERS, SECTION, UNTRACKED, divided, joined
+from stages.settings.untracked import OF_TRAINING, SECTION, UNTRACKED, divided, joined
 
 SCALES = sorted(file.stem for file in (ROOT / "conf/scale").glob("*.yaml"))
 CORPORA = sorted(file.stem for file in (ROOT / "conf/corpus").glob("*.yaml"))
@@ -187,6 +187,8 @@ BESIDE = {
     "prepare.vocab_size": {"prepare.tokenizer": "bytes"},
     "optimizer.warmup_share": {"optimizer.decay_share": 0},
     "optimizer.decay_share": {"optimizer.warmup_share": 0},
+    "engine.nodes": {"engine.name": "slurm"},
+    "engine.node_rank": {"engine.name": "torchrun", "engine.nodes": 65536, "engine.master_address": "10.0.0.1"},
     "trainer.ranks": dict.fromkeys(BATCHES.values(), 65536),
 }
 
@@ -514,7 +516,7 @@ def test_the_config_stage_writes_the_same_bytes_each_time_without_machine_paths(
     text = (tmp_path / "resolved.yaml").read_text()
     assert len(sums) == 1 and str(tmp_path) not in text and str(Path.home()) not in text
     plain = yaml.safe_load(text)
-    assert list(plain) == sorted({*SECTIONS} - {*OBSERVERS} | {SECTION})
+    assert list(plain) == sorted({*SECTIONS} - {*OF_TRAINING} | {SECTION})
     assert validate(joined(plain)) == validate(compose())
 
 
@@ -549,6 +551,7 @@ def test_what_no_out_depends_on_stands_apart_in_resolved_yaml():
     tracked, untracked = divided(plain)
     assert untracked == {
         "callbacks": {},
+        "engine": plain["engine"],
         "logger": plain["logger"],
         "trainer": {"fast_dev_run": False, "max_time": "00:00:30:00"},
     }

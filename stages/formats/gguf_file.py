@@ -14,7 +14,7 @@ import torch
 from stages.data.hub_tokenizer import load_hub_tokenizer
 from stages.data.shards import END_OF_TEXT, TOKENIZER
 from stages.files.artifacts import Refusal, read_json, written_whole
-from stages.formats.extras import extra
+from stages.files.extras import extra
 from stages.model import hub
 from stages.model.families.qwen3.model import Qwen3Shape
 from stages.model.families.registry import family_of

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.files.artifacts import Refusal
-from stages.formats.extras import extra
+from stages.files.extras import extra
 
 # A base model has no chat template, and llama.cpp's default one is marks that ours never read: messages are joined.
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"

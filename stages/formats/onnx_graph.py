@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.files.artifacts import Refusal, read_json, written_whole
-from stages.formats.extras import extra
+from stages.files.extras import extra
 
 INPUT, OUTPUT = "input_ids", "logits"
 

@@ -25,7 +25,7 @@ from stages.settings.untracked import joined, with_observers
 
 
 class NothingKept(Refusal):
-    """A stage went through, as a trial by hand (`trainer.fast_dev_run`), and leaves no outs."""
+    """A stage went through and leaves no outs: a trial by hand (`trainer.fast_dev_run`), or one node of several."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,9 @@ def _run_tracked(main, name, plain, sections, place, sweep):
     settings = validate(plain, sections)
     from stages.tracking.record import Run, start_run  # late: a refused setting need not wait for their imports
 
+    engine = settings.engine
     is_trial = settings.trainer is not None and settings.trainer.fast_dev_run
+    is_trial = is_trial or engine is not None and (engine.dry_run or engine.node_rank > 0)
     recording = start_run(stage=name, settings=plain, out=place.out, root=place.root, sweep=sweep)
     with disk_refusals(name, place.out), contextlib.nullcontext(Run()) if is_trial else recording as run:
         own = main(settings, place, run) or {}

@@ -14,7 +14,7 @@ from hydra.experimental.callback import Callback
 
 from stages.files.artifacts import ROOT, Refusal, read_json, write_json
 from stages.settings.compose import DEFAULTS, preset_groups, read_sheet
-from stages.settings.untracked import OBSERVERS
+from stages.settings.untracked import OF_TRAINING
 
 FILE = "outcome.json"
 LOST = "no outcome: its process ended early"
@@ -165,8 +165,8 @@ def sheet_words(overrides: list[str], root: Path = ROOT) -> list[str]:
     settings of its own as one mapping, since the sheet has one place for both."""
     choices, values = read_sheet((), root)
     pairs = dict(word.lstrip("+").split("=", 1) for word in overrides if not word.startswith("~"))
-    of_observer = tuple(f"{group}." for group in OBSERVERS)  # how one is built changes no out
-    pairs = {k: value for k, value in pairs.items() if value != choices.get(k) and not k.startswith(of_observer)}
+    elsewhere = ("engine", *(f"{group}." for group in OF_TRAINING))  # who watches and where ranks run changes no out
+    pairs = {k: value for k, value in pairs.items() if value != choices.get(k) and not k.startswith(elsewhere)}
     words = []
     for group in preset_groups(root):
         own = [key for key in pairs if key.startswith(f"{group}.")]

@@ -1,7 +1,7 @@
 """How params.yaml and conf/ become one plain dictionary: presets chosen by a word, then the values of the sheet.
 
-What comes later wins: conf/base.yaml, the presets of `corpus`, `scale`, `experiment`, `callbacks` and `logger`,
-params.yaml, the command line.
+What comes later wins: conf/base.yaml, the presets of `corpus`, `scale`, `experiment`, `callbacks`, `logger` and
+`engine`, params.yaml, the command line.
 `python -m stages.config --explain pretrain.steps` says which of them it was.
 """
 
@@ -16,8 +16,10 @@ from stages.settings.reading import RENAMED, refuse, refuse_unknown, shown
 from stages.settings.schema import SECTIONS, leaves
 from stages.settings.untracked import OBSERVERS
 
-ORDER = ("corpus", "scale", "experiment", *OBSERVERS)  # as conf/config.yaml lays the presets
-DEFAULTS = dict.fromkeys(("experiment", *OBSERVERS), "none")  # of the groups that params.yaml need not name
+ORDER = ("corpus", "scale", "experiment", *OBSERVERS, "engine")  # as conf/config.yaml lays the presets
+# of the groups that params.yaml need not name
+DEFAULTS = dict.fromkeys(("experiment", *OBSERVERS), "none") | {"engine": "local"}
+CHOOSER = {"corpus": "source", "engine": "name"}  # the setting of a section that names its preset
 RUN_FACTS = ("folder", "stage", "fit")  # ${run:...} in a preset of a callback or logger; a rank fills them in
 
 
@@ -126,9 +128,10 @@ def read_sheet(words: Any = (), root: Path = ROOT) -> tuple[dict[str, str], dict
         if group in OBSERVERS and not isinstance(entry, str):
             entry, values[group] = "none", _observers(group, entry, presets, root)
         mapping = group in SECTIONS and isinstance(entry, dict)
-        choice = entry.get("source") if mapping else entry
+        chooser = CHOOSER.get(group, "")
+        choice = entry.get(chooser) if mapping else entry
         if choice is None:
-            key = f"{group}.source" if mapping else group
+            key = f"{group}.{chooser}" if mapping else group
             raise Refusal(f"params.yaml: {key}: missing; write one of {', '.join(presets)}")
         _refuse_unless_preset(f"params.yaml: {group}", choice, group, presets, root)
         chosen = _chosen(group, words)
@@ -139,7 +142,7 @@ def read_sheet(words: Any = (), root: Path = ROOT) -> tuple[dict[str, str], dict
         if group in DEFAULTS:
             _refuse_without_effect(group, chosen or [choice], values, root)
         if mapping and set(chosen) <= {choice}:  # what belongs to one preset is not laid on another
-            values[group] = {name: value for name, value in entry.items() if name != "source"}
+            values[group] = {name: value for name, value in entry.items() if name != chooser}
         choices[group] = choice
     for name in values:  # also `hydra` and `defaults`, which Hydra would obey and drop
         refuse_unknown(name, SECTIONS)
@@ -204,8 +207,8 @@ def _spelled_out(word, groups):
     if override.is_sweep_override():
         raise Refusal(f"{name}: a sweep takes words, not mappings: write {name}=a,b with presets of conf/{name}/")
     entries = {str(key): Override._get_value_element_as_str(inner) for key, inner in override._value.items()}
-    source = entries.pop("source", None)
-    return ([f"{name}={source}"] if source else []) + [f"{name}.{key}={text}" for key, text in entries.items()]
+    choice = entries.pop(CHOOSER.get(name, ""), None)
+    return ([f"{name}={choice}"] if choice else []) + [f"{name}.{key}={text}" for key, text in entries.items()]
 
 
 def _refuse_unless_preset(key, word, group, presets, root):

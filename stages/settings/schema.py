@@ -27,6 +27,7 @@ from stages.settings.bounds import (
     Some,
     Word,
 )
+from stages.settings.engine import Engine, engine_rules
 from stages.settings.lightning import Batches, Duration, FewSteps, Observers
 from stages.settings.plan import Plan, plan_rules
 from stages.settings.reading import refuse, refuse_first, refuse_unknown, shown
@@ -223,6 +224,7 @@ class Settings(Section):
     trainer: Trainer
     callbacks: Observers
     logger: Observers
+    engine: Engine
     pretrain: Pretrain
     distill: Distill
     sparsify: Sparsify
@@ -345,10 +347,6 @@ def _evaluate_rules(settings):
         refuse("evaluate.checkpoint_every_blocks", [], "must name at least one period in blocks")
 
 
-def _profile_rules(settings):
-    _at_most(settings, "profile.router_experts_per_token", "profile.router_experts")
-
-
 def _ranks_share(key):
     def rule(settings):
         if settings.trainer.ranks != "auto":
@@ -387,8 +385,9 @@ RULES = (
     (("prepare",), _prepare_rules),
     (("optimizer",), _optimizer_rules),
     (("trainer",), _trainer_rules),
+    (("trainer", "engine"), engine_rules),
     (("evaluate",), _evaluate_rules),
-    (("profile",), _profile_rules),
+    (("profile",), lambda read: _at_most(read, "profile.router_experts_per_token", "profile.router_experts")),
     (("plan",), plan_rules),
     *((("trainer", section), _ranks_share(key)) for section, key in BATCHES.items()),
 )

@@ -1,4 +1,5 @@
-"""What no out depends on, and so is no reason to run a stage again: who watches a run, and how long it may take.
+"""What no out depends on, and so is no reason to run a stage again: who watches a run, how long it may take, and where
+its ranks run. How many there are, and on what, is a condition of the outs all the same, and stands in their record.
 
 The stage `config` writes it into a section of its own in resolved.yaml, `untracked`, which dvc.yaml does not name. Nor
 is it in the key of unfinished work: a run that `trainer.max_time` stopped goes on under another limit.
@@ -10,13 +11,14 @@ from typing import Any
 
 SECTION = "untracked"
 OBSERVERS = ("callbacks", "logger")
-UNTRACKED = (*OBSERVERS, "trainer.fast_dev_run", "trainer.max_time")
+OF_TRAINING = (*OBSERVERS, "engine")
+UNTRACKED = (*OF_TRAINING, "trainer.fast_dev_run", "trainer.max_time")
 
 
 def with_observers(sections: Iterable[str]) -> tuple[str, ...]:
-    """The sections that a stage reads: one that trains is watched, too."""
+    """The sections that a stage reads: one that trains is watched, and runs somewhere, too."""
     sections = tuple(sections)
-    return sections + OBSERVERS if "trainer" in sections else sections
+    return sections + OF_TRAINING if "trainer" in sections else sections
 
 
 def divided(plain: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

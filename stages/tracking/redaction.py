@@ -26,6 +26,11 @@ def redacted(text):
     return _TOKEN.sub(r"\1***", _QUERY_SECRET.sub(r"\1=***", text))
 
 
+def is_secret(variable: str) -> bool:
+    """Has this variable a secret's name?"""
+    return bool(_SECRET_VARIABLE.search(variable))
+
+
 def _secrets_of_the_environment():
     """Values of variables with a secret's name, and passwords in the URIs of any variable; longest first."""
     values = {value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name)}

@@ -1,8 +1,10 @@
 """What a training stage asks of its ranks: one typed object, its writer and its reader.
 
-The stage writes `<state>/job.json`, a launcher hands its path to every rank, and a rank reads it.
+The stage writes `<state>/job.json`, a launcher hands its path to every rank, and a rank reads it. The paths in it are
+relative to it, so that the project's folder may stand elsewhere on another machine.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,8 +24,8 @@ class Job:
     settings: Settings  # only the sections that the stage reads
     place: Place
     state: Path  # the folder of checkpoints, ranks.log, steps.jsonl, result.json and error.txt
-    accelerator: str  # as Lightning names it
-    precision: str
+    accelerator: str  # as Lightning names it; auto: what the ranks' machine has
+    precision: str  # the same
 
     def write(self) -> Path:
         """Writes job.json into `state`."""
@@ -31,9 +33,8 @@ class Job:
             "stage": self.stage,
             "build_fits": self.build_fits,
             "settings": plain_settings(self.settings),
-            "root": str(self.place.root),
-            "out": str(self.place.out),
-            "state": str(self.state),
+            "root": os.path.relpath(self.place.root, self.state),
+            "out": os.path.relpath(self.place.out, self.state),
             "accelerator": self.accelerator,
             "precision": self.precision,
         }
@@ -44,13 +45,17 @@ class Job:
     @classmethod
     def read(cls, path: Path) -> "Job":
         """The job in this file; a Refusal where it is missing or damaged."""
-        plain = read_json(path)
+        plain, state = read_json(path), path.absolute().parent
+
+        def at(name: str) -> Path:
+            return Path(os.path.normpath(state / plain[name]))  # by its name: the folder may be a link
+
         return cls(
             stage=plain["stage"],
             build_fits=plain["build_fits"],
             settings=validate(plain["settings"], list(plain["settings"])),
-            place=Place(Path(plain["root"]), Path(plain["out"])),
-            state=Path(plain["state"]),
+            place=Place(at("root"), at("out")),
+            state=state,
             accelerator=plain["accelerator"],
             precision=plain["precision"],
         )

@@ -1,6 +1,7 @@
-"""Starts the ranks of a training stage through the launcher that `trainer.launcher` names. The stage process itself is
-never a rank: it composes the settings once, and a Hydra sweep or a retry can never give two ranks different
-hyperparameters. Nor does it import torch, whose import costs seconds.
+"""Starts the ranks of a training stage where `engine` says, on this machine through the launcher `trainer.launcher`.
+
+The stage process itself is never a rank: it composes the settings once, and a Hydra sweep or a retry can never give two
+ranks different hyperparameters. Nor does it import torch, whose import costs seconds.
 """
 
 import contextlib
@@ -13,11 +14,11 @@ from pathlib import Path
 
 from stages.files.artifacts import Refusal, read_json, rounded, write_atomically, write_json
 from stages.files.resuming import ResumeState, resume_key
-from stages.run.entry import NothingKept
+from stages.run.entry import NothingKept, Place
 from stages.settings.schema import refuse_uneven_batches
 from stages.settings.untracked import OBSERVERS, divided
 from stages.training.job import Job, name_of, plain_settings
-from stages.training.launchers import launcher
+from stages.training.placement import Away, placed, rehearse
 
 NEEDED_BYTES = 65536  # for the reason and the results that ranks write
 TAIL_S = 1.0  # between two looks at what rank zero has written
@@ -34,29 +35,39 @@ def launch(build_fits: Callable, settings, place, inputs: list[str], run) -> tup
     for path in inputs:
         if not place.read(path).exists():
             raise Refusal(f"{path} is missing: run the stage that writes it (dvc repro)")
-    started = time.monotonic()
-    with launcher(settings.trainer.launcher) as ranks:
+    engine, started = settings.engine, time.monotonic()
+    with placed(settings, stage, place.root) as ranks:
         run.follow()
         conditions = ranks.conditions(settings.trainer.model_dump())
         refuse_uneven_batches(settings, conditions["ranks"])
-        if not conditions.get("compiled", True):
-            slow = "no gcc and no clang here: training runs uncompiled and takes half as long again"
-            print(f"{stage}: {slow}", flush=True)
         plain = plain_settings(settings)
-        print(f"{stage}: {_extent(stage, plain, conditions['ranks'])}, starting", flush=True)
+        if not engine.dry_run:
+            _announce(stage, plain, conditions)
         few_steps = settings.trainer.fast_dev_run
         asked = [divided(plain)[0], conditions, *(["fast_dev_run", few_steps] if few_steps else [])]
         key = resume_key(stage, asked, [place.read(path) for path in inputs])
-        with ResumeState(place.root, stage, key) as state:
-            for name in ("error.txt", "result.json", "steps.jsonl"):  # of an interrupted run of this job
+        own = f"-node{engine.node_rank}" if engine.node_rank else ""  # nodes may share the folder of the project
+        with ResumeState(place.root, stage, key + own) as state:
+            away = isinstance(ranks, Away)
+            for name in ("error.txt", "steps.jsonl", *([] if away else ["result.json"])):  # of an interrupted run of it
                 (state.folder / name).unlink(missing_ok=True)
+            job_place = Place(place.root, state.folder / "outs") if away else place
             precision = conditions["precision"]
-            job = Job(stage, function, settings, place, state.folder, accelerator(conditions), precision)
+            job = Job(stage, function, settings, job_place, state.folder, accelerator(conditions), precision)
+            path = job.write()
+            if engine.dry_run:
+                rehearse(settings, stage, path, place.root, conditions["ranks"])
             with _record_steps(state.folder / "steps.jsonl", run) as speeds:
-                code = ranks.run(job.write())
+                code = ranks.run(path)
             if code != 0:
                 raise Refusal(_reason(stage, code, state.folder))
-            result = read_json(state.folder / "result.json")
+            if engine.node_rank == 0:
+                result = read_json(state.folder / "result.json")
+            if away:
+                conditions = read_json(state.folder / "conditions.json")
+                bring_home(job_place.out, place)
+    if engine.node_rank:
+        raise NothingKept(f"{stage}: node {engine.node_rank} of {engine.nodes} is done; node 0 writes the outs")
     if few_steps:
         raise NothingKept(f"{stage}: trainer.fast_dev_run: {', '.join(result)} went through; no model was kept")
     observed = {name: observer_targets(getattr(settings, name)) for name in OBSERVERS if getattr(settings, name)}
@@ -70,6 +81,13 @@ def launch(build_fits: Callable, settings, place, inputs: list[str], run) -> tup
 def observer_targets(wanted: dict[str, dict]) -> str:
     """The classes by which callbacks and loggers are recorded as a condition: a callback may change what is trained."""
     return ", ".join(sorted(entry["_target_"] for entry in wanted.values()))
+
+
+def _announce(stage: str, plain: dict, conditions: dict) -> None:
+    if not conditions.get("compiled", True):
+        slow = "no gcc and no clang here: training runs uncompiled and takes half as long again"
+        print(f"{stage}: {slow}", flush=True)
+    print(f"{stage}: {_extent(stage, plain, conditions['ranks'])}, starting", flush=True)
 
 
 def _extent(stage: str, plain: dict, ranks: int) -> str:
@@ -92,8 +110,16 @@ def _reason(stage: str, code: int, state: Path) -> str:
 
 
 def accelerator(conditions: dict) -> str:
-    """As Lightning calls it."""
-    return "cpu" if conditions["accelerator"] == "none" else "gpu"
+    """As Lightning calls it; auto where only the ranks will know."""
+    found = conditions["accelerator"]
+    return found if found in ("auto", "cpu", "gpu") else "cpu" if found == "none" else "gpu"
+
+
+def bring_home(outs: Path, place: Place) -> None:
+    """What ranks elsewhere wrote, to where they would have written here."""
+    for path in sorted(outs.rglob("*")):
+        if path.is_file():
+            write_atomically(place.write(path.relative_to(outs).as_posix()), path.read_bytes())
 
 
 @contextlib.contextmanager

@@ -4,39 +4,42 @@ from types import SimpleNamespace
 
 import torch
 
+from stages.engines.plan import rank_count
 from stages.files.artifacts import Refusal
 from stages.model.layers import can_compile, has_bfloat16
 from stages.run.provenance import cores, device_conditions
 
 
-def conditions(trainer: dict) -> dict:
-    """The conditions of training on this machine, for the section `trainer` of the settings.
+def conditions(trainer: dict, nodes: int = 1, ranks_per_node: int | None = None) -> dict:
+    """The conditions of training on this machine, or on so many like it, for the section `trainer` of the settings.
 
     A Refusal where the machine lacks what the settings ask for.
     """
     asked = SimpleNamespace(**trainer)
-    accelerator, ranks = rank_count(asked.accelerator, asked.ranks)
+    accelerator = chosen_accelerator(asked.accelerator)
+    gpus = torch.cuda.device_count() if accelerator == "gpu" else 0
+    ranks = rank_count(asked.ranks, nodes, ranks_per_node, gpus)
+    here = ranks // nodes
+    if accelerator == "gpu" and here > gpus:
+        number = f"trainer.ranks = {asked.ranks}" if nodes == 1 else f"{here} ranks on each of {nodes} nodes"
+        raise Refusal(f"{number}: this machine has {gpus} GPUs")
     found = {
-        **device_conditions(ranks if accelerator == "gpu" else 0),
+        **device_conditions(here if accelerator == "gpu" else 0),
         "ranks": ranks,
-        "threads_per_rank": 1 if accelerator == "gpu" else max(1, cores() // ranks),
+        "threads_per_rank": 1 if accelerator == "gpu" else max(1, cores() // here),
         "precision": chosen_precision(asked.precision, accelerator),
         "deterministic": asked.deterministic,
     }
     return found | ({"compiled": can_compile()} if accelerator == "gpu" else {})
 
 
-def rank_count(accelerator: str, ranks: int | str) -> tuple[str, int]:
-    """The accelerator to use and how many ranks: two gloo processes on CPU, one rank per GPU over NCCL."""
+def chosen_accelerator(accelerator: str) -> str:
+    """The accelerator to use, as Lightning names it: GPUs where there are some."""
     if accelerator == "auto":
         accelerator = "gpu" if torch.cuda.is_available() else "cpu"
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise Refusal("trainer.accelerator = gpu: this machine shows no CUDA device; use cpu or auto")
-    if ranks == "auto":
-        ranks = torch.cuda.device_count() if accelerator == "gpu" else 2
-    if accelerator == "gpu" and int(ranks) > torch.cuda.device_count():
-        raise Refusal(f"trainer.ranks = {ranks}: this machine has {torch.cuda.device_count()} GPUs")
-    return accelerator, int(ranks)
+    return accelerator
 
 
 def chosen_precision(precision: str, accelerator: str) -> str:

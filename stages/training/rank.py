@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +44,7 @@ from stages.model import hub as models
 from stages.model.families.registry import family_of
 from stages.run.heap import keep_freed_memory
 from stages.settings.lightning import duration_seconds
-from stages.training import observers
+from stages.training import observers, sharing
 from stages.training.callbacks import AgreeOnStep, BalanceExperts, ExactResume, RecordSteps
 from stages.training.checkpoints import Checkpoint, made_once
 from stages.training.cost import step_flops
@@ -56,6 +57,7 @@ from stages.training.fit import (
     settle_cublas_workspaces,
     validation_nats,
 )
+from stages.training.machine import chosen_accelerator, chosen_precision
 from stages.training.module import Batches, Progress, Training
 from stages.training.optimizers import MuonAdamW, make_optimizer
 from stages.training.strategies import strategy
@@ -242,13 +244,19 @@ def checkpointing_policy(fit: Fit, rank: Rank, training: Training) -> str:
     return chosen.policy
 
 
+def on_this_machine(job: Job) -> Job:
+    """With what an engine that starts ranks elsewhere could not know."""
+    accelerator = chosen_accelerator(job.accelerator)
+    return replace(job, accelerator=accelerator, precision=chosen_precision(job.precision, accelerator))
+
+
 def main() -> None:
     warnings.filterwarnings("ignore", module="lightning")
     path, results = Path(sys.argv[1]), {}
     shield_output()
     keep_freed_memory()
     try:
-        job = Job.read(path)
+        job = on_this_machine(Job.read(path))
         trainer = job.settings.trainer
         torch.manual_seed(job.settings.seed)
         torch.use_deterministic_algorithms(trainer.deterministic)
@@ -259,6 +267,8 @@ def main() -> None:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             if trainer.deterministic:
                 settle_cublas_workspaces()
+        if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+            sharing.share_work(job, torch.device("cuda" if job.accelerator == "gpu" else "cpu"))
         rank = Rank(job)
         rank.install_stop_handlers()  # not before: a rank that waits above for one that is gone would not see a signal
         keep = partial(made_once, job.state, rank.rank)

@@ -1,9 +1,10 @@
-"""torchrun on this machine, in a process of its own: `python -m stages.training.launchers.torchrun <socket>`.
+"""torchrun on this machine, in a process of its own: `python -m stages.training.launchers.torchrun <socket>`. The
+machine is alone, or one node of several that meet at an address.
 
 The stage process does not import torch: the child, which imports it anyway, says what training would run on. Both
 ends of the socket are here. A message is a line of JSON:
 
-    stage -> child   the section `trainer` of the settings
+    stage -> child   the section `trainer` of the settings, and the nodes
     child -> stage   the conditions, or {"refusal": reason}
     stage -> child   the path of the job; the child then runs the ranks, and its exit code is theirs
 """
@@ -14,12 +15,14 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from stages.files.artifacts import Refusal
 from stages.run.entry import die_with_parent, leave
 from stages.training.environment import agent_environment, rank_environment
+from stages.training.nodes import ALONE, Nodes
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
 
@@ -45,6 +48,9 @@ class Line:
 
 class Launcher:
     """The end of the stage process."""
+
+    def __init__(self, nodes: Nodes = ALONE, ranks_per_node: int | None = None):
+        self._nodes, self._ranks_per_node = nodes, ranks_per_node
 
     def __enter__(self) -> "Launcher":
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # until there is a child, and a handler that ends it
@@ -78,7 +84,7 @@ class Launcher:
     def conditions(self, trainer: dict) -> dict:
         answer = None
         try:
-            self._line.send(trainer)
+            self._line.send([trainer, asdict(self._nodes), self._ranks_per_node])
             answer = self._line.receive()
         except (BrokenPipeError, ConnectionResetError):
             pass
@@ -112,11 +118,16 @@ def _prepare_child() -> None:
 
 def serve(line: Line) -> int:
     """The end of the child; its exit code."""
-    from stages.training.loopback import run_ranks  # late: these import torch, which the stage process must not
-    from stages.training.machine import conditions
+    from stages.training.machine import conditions  # late: these import torch, which the stage process must not
+    from stages.training.rendezvous import run_ranks
 
     try:
-        found = conditions(line.receive())
+        trainer, plain, ranks_per_node = line.receive()
+        nodes = Nodes(**plain)
+        found = conditions(trainer, nodes.count, ranks_per_node)
+        if nodes.count > 1:
+            nodes = nodes.resolved()
+            os.environ |= nodes.network_environment()
     except Refusal as refusal:
         line.send({"refusal": str(refusal)})
         return 1
@@ -126,7 +137,7 @@ def serve(line: Line) -> int:
     if job is None:  # the stage refused, or is gone
         return 1
     os.environ |= rank_environment(found)
-    return run_ranks(Path(job), found["ranks"])
+    return run_ranks(Path(job), found["ranks"] // nodes.count, nodes)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Packages that only some exports need: each is an extra of pyproject.toml."""
+"""Packages that only some exports and engines need: each is an extra of pyproject.toml."""
 
 import importlib
 from types import ModuleType
