@@ -89,7 +89,7 @@ def work(rank: int, ranks: int, sequences: int, steps: int, folder: str) -> None
         if ranks > 1:
             dist.all_reduce(gradients)
 
-    found = {name: _repeated(action, steps, ranks) for name, action in (("step", step), ("all_reduce", all_reduce))}
+    found = {name: repeated(action, steps, ranks) for name, action in (("step", step), ("all_reduce", all_reduce))}
     found["floats"] = gradients.numel()
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
     if ranks > 1:
@@ -121,7 +121,7 @@ def _teacher(sequences):
     return Loss(), torch.randint(vocabulary, (sequences, TOKENS + 1), generator=torch.Generator().manual_seed(0))
 
 
-def _repeated(action, steps, ranks):
+def repeated(action, steps, ranks):
     """Seconds of each repetition, and the bytes that the interface sent in one."""
     import torch.distributed as dist
 

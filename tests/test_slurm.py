@@ -1,4 +1,6 @@
-"""A training stage under a real SLURM, where root and Debian's packages are (tests/slurm_cluster.py): `make test-slurm`.
+"""A training stage under a real SLURM, where root and Debian's packages are (tests/slurm_cluster.py):
+
+    make test-slurm
 
 Each test trains one model, tiny, and holds its bytes against those of this machine alone.
 """
@@ -48,7 +50,7 @@ def of_one_machine(tree) -> str:
 
 def pretrain(tree: Path, cluster: Cluster | None, out: str, *words: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "stages.pretrain", f"pretrain.steps={STEPS}", *words]
-    command += [f"hydra.run.dir=outputs/{out}", f"hydra.sweep.dir=outputs/{out}"]
+    command.append(f"hydra.{'sweep' if '-m' in words else 'run'}.dir=outputs/{out}")
     variables = environment(MLFLOW_TRACKING_URI="http://127.0.0.1:9")  # nothing listens there
     if cluster:
         command, variables = cluster.command(*command), variables | cluster.environment()
@@ -76,7 +78,7 @@ def test_two_nodes_end_on_the_bytes_of_one_machine(tree, cluster, of_one_machine
     running = pretrain(tree, cluster, "nodes", *IN_TWO_NODES)
     said = running.communicate(timeout=SECONDS)[0]
     assert running.returncode == 0, said
-    assert "for 2 nodes" in said and f"teacher {STEPS}/{STEPS}" in said
+    assert "for 2 nodes" in said and f"teacher: step {STEPS}/{STEPS}" in said
     assert sha256_of(tree / "outputs/nodes" / TEACHER) == of_one_machine
 
 
