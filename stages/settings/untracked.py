@@ -1,7 +1,8 @@
-"""What no out depends on, and so is no reason to run a stage again: who watches a run, and how long it may take.
+"""What is no reason to run a stage again: who watches a run, how long it may take, and whether it may go on here.
 
 The stage `config` writes it into a section of its own in resolved.yaml, `untracked`, which dvc.yaml does not name. Nor
-is it in the key of unfinished work: a run that `trainer.max_time` stopped goes on under another limit.
+is it in the key of unfinished work: a run that `trainer.max_time` stopped goes on under another limit. A run that has
+moved (`trainer.move`) says so in its record, for its outs are those of all the places that it was trained in.
 """
 
 import copy
@@ -10,7 +11,7 @@ from typing import Any
 
 SECTION = "untracked"
 OBSERVERS = ("callbacks", "logger")
-UNTRACKED = (*OBSERVERS, "trainer.fast_dev_run", "trainer.max_time")
+UNTRACKED = (*OBSERVERS, "trainer.fast_dev_run", "trainer.max_time", "trainer.move")
 
 
 def with_observers(sections: Iterable[str]) -> tuple[str, ...]:
