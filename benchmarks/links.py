@@ -2,17 +2,16 @@
 
     python -m benchmarks.links          # needs root and iproute2; writes benchmarks/links.md
 
-Each rank runs in a network namespace of its own. A pair of virtual interfaces joins it to a bridge in one more, and a
-token bucket (tc tbf) limits what it sends. The teacher of scale demo trains with DDP over gloo as the pipeline's ranks
-do. The planner is given one rank's measured step and the limit, nothing else: bytes from the size of the gradients,
-seconds from the ring's equation and, where there are more ranks than cores, from their shares of a core.
+Each rank runs in a network namespace of its own, whose interface is limited (benchmarks/nodes.py). The teacher of scale
+demo trains with DDP over gloo as the pipeline's ranks do. The planner is given one rank's measured step and the limit,
+nothing else: bytes from the size of the gradients, seconds from the ring's equation and, where there are more ranks
+than cores, from their shares of a core.
 """
 
 import contextlib
 import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from benchmarks.nodes import Node, machines, why_not
 from stages.files.artifacts import write_atomically
 from stages.planning.chips import Chip
 from stages.planning.collectives import ring_all_reduce_seconds, ring_wire_bytes
@@ -32,8 +32,6 @@ MEGABITS = (100, 400)  # per second, of each rank's interface
 RANKS = (2, 4)
 STEPS, FIRST_STEPS = 8, 2  # the first are not counted: connections, memory, DDP's buckets
 SEQUENCES, TOKENS = 2, 128  # of each rank in a step
-BURST_BYTES = 131_072  # above the largest packet the kernel hands over whole (64 KiB), or each would be cut up
-QUEUE_BYTES = 2**24  # above what TCP keeps in flight, or the queue would drop packets and they would be sent twice
 PAYLOAD_SHARE = 1448 / 1514  # of an Ethernet frame: the rest is headers, which the token bucket counts too
 FLOAT32_BYTES = 4
 PORT = 29_511
@@ -58,60 +56,6 @@ class Measured:
     all_reduce_seconds: float
     all_reduce_bytes: float  # the mean over ranks
     step_bytes: float
-
-
-# ---- namespaces and links
-
-
-def why_not() -> str:
-    """Why links cannot be shaped here; empty where they can."""
-    missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
-    if missing:
-        return f"{', '.join(missing)} is not installed (package iproute2)"
-    if os.geteuid() != 0:
-        return "network namespaces need root"
-    with contextlib.suppress(subprocess.CalledProcessError), shaped_links(2, 100):
-        return ""
-    return "the kernel refuses network namespaces, bridges or token buckets"
-
-
-@contextlib.contextmanager
-def shaped_links(ranks: int, megabits: float) -> Iterator[list[str]]:
-    """The names of `ranks` namespaces joined by a bridge, each sending at most `megabits` per second.
-
-    Rank r has the address 10.77.0.(r + 1) on its interface eth0. All of it is gone at the end.
-    """
-    prefix = f"links{os.getpid()}"
-    switch, names = f"{prefix}-switch", [f"{prefix}-{rank}" for rank in range(ranks)]
-    made: list[str] = []
-    try:
-        for name in (switch, *names):
-            _ip("netns", "add", name)
-            made.append(name)
-        _ip("-n", switch, "link", "add", "bridge", "type", "bridge")
-        _ip("-n", switch, "link", "set", "bridge", "up")
-        for rank, name in enumerate(names):
-            port = f"port{rank}"
-            _ip("-n", switch, "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", name)
-            _ip("-n", switch, "link", "set", port, "master", "bridge", "up")
-            _ip("-n", name, "address", "add", f"10.77.0.{rank + 1}/24", "dev", "eth0")
-            _ip("-n", name, "link", "set", "eth0", "up")
-            _ip("-n", name, "link", "set", "lo", "up")
-            limit = ["rate", f"{megabits}mbit", "burst", str(BURST_BYTES), "limit", str(QUEUE_BYTES)]
-            _run("tc", "-n", name, "qdisc", "add", "dev", "eth0", "root", "tbf", *limit)
-        yield names
-    finally:
-        for name in reversed(made):
-            with contextlib.suppress(subprocess.CalledProcessError):
-                _ip("netns", "delete", name)
-
-
-def _ip(*words):
-    _run("ip", *words)
-
-
-def _run(*words):
-    subprocess.run(words, check=True, capture_output=True)
 
 
 # ---- a rank
@@ -145,7 +89,7 @@ def work(rank: int, ranks: int, sequences: int, steps: int, folder: str) -> None
         if ranks > 1:
             dist.all_reduce(gradients)
 
-    found = {name: _repeated(action, steps, ranks) for name, action in (("step", step), ("all_reduce", all_reduce))}
+    found = {name: repeated(action, steps, ranks) for name, action in (("step", step), ("all_reduce", all_reduce))}
     found["floats"] = gradients.numel()
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
     if ranks > 1:
@@ -177,7 +121,7 @@ def _teacher(sequences):
     return Loss(), torch.randint(vocabulary, (sequences, TOKENS + 1), generator=torch.Generator().manual_seed(0))
 
 
-def _repeated(action, steps, ranks):
+def repeated(action, steps, ranks):
     """Seconds of each repetition, and the bytes that the interface sent in one."""
     import torch.distributed as dist
 
@@ -204,8 +148,8 @@ def _sent_bytes():
 def measure(ranks: int, megabits: float, sequences: int = SEQUENCES, steps: int = STEPS) -> Measured:
     """One run over shaped links, or of one rank without any."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        names = stack.enter_context(shaped_links(ranks, megabits)) if ranks > 1 else [""]
-        processes = [_started(rank, ranks, name, sequences, steps, folder) for rank, name in enumerate(names)]
+        nodes = stack.enter_context(machines(ranks, megabits)) if ranks > 1 else [Node("", "", "")]
+        processes = [_started(rank, ranks, node, sequences, steps, folder) for rank, node in enumerate(nodes)]
         try:
             codes = [process.wait(timeout=600) for process in processes]
         finally:
@@ -227,12 +171,11 @@ def measure(ranks: int, megabits: float, sequences: int = SEQUENCES, steps: int 
     )
 
 
-def _started(rank, ranks, name, sequences, steps, folder):
+def _started(rank, ranks, node, sequences, steps, folder):
     code = f"from benchmarks.links import work; work({rank}, {ranks}, {sequences}, {steps}, {folder!r})"
-    inside = ["ip", "netns", "exec", name] if name else []
     quiet = {"PYTHONWARNINGS": "ignore::FutureWarning", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # DDP's names, no host names
     environment = os.environ | quiet | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([*inside, sys.executable, "-c", code], cwd=ROOT, env=environment)
+    return subprocess.Popen(node.command(sys.executable, "-c", code), cwd=ROOT, env=environment)
 
 
 # ---- what the planner says

@@ -44,7 +44,8 @@ def fits(settings, place: Place, _) -> Iterator:
     tokens = settings.challenge.batch_sequences * settings.trainer.accumulate_grad_batches * settings.sequence_tokens
     for name in CHALLENGED:
         fit = from_nothing(name, made, settings, place)
-        fit.steps = max(1, whole[name] // step_flops(fit.model, tokens, settings.sequence_tokens))
+        one = step_flops(fit.model, tokens, settings.sequence_tokens, optimizer=settings.optimizer.name)
+        fit.steps = max(1, whole[name] // one)
         yield fit
 
 

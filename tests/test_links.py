@@ -2,7 +2,8 @@
 
 import pytest
 
-from benchmarks.links import Measured, as_markdown, measure, predicted_step_seconds, rows_of, why_not
+from benchmarks.links import Measured, as_markdown, measure, predicted_step_seconds, rows_of
+from benchmarks.nodes import why_not
 from stages.planning.collectives import ring_wire_bytes
 
 ALONE = Measured(

@@ -593,7 +593,7 @@ def test_what_no_out_depends_on_stands_apart_in_resolved_yaml():
         "callbacks": {},
         "engine": plain["engine"],
         "logger": plain["logger"],
-        "trainer": {"fast_dev_run": False, "max_time": "00:00:30:00"},
+        "trainer": {"fast_dev_run": False, "max_time": "00:00:30:00", "move": False},
     }
     assert divided(TINY)[0] == tracked and joined(tracked | {SECTION: untracked}) == plain
     assert {key.split(".")[0] for key in UNTRACKED} <= {*SECTIONS}

@@ -15,8 +15,8 @@ from tests.test_cost import STUDENT, TEACHER
 
 SEQUENCES, TOKENS = 3, 32
 RECIPE = SimpleNamespace(
-    muon_learning_rate=0.01, muon_momentum=0.9, adamw_learning_rate=0.01, adamw_beta1=0.9, adamw_beta2=0.95,
-    weight_decay=0.0,
+    name="muon", muon_learning_rate=0.01, muon_momentum=0.9, adamw_learning_rate=0.01, adamw_beta1=0.9,
+    adamw_beta2=0.95, weight_decay=0.0,
 )  # fmt: skip
 
 

@@ -206,7 +206,7 @@ class Windows:
 
     def batch(self, step, rank=0, world_size=1, batch_sequences=1):
         """tokens_BT, int64: B = batch_sequences / world_size, T = sequence_tokens + 1."""
-        return self._stacked(self.indices(step, rank, world_size, batch_sequences))
+        return self.stacked(self.indices(step, rank, world_size, batch_sequences))
 
     def spread(self, most):
         """At most so many windows, as far apart as the split allows, as one batch [B, T]: what to validate on.
@@ -214,9 +214,10 @@ class Windows:
         The first of a split would be a few of its documents; these are a sample of all.
         """
         count = min(most, self.count)
-        return self._stacked([number * self.count // count for number in range(count)])
+        return self.stacked([number * self.count // count for number in range(count)])
 
-    def _stacked(self, indices):
+    def stacked(self, indices):
+        """These windows as one batch."""
         import torch  # here, because `prepare` writes shards without it
 
         length = self.sequence_tokens

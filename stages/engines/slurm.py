@@ -1,7 +1,8 @@
 """SLURM: one job of all nodes, started by sbatch, which waits for its end.
 
 The script starts an agent on each node with srun. scancel, the time limit and a preemption send SIGTERM to them: ranks
-save their exact state, and a requeued job, or the same command, continues.
+save their exact state, and a requeued job, or the same command, continues. A preempted job whose ranks have ended has
+failed in SLURM's eyes, so its script puts it back into the queue.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from stages.settings.bounds import NotStrict, Section, Word
 
 LOG = "slurm.log"
 LOOK_SECONDS = 1.0  # between two looks at the log
+PREEMPTED = """scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]'"""
 STOPS = (signal.SIGTERM, signal.SIGINT)
 MISSING = (
     "sbatch is not installed here: run this on a login node of the cluster, or print the script with"
@@ -60,7 +62,8 @@ def render(plan: LaunchPlan) -> str:
     lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(plan.environment.items())]
     lines += [own.setup] if own.setup else []
     lines += ['master=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)']
-    lines += [f"srun --kill-on-bad-exit=1 bash -c {shlex.quote(f'exec {agent}')} \"$master\""]
+    lines += [f"srun --kill-on-bad-exit=1 bash -c {shlex.quote(f'exec {agent}')} \"$master\" && exit"]
+    lines += ["code=$?", f'if {PREEMPTED}; then scontrol requeue "$SLURM_JOB_ID"; fi', 'exit "$code"']
     return "\n".join(lines) + "\n"
 
 

@@ -65,12 +65,29 @@ def resume_key(stage: str, read: list, inputs: tuple | list = ()) -> str:
 
     The code is all of stages/: an unrelated edit costs a restart, but a forgotten module would cost the result.
     """
-    versions = [platform.python_version(), *map(metadata.version, LIBRARIES)]
-    digest = hashlib.sha256(json.dumps([stage, read, versions], sort_keys=True).encode())
+    return _key([stage, read, _versions()], _files_read(inputs))
+
+
+def resume_and_run_key(stage: str, read: list, anywhere: list, inputs: tuple | list) -> tuple[str, str]:
+    """`resume_key`, and the key of the same run on any machine: of `anywhere`, what it reads there, too."""
+    files = _files_read(inputs)
+    return _key([stage, read, _versions()], files), _key([stage, anywhere], files)
+
+
+def _versions() -> list[str]:
+    return [platform.python_version(), *map(metadata.version, LIBRARIES)]
+
+
+def _key(plain: list, files: str) -> str:
+    return hashlib.sha256(json.dumps([plain, files], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _files_read(inputs: tuple | list) -> str:
+    digest = hashlib.sha256()
     code = {path.relative_to(ROOT).as_posix(): path for path in sorted((ROOT / "stages").rglob("*.py"))}
     for name, path in [*code.items(), *((path.name, path) for path in inputs)]:
         digest.update(f"{name}\0{sha256_of(path)}\n".encode())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()
 
 
 class ResumeState:

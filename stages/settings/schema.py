@@ -16,7 +16,6 @@ from stages.settings.bounds import (
     Count,
     HeldOut,
     Keep,
-    Momentum,
     Natural,
     NotStrict,
     Positive,
@@ -26,10 +25,11 @@ from stages.settings.bounds import (
     Word,
 )
 from stages.settings.engine import Engine, engine_rules
-from stages.settings.lightning import Batches, Duration, FewSteps, Observers
+from stages.settings.lightning import Observers
 from stages.settings.models import Student, Teacher, distill_rules, pretrain_rules, teacher_rules
 from stages.settings.plan import Plan, plan_rules
 from stages.settings.reading import picked, refuse, refuse_first, refuse_unknown, shown
+from stages.settings.trainer import Optimizer, Trainer
 
 OWN_FILES = "in params.yaml corpus: {source: files, paths: [texts/*.txt]}, or corpus=files 'corpus.paths=[texts/*.txt]'"
 
@@ -56,34 +56,6 @@ class Prepare(Section):
     near_duplicate_words: Annotated[int, Field(ge=1, le=100)]  # of an n-gram
     val_share: HeldOut
     test_share: HeldOut
-
-
-class Optimizer(Section):
-    muon_learning_rate: Positive
-    adamw_learning_rate: Positive
-    weight_decay: Annotated[float, Field(ge=0, le=100)]
-    muon_momentum: Momentum
-    adamw_beta1: Momentum
-    adamw_beta2: Annotated[float, Field(ge=0, le=0.99999)]
-    warmup_share: Share
-    decay_share: Share
-
-
-class Trainer(Section):
-    accelerator: Literal["auto", "cpu", "gpu"]
-    launcher: Word  # a module of stages/training/launchers
-    strategy: Word  # a module of stages/training/strategies
-    precision: Literal["auto", "32-true", "bf16-mixed"]
-    deterministic: bool
-    ranks: Annotated[int, Field(ge=1, le=65536)] | Literal["auto"]
-    accumulate_grad_batches: Annotated[int, Field(ge=1, le=65536)]
-    gradient_clip_val: Positive | None
-    max_time: Duration
-    limit_val_batches: Batches
-    fast_dev_run: FewSteps
-    checkpoint_every_seconds: Annotated[float, Field(ge=0, le=1e9)]
-    log_every_steps: Count
-    activation_memory_bytes: Count | None  # of each rank; None: no limit
 
 
 class Recipe(Section):

@@ -1,8 +1,9 @@
-"""What no out depends on, and so is no reason to run a stage again: who watches a run, how long it may take, and where
-its ranks run. How many there are, and on what, is a condition of the outs all the same, and stands in their record.
+"""What is no reason to run a stage again: who watches a run, how long it may take, and where its ranks run. How many
+there are, and on what, is a condition of the outs all the same, and stands in their record.
 
 The stage `config` writes it into a section of its own in resolved.yaml, `untracked`, which dvc.yaml does not name. Nor
-is it in the key of unfinished work: a run that `trainer.max_time` stopped goes on under another limit.
+is it in the key of unfinished work: a run that `trainer.max_time` stopped goes on under another limit. A run that has
+moved (`trainer.move`) says so in its record, for its outs are those of all the places that it was trained in.
 """
 
 import copy
@@ -12,7 +13,7 @@ from typing import Any
 SECTION = "untracked"
 OBSERVERS = ("callbacks", "logger")
 OF_TRAINING = (*OBSERVERS, "engine")
-UNTRACKED = (*OF_TRAINING, "trainer.fast_dev_run", "trainer.max_time")
+UNTRACKED = (*OF_TRAINING, "trainer.fast_dev_run", "trainer.max_time", "trainer.move")
 
 
 def with_observers(sections: Iterable[str]) -> tuple[str, ...]:

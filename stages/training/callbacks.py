@@ -18,7 +18,9 @@ from lightning.pytorch.callbacks import Callback
 
 from stages.files.artifacts import Refusal
 from stages.training.fit import max_violation
+from stages.training.order import MODULUS, as_numbers, from_numbers
 from stages.training.progress import ProgressLine
+from stages.training.strategies import ranks_agree
 
 LOAD_WINDOW_STEPS = 20  # the expert load reported at the end is that of the last so many steps
 
@@ -41,13 +43,17 @@ class AgreeOnStep(AfterStep):
             name: torch.stack([outcome[name] for outcome, _ in outcomes]).float().mean() for name in outcomes[0][0]
         }
         loads = [torch.stack(same).sum(0) for same in zip(*(loads for _, loads in outcomes), strict=True)]
-        stop = torch.tensor([rank.wish_to_stop()], device=module.gradient_norm.device)
+        wishes, order = module.saves.wishes(), as_numbers(module.batches.order_of_step())
+        told = torch.tensor([rank.wish_to_stop(), *wishes, *order], device=module.gradient_norm.device)
         module.mixtures = len(loads)
-        message = torch.cat([torch.stack(list(parts.values())), stop, *loads])
+        message = torch.cat([torch.stack(list(parts.values())), told, *loads])
         dist.all_reduce(message)
         module.figures = dict(zip(parts, (message[: len(parts)] / rank.world_size).tolist(), strict=True))
         module.figures["gradient_norm"] = module.gradient_norm.item()
-        module.stop, module.loads = message[len(parts)].item(), message[len(parts) + 1 :]
+        told, module.loads = message[len(parts) :].split([len(told), message.numel() - len(parts) - len(told)])
+        module.stop, *numbers = told.tolist()
+        module.wishes, order = numbers[: len(wishes)], numbers[len(wishes) :]
+        module.progress.order = (module.progress.order + from_numbers(order)) % MODULUS
         outcomes.clear()
         self._refuse_unless_finite(module)
         module.progress.step += 1
@@ -116,26 +122,23 @@ class ExactResume(AfterStep):
     def on_train_start(self, trainer, module) -> None:
         # Lightning's own handler starts a collective at an arbitrary point, and ranks may wait for each other
         module.rank.install_stop_handlers()
-        self.saved = time.monotonic()
+        module.saves.start()
         if module.rank.rehearses:
             module.rehearse()
         trainer.fit_loop.epoch_loop.on_load_checkpoint({"_batches_that_stepped": module.progress.step})  # for loggers
 
     def after_step(self, trainer, module) -> None:
-        progress, rank = module.progress, module.rank
+        rank = module.rank
+        if not ranks_agree(rank.strategy, module.progress.step, module.fit.steps, rank.settings.trainer):
+            return  # a wish to stop stays until they do
         if module.stop > 0:
             self._save_and_stop(module)
-        now = time.monotonic()
-        due = now - self.saved > rank.checkpoint_every_seconds
-        if due and rank.rank == 0 and not progress.checkpoint.busy:
-            progress.save(module.model, module.optimizer)
-            self.saved = now
+        module.saves.after_step(module, module.wishes)
 
     def _save_and_stop(self, module) -> None:
         progress, fit = module.progress, module.fit
-        if module.rank.rank == 0:
-            progress.save(module.model, module.optimizer)
-            progress.checkpoint.wait()
+        module.saves.save_whole(module)
+        progress.checkpoint.wait()
         dist.barrier()  # torchrun ends all ranks when one is gone
         done = f"{fit.name}: {module.rank.why_it_stops(module.stop)} after step {progress.step} of {fit.steps}; "
         raise Refusal(done + (progress.checkpoint.failure or "the same command continues from there"))

@@ -28,15 +28,17 @@ def forward_flops(shape: Any, tokens: int, sequence_tokens: int) -> float:
     return sum(family_of(shape).flops_per_token(shape, sequence_tokens).values()) * tokens
 
 
-def step_flops(model: Any, tokens: int, sequence_tokens: int, teacher: Any = None) -> int:
+def step_flops(model: Any, tokens: int, sequence_tokens: int, teacher: Any = None, optimizer: str = "muon") -> int:
     """Of an optimizer step over so many tokens; with a teacher, whose forward pass gives the soft targets.
+
+    `optimizer` is the setting `optimizer.name`: AdamW multiplies no matrices.
 
     The weights of the models are not read: they may be on the meta device.
     """
     passes = FORWARD_AND_BACKWARD * forward_flops(model.shape, tokens, sequence_tokens)
     if teacher is not None:
         passes += forward_flops(teacher.shape, tokens, sequence_tokens)
-    return round(passes) + muon_flops(model)
+    return round(passes) + (muon_flops(model) if optimizer == "muon" else 0)
 
 
 def muon_flops(model: Any) -> int:

@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from stages.files.artifacts import Refusal, read_json, rounded, write_atomically, write_json
-from stages.files.resuming import ResumeState, resume_key
+from stages.files.resuming import ResumeState, resume_and_run_key
 from stages.run.entry import NothingKept, Place
 from stages.settings.schema import refuse_uneven_batches
 from stages.settings.untracked import OBSERVERS, divided
 from stages.training.job import Job, name_of, plain_settings
+from stages.training.moving import counted, settle_in, told, without_place
 from stages.training.placement import Away, placed, rehearse
 
 NEEDED_BYTES = 65536  # for the reason and the results that ranks write
@@ -44,10 +45,16 @@ def launch(build_fits: Callable, settings, place, inputs: list[str], run) -> tup
         if not engine.dry_run:
             _announce(stage, plain, conditions)
         few_steps = settings.trainer.fast_dev_run
-        asked = [divided(plain)[0], conditions, *(["fast_dev_run", few_steps] if few_steps else [])]
-        key = resume_key(stage, asked, [place.read(path) for path in inputs])
+        tracked, trial = divided(plain)[0], ["fast_dev_run", few_steps] if few_steps else []
+        anywhere = [without_place(tracked), *trial]
+        paths = [place.read(path) for path in inputs]
+        key, same_run = resume_and_run_key(stage, [tracked, conditions, *trial], anywhere, paths)
         own = f"-node{engine.node_rank}" if engine.node_rank else ""  # nodes may share the folder of the project
         with ResumeState(place.root, stage, key + own) as state:
+            where = f"{settings.trainer.strategy} on {counted(conditions['ranks'])}"
+            if engine.node_rank == 0 and not engine.dry_run:  # the others are given what node 0 goes on from
+                if said := settle_in(state, place.root, same_run, where, settings.trainer.move):
+                    print(f"{stage}: {said}", flush=True)
             away = isinstance(ranks, Away)
             for name in ("error.txt", "steps.jsonl", *([] if away else ["result.json"])):  # of an interrupted run of it
                 (state.folder / name).unlink(missing_ok=True)
@@ -74,8 +81,10 @@ def launch(build_fits: Callable, settings, place, inputs: list[str], run) -> tup
     clock = {"seconds": time.monotonic() - started, "ranks": conditions["ranks"]}
     clock |= {"accelerator": accelerator(conditions)}
     took = {f"{name}/seconds": fit["seconds"] for name, fit in result.items()}
-    write_json(place.write(f"measurements/{stage}.json"), rounded(clock | speeds | took))
-    return result, conditions | observed
+    moved = {name: fit["moved"] for name, fit in result.items() if fit["moved"]}
+    certificates = {"moved": moved} if moved else {}
+    write_json(place.write(f"measurements/{stage}.json"), rounded(clock | speeds | took) | certificates)
+    return result, conditions | observed | ({"moved": told(moved)} if moved else {})
 
 
 def observer_targets(wanted: dict[str, dict]) -> str:
@@ -94,8 +103,8 @@ def _extent(stage: str, plain: dict, ranks: int) -> str:
     steps, few = plain[stage].get("recovery", plain[stage]).get("steps"), int(plain["trainer"]["fast_dev_run"])
     if few:
         steps = min(steps or few, few)
-    told = f", {steps} step{'s' if steps > 1 else ''} per model" if steps else ""
-    return f"{ranks} rank{'s' if ranks > 1 else ''}{told}"
+    said = f", {steps} step{'s' if steps > 1 else ''} per model" if steps else ""
+    return f"{counted(ranks)}{said}"
 
 
 def _reason(stage: str, code: int, state: Path) -> str:

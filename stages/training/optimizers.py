@@ -1,4 +1,4 @@
-"""One optimizer, Muon for matrices and AdamW for the rest, and the schedule both follow.
+"""One optimizer, Muon for matrices and AdamW for the rest (or AdamW for all), and the schedule both follow.
 
 `torch.optim.Muon` takes single matrices; the routed experts of a layer are a stack of them, so `MuonAdamW`
 does the same arithmetic on [..., M, N] with one batched matrix product per iteration.
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from stages.model.layers import for_matmuls
+from stages.training.sharding import full, local, shared_out
 
 # a, b, c of each iteration p(x) = ax + bx^3 + cx^5: the best three in turn for singular values from 0.01 of the norm
 # on, by the construction of Polar Express (Amsel et al. 2025). They end between 0.73 and 1.27; Muon's customary five
@@ -64,13 +65,16 @@ class MuonAdamW(torch.optim.Optimizer):
     `matrices` says how many stand on top of each other in M: 2 for gate and up of a SwiGLU.
 
     Under DDP every rank has the same gradients, so the ranks share the orthogonalisation out among them and
-    exchange the updates: on CPU the same bits as one process, for a fraction of its time.
+    exchange the updates: on CPU the same bits as one process, for a fraction of its time. Where not all have the same,
+    `equal_ranks` is the group of those that do. Where parameters are shared out over the ranks, the updates of a group
+    are gathered for that, and each rank applies its part of the results.
     """
 
     def __init__(self, groups: list[dict], lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0):
         muon = {"use_muon": False, "momentum": momentum, "matrices": 1}
         adam = {"betas": (0.9, 0.999), "eps": 1e-8, "fused": True}  # `fused`: torch restores the step on the device
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay} | muon | adam)
+        self.equal_ranks: dist.ProcessGroup | None = None  # None: all
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -87,12 +91,13 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
     def _step_muon(self, group: dict, parameters: list[Tensor]) -> None:
-        updates = [self._momentum_update(p, group["momentum"]) for p in parameters]
+        updates = [full(self._momentum_update(p, group["momentum"])) for p in parameters]
         updates = [u.unflatten(-2, (group["matrices"], -1)) for u in updates]
-        for p, update in zip(parameters, orthogonalised_by_the_ranks(updates), strict=True):
+        for p, update in zip(parameters, orthogonalised_by_the_ranks(updates, self.equal_ranks), strict=True):
             rows, columns = update.shape[-2:]
             p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(update.reshape(p.shape), alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
+            update = shared_out(update.reshape(p.shape), like=p)
+            p.add_(update, alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
 
     def _momentum_update(self, p: Tensor, momentum: float) -> Tensor:
         state = self.state[p]
@@ -108,9 +113,9 @@ class MuonAdamW(torch.optim.Optimizer):
                 state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         adamw(
-            parameters,
-            [p.grad for p in parameters],
-            *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")),
+            [local(p) for p in parameters],
+            [local(p.grad) for p in parameters],
+            *([local(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq")),
             max_exp_avg_sqs=[],
             state_steps=[state["step"] for state in states],
             fused=group["fused"],
@@ -124,10 +129,10 @@ class MuonAdamW(torch.optim.Optimizer):
         )
 
 
-def orthogonalised_by_the_ranks(updates: list[Tensor]) -> list[Tensor]:
+def orthogonalised_by_the_ranks(updates: list[Tensor], group: dist.ProcessGroup | None = None) -> list[Tensor]:
     """Each update [..., M, N] orthogonalised by one rank and sent to the others, in bfloat16."""
     parallel = dist.is_available() and dist.is_initialized()
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
+    rank, world_size = (dist.get_rank(group), dist.get_world_size(group)) if parallel else (0, 1)
     if world_size == 1:
         return [found.bfloat16() for found in orthogonalise_each(updates)]  # rounded as if it had been sent
     shares = fair_shares([update.numel() * min(update.shape[-2:]) for update in updates], world_size)
@@ -140,7 +145,7 @@ def orthogonalised_by_the_ranks(updates: list[Tensor]) -> list[Tensor]:
             sent.append(updates[0].new_empty(size, dtype=torch.bfloat16))
     results = list(updates)
     for owner, (share, flat) in enumerate(zip(shares, sent, strict=True)):
-        dist.broadcast(flat, src=owner)
+        dist.broadcast(flat, group=group, group_src=owner)
         for i, piece in zip(share, flat.split([updates[i].numel() for i in share]), strict=True):
             results[i] = piece.view_as(updates[i])
     return results
@@ -170,11 +175,16 @@ def parameters_by_kind(model: nn.Module) -> tuple[list[Tensor], list[Tensor], li
 
 
 def make_optimizer(model: nn.Module, settings, learning_rate_scale: float) -> MuonAdamW:
-    """Hidden matrices to Muon; embedding, head, router, norms to AdamW, without decay on vectors."""
+    """Hidden matrices to Muon; embedding, head, router, norms to AdamW, without decay on vectors.
+
+    Where `optimizer.name` is adamw, the hidden matrices go to AdamW, too.
+    """
     matrices, doubled, others, vectors = parameters_by_kind(model)
     muon = {"use_muon": True, "lr": settings.muon_learning_rate * learning_rate_scale}
     adam = {"lr": settings.adamw_learning_rate * learning_rate_scale}
     adam["betas"] = (settings.adamw_beta1, settings.adamw_beta2)
+    if settings.name == "adamw":
+        matrices, doubled, others = [], [], [*matrices, *doubled, *others]
     groups = [
         muon | {"params": matrices},
         muon | {"params": doubled, "matrices": 2},

@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import os
+import platform
 import signal
 import sys
 import time
@@ -43,6 +44,7 @@ from stages.model import checkpointing
 from stages.model import hub as models
 from stages.model.families.registry import family_of
 from stages.run.heap import keep_freed_memory
+from stages.run.provenance import device_conditions
 from stages.settings.lightning import duration_seconds
 from stages.training import observers, sharing
 from stages.training.callbacks import AgreeOnStep, BalanceExperts, ExactResume, RecordSteps
@@ -59,8 +61,8 @@ from stages.training.fit import (
 )
 from stages.training.machine import chosen_accelerator, chosen_precision
 from stages.training.module import Batches, Progress, Training
-from stages.training.optimizers import MuonAdamW, make_optimizer
-from stages.training.strategies import strategy
+from stages.training.moving import certificate
+from stages.training.strategies import shards, strategy
 
 INTERRUPTED, TIME_IS_OVER = 1.0, 0.5  # wishes to stop, which the ranks add up
 
@@ -104,12 +106,24 @@ class Rank:
     def why_it_stops(self, sum_of_wishes: float) -> str:
         return f"stopped by trainer.max_time ({self.max_time})" if sum_of_wishes == TIME_IS_OVER else "interrupted"
 
+    def here(self) -> dict:
+        """Where this rank trains: what the record of a fit tells that moves (stages/training/moving.py)."""
+        trainer, gpus = self.settings.trainer, int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        found = {"strategy": trainer.strategy, "ranks": self.world_size, "launcher": trainer.launcher}
+        found |= device_conditions(gpus if self.accelerator == "gpu" else 0)
+        found |= {"threads_per_rank": torch.get_num_threads(), "precision": self.precision}
+        return found | {"python": platform.python_version(), "torch": str(torch.__version__)}
+
     def validate(self, model, fit: Fit) -> float:
         """Bits per byte of windows from all over the validation split, shared out among the ranks."""
         most = min(fit.validation_sequences, self.validation_windows.count)
         tokens_BT1 = self.validation_windows.spread(limited(most, self.world_size, self.limit_val_batches))
         own_BT1, B = tokens_BT1[self.rank :: self.world_size], VALIDATION_BATCH
-        nats = validation_nats(model, [own_BT1[i : i + B] for i in range(0, len(own_BT1), B)])
+        batches = [own_BT1[i : i + B] for i in range(0, len(own_BT1), B)]
+        nats = validation_nats(model, batches)
+        if shards(self.strategy):  # every rank gathers the weights for each pass: those with fewer batches, too
+            most_batches = math.ceil(math.ceil(len(tokens_BT1) / self.world_size) / B)
+            validation_nats(model, [tokens_BT1[:1]] * (most_batches - len(batches)))
         nats = nats.to(model.head.weight.device, torch.float32)
         dist.all_reduce(nats)
         targets = tokens_BT1[:, 1:].numel()
@@ -127,21 +141,25 @@ def run_fit(fit: Fit, rank: Rank) -> dict:
     """Trains one fit to its end (from its checkpoint, if there is one) and writes the model."""
     if rank.few_steps:
         fit.steps = min(fit.steps, rank.few_steps)
-    optimizer = make_optimizer(fit.model, rank.optimizer, fit.learning_rate_scale)
-    progress = Progress(Checkpoint(rank.state, fit.name))
-    progress.load(fit.model, optimizer, quiet=rank.rank != 0)
+    progress = Progress(Checkpoint(rank.state, fit.name), rank.here())
+    progress.load(fit.model, fit.steps, quiet=rank.rank != 0)
     if progress.step and rank.rank == 0:
         print(f"{fit.name}: continues after step {progress.step} of {fit.steps}", flush=True)
     continued_from, started = progress.step, time.monotonic()
     if progress.step < fit.steps:
-        train(fit, rank, progress, optimizer)
-        if rank.rank == 0:
-            progress.save(fit.model, optimizer)
+        training = train(fit, rank, progress)
+        state = training.saves.save_whole(training)
+        if shards(rank.strategy):  # rank zero has the whole model again, and the others its shape
+            fit.model = models.empty_model(fit.model.shape)
+            if state is not None:
+                fit.model.load_state_dict(state["model"], assign=True)
+        else:
+            fit.model.cpu()
     seconds = time.monotonic() - started
     if not progress.curve:  # no step at all: a model that is there
         model = fit.model.to("cuda" if rank.accelerator == "gpu" else "cpu")
         progress.curve = [{"step": 0, "loss": None, "validation_bits_per_byte": round(rank.validate(model, fit), 5)}]
-    fit.model.cpu()
+        fit.model.cpu()
     if rank.rank == 0 and not rank.few_steps:
         progress.checkpoint.wait()
         fit.finish(fit.model)
@@ -154,6 +172,7 @@ def run_fit(fit: Fit, rank: Rank) -> dict:
         "curve": progress.curve,
         "notes": fit.notes,
         "made": how_made(fit, rank),
+        "moved": certificate(fit, rank, progress),
         # of the whole fit, from the steps of this process; none where all were done before
         "seconds": seconds * fit.steps / (fit.steps - continued_from) if continued_from < fit.steps else None,
     }
@@ -167,15 +186,17 @@ def how_made(fit: Fit, rank: Rank) -> dict:
         "config": family_of(fit.model.shape).config_of(fit.model.shape),
         "bias_update_rate": fit.bias_update_rate,
         "balance_loss_weight": getattr(fit.objective, "balance_loss_weight", 0.0),
-        "training_flops": fit.steps * step_flops(fit.model, tokens, rank.sequence_tokens, teacher)
+        "training_flops": fit.steps
+        * step_flops(fit.model, tokens, rank.sequence_tokens, teacher, rank.optimizer.name)
         + fit.prepared_flops,
     } | ({"unknown_before": True} if fit.unknown_before else {})
 
 
-def train(fit: Fit, rank: Rank, progress: Progress, optimizer: MuonAdamW) -> None:
+def train(fit: Fit, rank: Rank, progress: Progress) -> Training:
+    """To the fit's last step; what was trained, as the strategy has it."""
     fit.model.train()
     batches = Batches(fit, rank, progress.step)
-    training = Training(fit, rank, progress, optimizer, batches)
+    training = Training(fit, rank, progress, batches)
     policy = checkpointing_policy(fit, rank, training)  # before blocks are compiled, which hides what they do
     if rank.accelerator == "gpu":
         torch.compiler.reset()  # else the shapes of the fit before count towards how many a block is compiled for
@@ -223,6 +244,7 @@ def train(fit: Fit, rank: Rank, progress: Progress, optimizer: MuonAdamW) -> Non
     if progress.step < fit.steps:
         why = f"a callback ({', '.join(rank.settings.callbacks)}) stopped it after step {progress.step}"
         raise Refusal(f"{fit.name}: {why} of {fit.steps}: a model trains all its steps; lower {rank.stage}.steps")
+    return training
 
 
 def checkpointing_policy(fit: Fit, rank: Rank, training: Training) -> str:

@@ -1,0 +1,75 @@
+"""When the state of a fit is saved: each `trainer.checkpoint_every_seconds` beside the training, at a stop, at its end.
+
+At a stop and at the end it is one file, which a run under any strategy and number of ranks reads.
+"""
+
+import time
+from typing import Any
+
+from stages.training.checkpoints import Part
+from stages.training.sharding import part, whole
+
+
+class Saves:
+    """Where every rank holds the whole model: rank zero copies it, and a thread writes the copy."""
+
+    def __init__(self, progress, rank):
+        self.progress, self.rank = progress, rank
+
+    def start(self) -> None:
+        self.saved = time.monotonic()
+
+    def wishes(self) -> list[float]:
+        """What this rank adds to the sum that the ranks agree on after a step."""
+        return []
+
+    def after_step(self, module, wishes: list[float]) -> None:
+        if self._is_due() and not self.progress.checkpoint.busy:
+            self.progress.save(self.progress.state(module.model, module.optimizer))
+            self.saved = time.monotonic()
+
+    def save_whole(self, module) -> dict | None:
+        """Saves the state in one file, and returns it on rank zero; a collective."""
+        if self.rank.rank != 0:
+            return None
+        state = self.progress.state(module.model, module.optimizer)
+        self.progress.save(state)
+        return state
+
+    def _is_due(self) -> bool:
+        return self.rank.rank == 0 and time.monotonic() - self.saved > self.rank.checkpoint_every_seconds
+
+
+class SharedSaves(Saves):
+    """Where a rank holds a part of the model: each writes its part, at a step that they agree on."""
+
+    def __init__(self, progress, rank):
+        super().__init__(progress, rank)
+        self.part = Part(progress.checkpoint, rank.rank, rank.world_size)
+        self.asked: int | None = None  # the step whose parts are being written
+
+    def wishes(self) -> list[float]:
+        is_written = self.asked is not None and self.part.written == self.asked
+        return [float(self._is_due()), float(self.part.busy), float(is_written)]
+
+    def after_step(self, module, wishes: list[float]) -> None:
+        due, busy, written = wishes
+        if busy:
+            return
+        if written == self.rank.world_size and self.asked is not None:
+            if self.rank.rank == 0:
+                self.part.name_all(self.asked)
+            self.asked = None
+        if due:
+            self.asked = self.progress.step
+            self.part.save(self.asked, part(self.progress.state(module.model, module.optimizer)))
+            self.saved = time.monotonic()
+
+    def save_whole(self, module) -> dict | None:
+        self.part.wait()
+        is_first = self.rank.rank == 0
+        state: dict[str, Any] = whole(self.progress.state(module.model, module.optimizer), keep=is_first)
+        if not is_first:
+            return None
+        self.progress.save(state)
+        return state

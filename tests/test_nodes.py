@@ -1,0 +1,125 @@
+"""Several machines train one model: network namespaces, or agents on the loopback interface where those cannot be made.
+
+Each node has a checkout of its own, a network interface and one core.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.checkout import checkout, environment, stage
+from benchmarks.nodes import PREFIX, Node, loopback, machines, why_not
+from stages.files.artifacts import read_json, sha256_of
+
+SECONDS = 120
+PORT = 29_517
+TEACHER = "outputs/run/artifacts/teacher/model.safetensors"
+
+
+@contextlib.contextmanager
+def nodes_of_any_kind(count: int):
+    if why_not():
+        yield loopback(count)
+        return
+    with machines(count) as nodes:
+        yield nodes
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory) -> list[Path]:
+    """The checkout of each node: the same code, settings and data, in folders of their own."""
+    folder = tmp_path_factory.mktemp("nodes")
+    first = checkout(folder / "node-0", "tiny")
+    for name in ("config", "prepare"):
+        stage(first, name)
+    return [first, Path(shutil.copytree(first, folder / "node-1"))]
+
+
+def pretrain(tree: Path, *words: str, node: Node | None = None, core: int | None = None) -> subprocess.Popen:
+    command = [sys.executable, "-m", "stages.pretrain", "hydra.run.dir=outputs/run", *words]
+    command = [*(["taskset", "--cpu-list", str(core)] if core is not None else []), *command]
+    theirs = environment(MLFLOW_TRACKING_URI="http://127.0.0.1:9")  # nothing listens there
+    return subprocess.Popen(
+        node.command(*command) if node else command, cwd=tree, env=theirs, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+def start(trees: list[Path], nodes: list[Node]) -> list[subprocess.Popen]:
+    cores = sorted(os.sched_getaffinity(0))
+    words = ("engine=torchrun", f"engine.master_address={nodes[0].address}", f"engine.master_port={PORT}")
+    words = (*words, "trainer.checkpoint_every_seconds=0", "pretrain.steps=12")
+    return [
+        pretrain(tree, *words, f"engine.node_rank={k}", node=node, core=cores[k % len(cores)])
+        for k, (tree, node) in enumerate(zip(trees, nodes, strict=True))
+    ]
+
+
+def until_saved(tree: Path, running: list[subprocess.Popen]) -> int:
+    """Waits for a checkpoint of this tree; its step."""
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        assert all(process.poll() is None for process in running), [process.communicate()[0] for process in running]
+        for index in tree.glob(".runs/resume/pretrain-*/teacher.json"):
+            return read_json(index)["step"]
+        time.sleep(0.02)
+    raise AssertionError("no checkpoint")
+
+
+def lose(tree: Path) -> None:
+    """Kills all processes that work in a node's checkout, at once."""
+    for folder in Path("/proc").glob("[0-9]*/cwd"):
+        with contextlib.suppress(OSError):  # it has ended, or is not ours
+            if Path(os.readlink(folder)) == tree:
+                os.kill(int(folder.parent.name), signal.SIGKILL)
+
+
+def test_a_node_that_was_killed_and_started_again_ends_on_the_bytes_of_one_machine(trees):
+    alone = pretrain(trees[0], "trainer.ranks=2", "pretrain.steps=12")
+    said = alone.communicate(timeout=SECONDS)[0]
+    assert alone.returncode == 0, said
+    of_one_machine = sha256_of(trees[0] / TEACHER)
+    (trees[0] / TEACHER).unlink()
+
+    with nodes_of_any_kind(2) as nodes:
+        running = start(trees, nodes)
+        step = until_saved(trees[0], running)
+        lose(trees[1])
+        said = running[0].communicate(timeout=SECONDS)[0]
+        running[1].communicate()
+        assert step < 12 and running[0].returncode == 1, said
+        assert "the same command on every node continues from the last checkpoint" in said and "Traceback" not in said
+
+        running = start(trees, nodes)
+        said = [process.communicate(timeout=SECONDS)[0] for process in running]
+        assert [process.returncode for process in running] == [0, 0], said
+        assert "teacher: continues after step" in said[0]
+    assert sha256_of(trees[0] / TEACHER) == of_one_machine
+    assert not (trees[1] / TEACHER).exists(), "node 0 writes the outs"
+
+
+@pytest.mark.skipif(bool(why_not()), reason=why_not())
+def test_nodes_are_gone_with_all_that_ran_in_them_also_where_their_maker_was_killed():
+    with pytest.raises(ZeroDivisionError), machines(2) as nodes:
+        sleeper = subprocess.Popen(nodes[1].command("sleep", "60"))
+        raise ZeroDivisionError
+    assert sleeper.wait(5) == -signal.SIGKILL
+
+    dies = "import os\nfrom benchmarks.nodes import machines\nwith machines(1): os.kill(os.getpid(), 9)"
+    killed = subprocess.Popen([sys.executable, "-c", dies])
+    assert killed.wait(30) == -signal.SIGKILL
+    assert f"{PREFIX}{killed.pid}-" in namespaces(), "nobody could remove it"
+    with machines(1):
+        assert f"{PREFIX}{killed.pid}-" not in namespaces()
+    assert f"{PREFIX}{os.getpid()}-" not in namespaces()
+
+
+def namespaces() -> str:
+    return subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
