@@ -127,10 +127,15 @@ class Part(Checkpoint):
     def name_all(self, step: int) -> None:
         """By rank zero, when every rank has written its part of this step: from here on they are the checkpoint."""
         names = [f"{self.whole.name}.{rank}of{self.ranks}" for rank in range(self.ranks)]
-        parts = [read_json(self.folder / f"{name}.json") for name in names]
-        if any(part["step"] != step for part in parts):
-            raise Refusal(f"{self.whole.index}: the ranks have written parts of several steps")
-        write_json(self.whole.index, {"parts": parts, "step": step})
+        try:
+            parts = [read_json(self.folder / f"{name}.json") for name in names]
+            if any(part["step"] != step for part in parts):
+                raise Refusal("the ranks have written parts of several steps")
+            write_json(self.whole.index, {"parts": parts, "step": step})
+        except (OSError, Refusal) as error:
+            failure = f"the checkpoint of step {step} could not be written ({error}); the one before is kept"
+            _say(f"{self.whole.name}: {failure}")
+            return
         for old in [*self.folder.glob(f"{self.whole.name}-*.pt"), *self.folder.glob(f"{self.whole.name}.*of*")]:
             if not old.name.startswith(tuple(f"{name}{end}" for name in names for end in "-.")):
                 old.unlink()  # a whole one, or parts for another number of ranks
