@@ -110,7 +110,8 @@ class Checkpoint:
 class Part(Checkpoint):
     """What one rank writes of a checkpoint that the ranks share out.
 
-    It keeps the part of the save before, too: until all parts of the new one are on disk, that is the checkpoint.
+    It keeps the part that the whole's index names, too: until all parts of a newer save are on disk, that is the
+    checkpoint.
     """
 
     def __init__(self, whole: Checkpoint, rank: int, ranks: int):
@@ -118,10 +119,10 @@ class Part(Checkpoint):
         self.whole, self.ranks = whole, ranks
 
     def _name_in_index(self, step: int, path: Path) -> None:
-        before = read_json(self.index)["file"] if self.index.exists() else ""
         write_json(self.index, {"file": path.name, "sha256": sha256_of(path), "step": step})
+        kept = self.whole.index.read_text(errors="replace") if self.whole.index.exists() else ""
         for old in self.folder.glob(f"{self.name}-*.pt"):
-            if old.name not in (path.name, before):
+            if old != path and old.name not in kept:
                 old.unlink()
 
     def name_all(self, step: int) -> None:
