@@ -192,12 +192,12 @@ def test_parts_that_a_killed_run_leaves_are_read_by_other_ranks_and_made_one_fil
         join_parts(other / "teacher.json")
 
 
-def test_parts_of_one_save_are_named_together_or_not_at_all(in_parts):
+def test_parts_of_one_save_are_named_together_or_not_at_all(in_parts, capsys):
     part = Part(Checkpoint(in_parts, "teacher"), rank=0, ranks=2)
     before = (in_parts / "teacher.json").read_bytes()
     write_json(in_parts / "teacher.1of2.json", read_json(in_parts / "teacher.1of2.json") | {"step": 1})
-    with pytest.raises(Refusal, match="the ranks have written parts of several steps"):
-        part.name_all(2)
+    part.name_all(2)
+    assert "step 2 could not be written (the ranks have written parts of several" in capsys.readouterr().out
     assert (in_parts / "teacher.json").read_bytes() == before
 
 
