@@ -218,7 +218,8 @@ def _part_of(model: type[BaseModel], wanted: tuple[str, ...]) -> type[BaseModel]
     fields: dict[str, Any] = {}
     for section, names in inner.items():
         field = model.model_fields[section]
-        kind: Any = _part_of(field.annotation, tuple(names)) if names and section not in wanted else field.annotation
+        inner_model: Any = field.annotation
+        kind = _part_of(inner_model, tuple(names)) if names and section not in wanted else inner_model
         fields[section] = (kind, ... if names else field)
     return create_model("Part", __base__=Section, **fields)
 
