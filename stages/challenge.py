@@ -9,7 +9,8 @@
 
 The cost is the training's floating-point operations by formula, with the teacher's forward passes, calibration and
 Muon, so that the steps are the same on every machine. It is read from artifacts/costs, as are the shapes: other weights
-of the same cost, as after another temperature, do not train these models again.
+of the same cost, as after another temperature, do not train these models again. What a teacher from a folder took
+before is not known and not among it: no rival has the whole cost then, and the report gives no verdict of that kind.
 """
 
 from collections.abc import Iterator
@@ -95,10 +96,13 @@ def main(settings, place: Place, run) -> dict:
         "training_flops": own,
         "whole_training_flops": own | whole_costs(made),
     }
+    if unknown := made["teacher"].get("unknown_before", False):
+        metrics["teacher_cost_known"] = False
     write_json(place.write("metrics/challenge.json"), rounded(metrics))
     run.metrics({name: value for name, value in metrics.items() if name.startswith("scratch")})
     for name in result:
-        summary = f"The shape of `{name.removeprefix('scratch_')}`, trained from nothing for what that cost as a whole."
+        cost = "here, its teacher's own training not counted" if unknown else "as a whole"
+        summary = f"The shape of `{name.removeprefix('scratch_')}`, trained from nothing for what that cost {cost}."
         figures = {key: metrics[f"{name}_{key}"] for key in ("validation_bits_per_byte", "steps")}
         complete_folder(place, name, summary, (), figures, settings.sequence_tokens)
     return {"conditions": conditions}

@@ -5,27 +5,27 @@ python -m stages.config scale=gpu     # prints the settings, changes nothing
 python -m stages.config --explain pretrain.steps     # prints a value and the file that it comes from
 python -m stages.config --schema      # prints the JSON schema of params.yaml for editors (conf/schema.json)
 
-DVC runs this stage at every `dvc repro`, because a corpus file or an environment value may have changed. Where no file
-of settings or code has, it looks at the corpus only. The other stages run when the settings or inputs that they read
-have changed.
+DVC runs this stage at every `dvc repro`, because a corpus file, a teacher's folder or an environment value may have
+changed. Where no file of settings or code has, it looks at the corpus and that folder only. The other stages run when
+the settings or inputs that they read have changed.
 """
 
 import os
 import sys
 
-from stages.data.fingerprints import INPUTS, corpus_fingerprint, read_inputs
+from stages.data.fingerprints import INPUTS, corpus_fingerprint, read_inputs, teacher_fingerprint
 from stages.files.artifacts import ROOT, Refusal, write_atomically, write_json
 from stages.files.resuming import remove_recorded
 from stages.files.streams import disk_refusals, fill_closed_streams, whole_output
 from stages.run.experiments import remember_accepted, undo_set_params
-from stages.run.unchanged import remember, unchanged_corpus
+from stages.run.unchanged import remember, unchanged_sections
 
 HEADER = "# Written by stages/config.py from params.yaml and conf/: edit those, then dvc repro.\n"
 
 
 def main(overrides=()):
-    if "DVC_STAGE" in os.environ and not overrides and (corpus := unchanged_corpus(ROOT)):
-        write_json(ROOT / INPUTS, inputs_of(corpus))
+    if "DVC_STAGE" in os.environ and not overrides and (known := unchanged_sections(ROOT)):
+        write_json(ROOT / INPUTS, inputs_of(known))
         remove_recorded(ROOT)
         return
     from stages.settings.compose import compose, explain, offer_sheet  # late: pydantic and Hydra take most of the stage
@@ -56,7 +56,7 @@ def main(overrides=()):
     if settings.trainer.fast_dev_run:
         by_hand = "python -m stages.pretrain trainer.fast_dev_run=true"
         raise Refusal(f"trainer.fast_dev_run: DVC would keep its outs: run it by hand, such as {by_hand}")
-    inputs = inputs_of(settings.corpus)
+    inputs = inputs_of(settings)
     tracked, untracked = divided(plain)
     write_atomically(ROOT / "resolved.yaml", HEADER + as_yaml(tracked | {SECTION: untracked}))
     write_json(ROOT / INPUTS, inputs)
@@ -65,8 +65,11 @@ def main(overrides=()):
     remove_recorded(ROOT)
 
 
-def inputs_of(corpus):
-    return {"corpus": corpus_fingerprint(corpus, ROOT, read_inputs(ROOT))}
+def inputs_of(settings):
+    """Fingerprints of what the sections `corpus` and `teacher` name."""
+    found = {"corpus": corpus_fingerprint(settings.corpus, ROOT, read_inputs(ROOT))}
+    teacher = teacher_fingerprint(settings.teacher, ROOT)
+    return found | ({"teacher": teacher} if teacher else {})
 
 
 if __name__ == "__main__":

@@ -5,10 +5,12 @@
 
                             targets: the data alone     targets: the teacher's
     start: random           control                     cold_student
-    start: the teacher      warm_control                student, where distill.init is teacher
+    start: the teacher      warm_control                student, unless distill.init is random
 
-All see the same tokens in the same order. Hinton et al. 2015: soft targets at temperature T, scaled by T², mixed with
-cross-entropy on the data. Where distill.init is random, the student is the cold one.
+All see the same tokens in the same order. Where distill.init is teacher, the student's start is a mixture's weights,
+translated; where it is pruned, what is left of a dense teacher that is cut to a budget of parameters; where it is
+random, the student is the cold one. Hinton et al. 2015: soft targets at temperature T, scaled by T², mixed with
+cross-entropy on the data.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,12 +23,14 @@ from stages.training.model_folder import complete_folder
 SECTIONS = ("sequence_tokens", "seed", "student", "distill", "optimizer", "trainer")
 INPUTS = ["artifacts/data", "artifacts/teacher"]
 CONTROLS = ("control", "warm_control", "cold_student")
-WARM_START_PASSES = 4  # of the teacher: forward for its norms' inputs, forward and backward for its heads
+# Forward passes of the teacher that a start takes, a backward one for two: for its norms' inputs and its heads; or for
+# its layers, heads and neurons.
+START_PASSES = {"teacher": 4, "random": 4, "pruned": 5}
 
 
 def fits(settings, place: Place, keep: Callable) -> Iterator:
     from stages.data.shards import Tokens, Windows
-    from stages.model.hub import build_student, load
+    from stages.model.hub import build_student, load, new_model, shape_from
     from stages.training.cost import forward_flops
     from stages.training.fit import Distillation, Fit, NextToken
 
@@ -40,17 +44,22 @@ def fits(settings, place: Place, keep: Callable) -> Iterator:
         "validation_sequences": recipe.validation_sequences,
     }
     windows = Windows(Tokens(data, "train"), T, settings.seed)
-    warm = warm_start(
-        lambda: build_student(settings.student, vocab_size, T, settings.seed),
-        teacher,
-        [windows.batch(0, 0, 1, recipe.batch_sequences)],
-        keep,
-        needed=recipe.init == "teacher",
-    )
-    warm_flops = WARM_START_PASSES * round(forward_flops(teacher.shape, recipe.batch_sequences * T, T))
+    calibration = [windows.batch(0, 0, 1, recipe.batch_sequences)]
+    if recipe.init == "pruned":
+        warm = keep("pruned", lambda: cut_out(teacher, settings.student, calibration))
+        shape = shape_from(warm["config"], place.read("artifacts/teacher"))
+
+    def build():
+        if recipe.init == "pruned":
+            return new_model(shape, settings.seed)
+        return build_student(settings.student, vocab_size, T, settings.seed)
+
+    if recipe.init != "pruned":
+        warm = warm_start(build, teacher, calibration, keep, needed=recipe.init == "teacher")
+    warm_flops = START_PASSES[recipe.init] * round(forward_flops(teacher.shape, recipe.batch_sequences * T, T))
 
     def cell(name: str, from_teacher: bool, soft_targets: bool) -> Fit:
-        model = build_student(settings.student, vocab_size, T, settings.seed)
+        model = build()
         if from_teacher:
             model.load_state_dict(warm["weights"])
         soft = recipe.divergence, recipe.temperature, recipe.soft_weight, recipe.chunk_tokens
@@ -64,11 +73,11 @@ def fits(settings, place: Place, keep: Callable) -> Iterator:
             **common,
         )
 
-    yield cell("student", from_teacher=recipe.init == "teacher", soft_targets=True)
+    yield cell("student", from_teacher=recipe.init != "random", soft_targets=True)
     yield cell("control", from_teacher=False, soft_targets=False)
     if warm:
         yield cell("warm_control", from_teacher=True, soft_targets=False)
-    if recipe.init == "teacher":
+    if recipe.init != "random":
         yield cell("cold_student", from_teacher=False, soft_targets=True)
 
 
@@ -102,16 +111,33 @@ def warm_start(build: Callable, teacher, calibration: list, keep: Callable, need
         return {}
 
 
+def cut_out(teacher, student, calibration: list) -> dict:
+    """The weights of the student that is cut out of the teacher, its architecture, and what was kept of each structure.
+
+    `student` is the section of that name.
+    """
+    from stages.compress.cut import cut_student
+    from stages.model.families.registry import family_of
+
+    model, kept = cut_student(teacher, student.parameters_share, student.keep_layers, student.keep_heads, calibration)
+    return {"copied": kept, "weights": model.state_dict(), "config": family_of(model.shape).config_of(model.shape)}
+
+
 def summaries(recipe) -> dict[str, str]:
     """How each cell was made, in a sentence of its model card."""
     targets = f"{recipe.divergence}, T = {recipe.temperature:g}, weight {recipe.soft_weight:g}"
     soft = f"distilled from the teacher ({targets})"
-    start = {"teacher": "the teacher's weights", "random": "random weights"}
+    start = {
+        "teacher": "the teacher's weights",
+        "pruned": "the teacher's most important layers, heads and neurons",
+        "random": "random weights",
+    }
+    own = start["teacher" if recipe.init == "random" else recipe.init]
     return {
         "student": f"The dense student, started from {start[recipe.init]} and {soft}.",
         "cold_student": f"A control of the student: the same shape and tokens, started from random weights and {soft}.",
-        "warm_control": "A control of the student: the same shape and tokens, started from the teacher's weights and"
-        " trained on the data alone.",
+        "warm_control": f"A control of the student: the same shape and tokens, started from {own} and trained on"
+        " the data alone.",
         "control": "The student's control: the same shape and tokens, from random weights and the data alone.",
     }
 

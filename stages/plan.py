@@ -143,8 +143,9 @@ def circulated_tables(place: Place, chips: dict[str, Chip], books: Books, points
 
 def saved(seconds: dict, place: Place) -> dict:
     """Seconds per token of each model, and after how many tokens distilling has paid for itself."""
-    tokens = [read_json(place.read(f"metrics/{stage}.json"))["tokens"] for stage in ("pretrain", "distill")]
-    pays = savings.distilling_pays(seconds, *tokens)
+    pretrained, distilled = (read_json(place.read(f"metrics/{stage}.json")) for stage in ("pretrain", "distill"))
+    trained_here = None if pretrained.get("source") == "folder" else pretrained["tokens"]
+    pays = savings.distilling_pays(seconds, trained_here, distilled["tokens"])
     return {"seconds_per_token": seconds, "distilling_pays_after_tokens": pays}
 
 

@@ -2,6 +2,7 @@
 
     dvc repro prepare
     python -m stages.prepare corpus=files 'corpus.paths=[texts/*.txt]'
+    python -m stages.prepare teacher=folder teacher.path=models/mine      # with that model's own tokenizer
     python -m stages.prepare scale=tiny prepare.tokenizer=bytes
 
 A document's split is a function of its own text (SHA-256), so no document is in two splits, none moves when
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from stages.data.corpus import Corpus
 from stages.data.corpus_card import corpus_card
-from stages.data.fingerprints import refuse_changed
+from stages.data.fingerprints import refuse_changed, teacher_fingerprint
 from stages.data.near_duplicates import NearDuplicates, share_seen
 from stages.data.shards import (
     END_OF_TEXT,
@@ -43,12 +44,13 @@ from stages.data.splits import (
     split_documents,
     with_followers,
 )
+from stages.data.teacher_folder import teacher_folder, teacher_tokenizer
 from stages.files.artifacts import Refusal, link_or_copy, rounded, sha256_of, write_atomically, write_json
 from stages.files.resuming import Interruption, ResumeState, resume_key
 from stages.run.entry import run_stage
 from stages.tracking.identity import machine
 
-SECTIONS = ("corpus", "prepare", "sequence_tokens")
+SECTIONS = ("corpus", "prepare", "sequence_tokens", "teacher.source", "teacher.path", "teacher.end_of_text")
 DATA = "data"  # of the resume state: the folder that becomes artifacts/data
 BATCH_BYTES = 1 << 22  # of text, tokenized at once
 
@@ -66,7 +68,7 @@ def main(settings, place, run):
             near = None if handling == "keep" else NearDuplicates(n, knobs.near_duplicate_similarity)
             documents, duplicates = gather(corpus, spool, interruption, near)
             if place.out == place.root:
-                refuse_changed(settings.corpus, place.root)
+                refuse_changed(settings, place.root)
         with watch.phase("split"):
             alone, followers = leaders(documents, groups_of(near, documents, spool, interruption))
             copies = sum(map(len, followers.values()))
@@ -81,9 +83,14 @@ def main(settings, place, run):
             splits = choose(splits, knobs.max_documents, knobs.val_share, knobs.test_share)
             unused = available - sum(map(len, splits.values()))
 
-        with ResumeState(place.root, "prepare", state_key(knobs, splits)) as state:
+        teacher = teacher_fingerprint(settings.teacher, place.root)
+        with ResumeState(place.root, "prepare", state_key(knobs, settings.teacher, teacher, splits)) as state:
             with watch.phase("train_tokenizer"):
-                tokenizer = tokenizer_of(knobs, texts(spool, splits["train"]), state)
+                if teacher:
+                    folder_of_teacher = teacher_folder(settings.teacher.path, place.root)
+                    tokenizer = teacher_tokenizer(folder_of_teacher, settings.teacher.end_of_text)
+                else:
+                    tokenizer = tokenizer_of(knobs, texts(spool, splits["train"]), state)
 
             with watch.phase("encode"):
                 parts = {}
@@ -106,6 +113,8 @@ def main(settings, place, run):
                 "documents_moved_to_fill_splits": moved_documents,
                 "corpus": corpus.describe(),
             }
+            if teacher:
+                card["teacher"] = teacher  # so that other weights behind the same path reach `pretrain`
             if near is not None:
                 with watch.phase("compare_splits"):
                     card["near_duplicates"] = {
@@ -256,12 +265,13 @@ def _encoded(tokenizer, batch):
 # ---- what is kept of unfinished work
 
 
-def state_key(knobs, splits):
-    """Of what the tokens depend on: the texts that were read, whatever file or dataset they came from."""
+def state_key(knobs, teacher, files, splits):
+    """Of what the tokens depend on: the texts, wherever they came from, and a teacher's own tokenizer."""
     digest = hashlib.sha256()
     for documents in splits.values():
         digest.update(b"".join(document.digest for document in documents) + b"\n")
-    return resume_key("prepare", [knobs.model_dump(), digest.hexdigest()])
+    own = [teacher.end_of_text, files] if files else []
+    return resume_key("prepare", [knobs.model_dump(), *own, digest.hexdigest()])
 
 
 def tokenizer_of(knobs, training_texts, state):

@@ -3,6 +3,7 @@
     dvc repro sparsify
     python -m stages.sparsify -m sparsify.teacher.keep_neurons=0.4,0.6,0.8
 
+A teacher without experts is pruned in heads and neurons; keep_experts and keep_experts_per_token do nothing then.
 Nothing is merely zeroed: heads, neurons and experts leave the tensors. Beside each sparse model stands its control,
 the dense model trained on for the same extra tokens, since recovery alone also improves a model.
 """
@@ -30,6 +31,7 @@ def fits(settings, place: Place, keep: Callable) -> Iterator:
     from stages.compress.pruning import prune
     from stages.data.shards import Tokens, Windows
     from stages.model import hub as models
+    from stages.model.families.registry import family_of
     from stages.training.cost import forward_flops
     from stages.training.fit import Distillation, Fit, NextToken
 
@@ -50,7 +52,10 @@ def fits(settings, place: Place, keep: Callable) -> Iterator:
         dense = models.load(place.read(f"artifacts/{name}"))
         wanted = vars(getattr(settings.sparsify, name))
         shares = {key.removeprefix("keep_"): share for key, share in wanted.items() if key.startswith("keep_")}
-        settle = mean_count(dense.shape, shares, wanted.get("expert_choice"), calibration)
+        choice = wanted.get("expert_choice")
+        if family_of(dense.shape).routing(dense.shape) is None:  # what is said of experts finds none
+            shares, choice = {key: share for key, share in shares.items() if not key.startswith("experts")}, None
+        settle = mean_count(dense.shape, shares, choice, calibration)
         words = vars(settings.sparsify.score)
         look = partial(calibrate, dense, shares, multiple, words, calibration, [held_out], settle)
         kept = keep(f"{name}_calibration", look)

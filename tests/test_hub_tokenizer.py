@@ -73,6 +73,4 @@ def test_a_tokenizer_that_does_not_fit_is_refused(written, tmp_path):
     file.write_text("{}")
     assert "is no tokenizer" in refusal(tmp_path, 5)
     Tokenizer(models.BPE(vocab={"▁the": 0}, merges=[])).save(str(file))
-    assert "no byte-level BPE" in refusal(tmp_path, 1)
-    Tokenizer(models.BPE(vocab={"a": 0}, merges=[])).save(str(file))
-    assert "has no token <|endoftext|>" in refusal(tmp_path, 1)
+    assert "not byte-level" in refusal(tmp_path, 1)

@@ -17,10 +17,11 @@ from test_student import SHAPE
 
 from stages.compress.pruning import prune
 from stages.compress.scores import importance
-from stages.data.hub_tokenizer import tokenizer_files
+from stages.data.hub_tokenizer import load_hub_tokenizer, tokenizer_files
 from stages.data.shards import BytesTokenizer
 from stages.files.artifacts import ROOT, Refusal, read_json
 from stages.formats.gguf_file import KINDS, load_gguf, write_gguf
+from stages.formats.gguf_import import folder_from_gguf
 from stages.model.generation import generate
 from stages.model.hub import load, new_model, save
 
@@ -90,6 +91,28 @@ def test_llama_cpp_splits_texts_and_continues_them_as_we_do(student, kind, prune
             assert server.greedy(ids, 16)[0] == generate(model, ids, 16, end_of_text=BPE.end_of_text), text
 
 
+RELATIVES = {"llama": {"kind": "llama"}, "tied llama": {"kind": "llama", "tied": True, "norm_epsilon": 1e-5},
+             "mistral": {"kind": "mistral", "heads": 3, "kv_heads": 1},
+             "qwen2": {"kind": "qwen2", "heads": 2}}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", RELATIVES.values(), ids=RELATIVES)
+def test_so_does_it_with_models_of_a_teachers_own_family(changes, tmp_path):
+    folder = completed(tmp_path, replace(STUDENT, **changes))
+    model = decided(folder)
+    write_gguf(folder, tmp_path / "model.gguf", "f32")
+    for name, part in load_gguf(folder, tmp_path / "model.gguf").state_dict().items():
+        assert torch.equal(part, model.state_dict()[name]), name
+    again = folder_from_gguf(tmp_path / "model.gguf", tmp_path / "again")
+    with llama_cpp()(tmp_path / "model.gguf", 1, 64) as server:
+        for text in TEXTS:
+            ids = BPE.encode(text)
+            assert server.tokens(text) == ids == load_hub_tokenizer(again, BPE.vocab_size).encode(text)
+            assert server.greedy(ids, 16)[0] == generate(model, ids, 16, end_of_text=BPE.end_of_text), text
+    for name, part in load(again).state_dict().items():
+        assert torch.equal(part, model.state_dict()[name]), name
+
+
 def test_a_model_over_plain_bytes_has_the_same_tokens_there(tmp_path):
     tokenizer = BytesTokenizer()
     save(new_model(replace(STUDENT, vocab_size=257), 1), tmp_path, tokenizer.end_of_text)
@@ -114,11 +137,18 @@ def test_what_has_no_gguf_is_refused(tmp_path, student):
     with pytest.raises(Refusal, match="has rows of 40, q8_0 needs a multiple of 32"):
         write_gguf(narrow, tmp_path / "a.gguf", "q8_0")
     content = read_json(student / "tokenizer.json")
-    for change in ({"pre_tokenizer": {"type": "Whitespace"}}, {"normalizer": {"type": "NFC"}}, {"pre_tokenizer": None}):
-        shutil.copytree(student, tmp_path / "copy", dirs_exist_ok=True)
-        (tmp_path / "copy/tokenizer.json").write_text(json.dumps(content | change))
-        with pytest.raises(Refusal, match="another word pattern than GPT-2's"):
+    shutil.copytree(student, tmp_path / "copy")
+    for step in ({"type": "Digits", "individual_digits": False}, {"type": "Punctuation", "behavior": "Isolated"}):
+        parts = {"type": "Sequence", "pretokenizers": [step, content["pre_tokenizer"]]}
+        (tmp_path / "copy/tokenizer.json").write_text(json.dumps(content | {"pre_tokenizer": parts}))
+        with pytest.raises(Refusal, match="its word pattern has no name"):
             write_gguf(tmp_path / "copy", tmp_path / "a.gguf", "f32")
+    wide = completed(tmp_path / "wide", replace(STUDENT, kind="qwen2", heads=4))
+    with pytest.raises(Refusal, match="no GGUF of a qwen2 whose heads .128 wide in all. are not as wide as the model"):
+        write_gguf(wide, tmp_path / "a.gguf", "f32")
+    biased = completed(tmp_path / "biased", replace(STUDENT, kind="llama", attention_bias=True))
+    with pytest.raises(Refusal, match="no GGUF of a llama with attention_bias"):
+        write_gguf(biased, tmp_path / "a.gguf", "f32")
     assert not list(tmp_path.glob("*.gguf"))
 
 

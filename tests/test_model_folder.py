@@ -12,8 +12,9 @@ from test_teacher import SHAPE as TEACHER
 from stages.data.shards import read_card, write_card
 from stages.model.generation import generate
 from stages.model.hub import load, new_model, save
+from stages.model.weight_files import weight_files
 from stages.run.entry import Place
-from stages.training.model_folder import complete_folder, parameters
+from stages.training.model_folder import complete_folder
 
 FIGURES = {"validation_bits_per_byte": 1.23456789, "tokens": 4096}
 WIDE = {"vocab_size": BPE.vocab_size, "sequence_tokens": 64}
@@ -80,4 +81,4 @@ def test_a_softmax_teacher_says_that_transformers_cannot_read_it(tmp_path):
     shape = replace(TEACHER, gating="softmax", **WIDE)
     assert "only Offramp's own code reads it" in card_of(completed(tmp_path, shape))
     state = load(tmp_path / "artifacts/student").state_dict()
-    assert parameters(tmp_path / "artifacts/student/model.safetensors") == sum(part.numel() for part in state.values())
+    assert weight_files(tmp_path / "artifacts/student").parameters == sum(part.numel() for part in state.values())

@@ -1,5 +1,6 @@
 """Models on disk: equal to transformers' own classes, byte-identical, and refused when damaged."""
 
+import filecmp
 import json
 import shutil
 import tempfile
@@ -15,7 +16,10 @@ from safetensors.torch import load_file, save_file
 from test_student import SHAPE as STUDENT
 from test_teacher import SHAPE as TEACHER
 
+from stages.compress.pruning import prune
+from stages.compress.scores import importance
 from stages.files.artifacts import Refusal
+from stages.measure.flops import counted_flops_per_token, flops_per_token
 from stages.model import hub as models
 
 TEACHERS = [
@@ -25,6 +29,7 @@ TEACHERS = [
         TEACHER, heads=5, value_head_dim=7, expert_width=11, dense_width=29, experts=5, experts_per_token=3
     ),
 ]
+SCORES = {"heads": "taylor", "neurons": "contribution"}
 STUDENTS = [STUDENT, replace(STUDENT, heads=3, kv_heads=1, head_dim=10, mlp_width=19, rope_theta=500000.0)]
 
 
@@ -203,12 +208,14 @@ def test_wrong_weights_are_refused_by_name(saved, change, told):
     ("changes", "told"),
     [
         ({"model_type": "bert"}, "model_type 'bert' is not supported, only deepseek_v3"),
+        ({"auto_map": {"AutoModel": "x.py"}}, "auto_map is set: it asks for code from its folder"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is set: its weights are quantised"),
         ({"hidden_size": "wide"}, "hidden_size is 'wide', expected int"),
         ({"hidden_size": 48}, "config.json says"),
         ({"q_lora_rank": 8}, "q_lora_rank is 8, only None is supported"),
         ({"tie_word_embeddings": True}, "lm_head.weight and model.embed_tokens.weight differ"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes', expected bool"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "scaled rotary positions"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rotary positions are not supported"),
         ({"num_experts_per_tok": 99}, "must be at most experts"),
     ],
 )
@@ -305,12 +312,71 @@ def test_a_folder_that_transformers_wrote_in_several_files_gives_its_logits(tmp_
         torch.testing.assert_close(models.load(tmp_path)(tokens_BT), theirs(tokens_BT).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_a_tied_model_that_was_read_is_saved_with_a_head_of_its_own(tmp_path):
+def test_a_tied_model_stays_tied_through_loading_saving_and_pruning_and_stores_no_head(tmp_path):
     written_by_transformers(tmp_path / "theirs", tie_word_embeddings=True)
     model = models.load(tmp_path / "theirs")
-    assert model.head.weight.data_ptr() != model.embedding.weight.data_ptr()
-    models.save(model, tmp_path / "ours")
-    assert largest_difference_from_transformers(model, tmp_path / "ours", "Qwen3ForCausalLM") < 1e-4
+    assert model.head.weight is model.embedding.weight and model.head.weight.requires_grad
+    smaller = prune(model, {"neurons": 0.5}, importance(model, [torch.arange(9)[None]], SCORES))
+    for name, each in (("ours", model), ("smaller", smaller), ("new", models.new_model(model.shape, 0))):
+        assert each.head.weight is each.embedding.weight
+        assert largest_difference_from_transformers(each.eval(), tmp_path / name, "Qwen3ForCausalLM") < 1e-4
+        assert "lm_head.weight" not in load_file(tmp_path / name / "model.safetensors")
+
+
+RELATIONS = [
+    replace(STUDENT, kind="llama", norm_epsilon=1e-5),
+    replace(STUDENT, kind="llama", attention_bias=True, tied=True, head_dim=10),
+    replace(STUDENT, kind="mistral", heads=3, kv_heads=1, norm_epsilon=1e-5),
+    replace(STUDENT, kind="qwen2", tied=True),
+    replace(STUDENT, kind="qwen3", attention_bias=True, norm_epsilon=1e-5),
+]
+ARCHITECTURES = {kind: f"{kind.capitalize()}ForCausalLM" for kind in ("llama", "mistral", "qwen2", "qwen3")}
+
+
+@pytest.mark.parametrize("shape", RELATIONS, ids=lambda shape: shape.kind)
+def test_the_relations_of_qwen3_are_transformers_own_models_whole_cached_and_pruned(shape, tmp_path):
+    model, tokens_BT1 = random_model(shape), torch.randint(0, 40, (2, 13), generator=torch.Generator().manual_seed(0))
+    assert largest_difference_from_transformers(model, tmp_path / "whole", ARCHITECTURES[shape.kind]) < 1e-4
+    loaded = models.load(tmp_path / "whole")
+    assert loaded.shape == shape
+    models.save(loaded, tmp_path / "again", end_of_text=3)
+    assert filecmp.cmp(*(tmp_path / name / "model.safetensors" for name in ("whole", "again")), shallow=False)
+    with torch.no_grad():
+        whole_BTV, cache = loaded(tokens_BT1), loaded.new_cache(2, 13)
+        parts = [loaded(piece, cache) for piece in tokens_BT1.split([5, 1, 7], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole_BTV)
+    assert flops_per_token(shape, 12)["total"] == counted_flops_per_token(loaded, 12)
+    keep = {"heads": 1.0 if shape.kv_heads == 1 else 0.5, "neurons": 0.5}
+    smaller = prune(loaded, keep, importance(loaded, [tokens_BT1], SCORES))
+    assert largest_difference_from_transformers(smaller, tmp_path / "less", ARCHITECTURES[smaller.shape.kind]) < 1e-4
+    new = models.new_model(shape, 0)
+    assert all(not part.any() for name, part in new.named_parameters() if name.endswith(".bias"))
+
+
+def test_a_pruned_llama_whose_heads_do_not_divide_its_width_is_a_mistral_for_transformers_has_that_rule(tmp_path):
+    model = random_model(replace(STUDENT, kind="llama", heads=4, kv_heads=4))
+    smaller = prune(model, {"heads": 0.75}, importance(model, [torch.arange(9)[None]], SCORES))
+    assert (smaller.shape.kind, smaller.shape.heads) == ("mistral", 3)
+    assert largest_difference_from_transformers(smaller, tmp_path, "MistralForCausalLM") < 1e-4
+
+
+def test_what_the_relations_leave_unsaid_in_a_config_is_as_transformers_has_it(tmp_path):
+    shape = replace(STUDENT, kind="llama", heads=4, kv_heads=4, head_dim=STUDENT.width // 4, rope_theta=10000.0)
+    models.save(random_model(shape), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key in ("head_dim", "num_key_value_heads", "rope_theta", "rope_parameters", "attention_bias", "config_sha256"):
+        del config[key]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert models.load(tmp_path).shape == shape
+    for changes, told in (
+        ({"mlp_bias": True}, "mlp_bias is True, only False is supported"),
+        ({"model_type": "mistral", "sliding_window": 8}, "sliding_window is 8, only None is supported"),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"]}, "layer_types has others than full_attention"),
+        ({"partial_rotary_factor": 0.5}, "scaled or partial rotary positions are not supported"),
+        ({"heads": 3, "num_attention_heads": 3, "num_key_value_heads": 1}, "heads (3) must divide width (32)"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | changes))
+        assert told in refusal_of(tmp_path)
 
 
 def test_a_folder_of_several_files_that_is_not_whole_is_refused(tmp_path):
@@ -334,9 +400,12 @@ def test_a_folder_of_several_files_that_is_not_whole_is_refused(tmp_path):
         assert told in refusal_of(tmp_path)
 
 
-def test_sliding_windows_which_our_attention_has_not_are_refused(tmp_path):
-    written_by_transformers(tmp_path, use_sliding_window=True, sliding_window=8, max_window_layers=0)
-    assert "use_sliding_window is True" in refusal_of(tmp_path)
+def test_sliding_windows_which_our_attention_has_not_are_left_to_transformers(tmp_path):
+    theirs = written_by_transformers(tmp_path, use_sliding_window=True, sliding_window=8, max_window_layers=0)
+    model, tokens_BT = models.load(tmp_path), torch.arange(20)[None]
+    assert type(model.shape) is not type(STUDENT)
+    with torch.no_grad():
+        assert torch.equal(model(tokens_BT), theirs(tokens_BT).logits)
 
 
 def test_bfloat16_weights_without_a_recorded_hash_are_loaded_as_float32(saved):

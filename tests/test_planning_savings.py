@@ -47,6 +47,8 @@ def test_by_flops_distilling_pays_after_tokens_times_what_it_costs_over_what_it_
     student = 500 * (3 * 40 + 100)  # a step of the student and a forward pass of the teacher for each token
     assert pays["teacher exists"]["read"].value == pytest.approx(student / 60)
     assert pays["teacher trained for it"]["read"].value == pytest.approx((student + 1000 * 3 * 100) / 60)
+    unknown = savings.distilling_pays(savings.flops_as_seconds(models), teacher_tokens=None, student_tokens=500)
+    assert unknown == {"teacher exists": pays["teacher exists"]}
 
 
 def test_on_another_chip_the_teacher_runs_at_the_assumed_share_and_the_others_relative_to_it():

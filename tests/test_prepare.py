@@ -19,6 +19,7 @@ from stages.files.artifacts import Refusal, sha256_of
 from stages.prepare import SECTIONS, main, train_tokenizer
 from stages.run.entry import Place
 from stages.settings.compose import compose
+from stages.settings.reading import picked
 from stages.settings.schema import validate
 from stages.tracking.record import Run
 
@@ -55,7 +56,7 @@ def corpus(tmp_path_factory):
 
 def prepare(root, out, *overrides):
     plain = compose([*TINY, *overrides])
-    main(validate({section: plain[section] for section in SECTIONS}, SECTIONS), Place(root, out), Run())
+    main(validate(picked(plain, SECTIONS), SECTIONS), Place(root, out), Run())
     return out / "artifacts/data"
 
 

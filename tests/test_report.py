@@ -626,6 +626,31 @@ def test_models_trained_as_little_as_at_scale_tiny_are_too_small_to_claim_anythi
     assert claims.checkpointing_claim(evaluation()["checkpointing"], measured, 4).verdict == "too few repetitions"
 
 
+def test_of_a_teacher_from_a_folder_nothing_is_claimed_that_needs_what_it_cost(tmp_path):
+    write_fixture(tmp_path)
+    of_folder = {"source": "folder", "tokens": 0, "expert_load": [], "max_violation": []}
+    write_json(tmp_path / "metrics/pretrain.json", of_folder | {"validation_bits_per_byte": 1.7})
+    own = FLOPS | {"teacher": 0}
+    whole = {name: own[name] for name in FLOPS}
+    write_json(
+        tmp_path / "metrics/challenge.json",
+        {"training_flops": own, "whole_training_flops": whole, "teacher_cost_known": False},
+    )
+    (tmp_path / "plots/pretrain/teacher.csv").write_text("step,loss,validation_bits_per_byte\n0,,1.7\n")
+    page = page_of(tmp_path)
+    found = {claim["name"]: claim for claim in read_json(tmp_path / "report/claims.json")["claims"]}
+    assert found["distillation_teacher_there"]["verdict"] == "beaten", "the student was trained on enough tokens"
+    for name in ("distillation_teacher_trained", "sparsity_teacher", "sparsity_student"):
+        assert found[name]["verdict"] == "not testable here" and "took to train is not known" in found[name]["why"]
+    assert "<td class=n>0 here</td>" in page and "and unknown</td>" in page and "Expert load" not in page
+    assert "what its training took before is unknown" in page and "in neither" in page
+    distilled = read_json(tmp_path / "metrics/distill.json") | {"tokens": 99_999}
+    write_json(tmp_path / "metrics/distill.json", distilled)
+    page_of(tmp_path)
+    there = read_json(tmp_path / "report/claims.json")["claims"][0]
+    assert there["why"].startswith("The student was trained on 99,999 tokens; a verdict needs 100,000.")
+
+
 def test_the_page_and_the_table_show_how_much_is_behind_each_interval_and_leave_the_question_open(tmp_path):
     write_fixture(tmp_path)
     write_json(tmp_path / "artifacts/evaluation.json", evaluation(documents=3))

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -48,8 +49,18 @@ def sheet(tmp_path):
     return tmp_path
 
 
-def test_the_four_scales_are_shipped():
-    assert SCALES == ["demo", "gpu", "node", "tiny"]
+def test_the_five_scales_are_shipped():
+    assert SCALES == ["demo", "gpu", "node", "smollm", "tiny"]
+
+
+def test_the_scale_of_a_real_teacher_validates_with_what_make_smollm_says():
+    words = re.search(r"In params.yaml: (.*)\"", (ROOT / "Makefile").read_text())[1]
+    folder = "models/smollm2-135m-instruct"
+    assert words.replace("$(SMOLLM)", folder) == (
+        f"scale: smollm, teacher: {{source: folder, path: {folder}}}, distill.init: pruned"
+    )
+    settings = validate(compose(["scale=smollm", f"teacher={{source:folder,path:{folder}}}", "distill.init=pruned"]))
+    assert settings.teacher.path == folder and settings.pretrain.steps == 0
 
 
 @pytest.mark.parametrize("corpus", CORPORA)
@@ -75,6 +86,14 @@ def test_settings_survive_a_round_trip_through_plain_values_and_yaml(tiny_settin
 
 
 MISTAKES = [
+    ("teacher.source", "hub", "teacher.source = hub: must be train or folder"),
+    ("teacher.source", "folder", "teacher.path = None: must name the folder of a model when teacher.source is folder"),
+    ("teacher.path", "models/mine", "teacher.path = models/mine: only source folder reads it, and teacher.source is"),
+    ("teacher.end_of_text", "</s>", "teacher.end_of_text = '</s>': only source folder reads it, and teacher.source is"),
+    ("teacher.path", 3, "teacher.path = 3: must be a word"),
+    ("pretrain.steps", 0, "pretrain.steps = 0: must be at least 1: only a teacher from a folder needs no training"),
+    ("distill.init", "pruned", "distill.init = pruned: cuts a dense teacher from a folder (teacher=folder)"),
+    ("student.parameters_share", 0, "student.parameters_share = 0: must be above 0"),
     ("teacher.experts_per_token", 9, "teacher.experts_per_token = 9: must be at most teacher.experts (8)"),
     ("teacher.dense_layers", 4, "teacher.dense_layers = 4: must be at most teacher.layers (3)"),
     ("teacher.rope_head_dim", 7, "teacher.rope_head_dim = 7: must be even: rotation works on pairs"),
@@ -188,6 +207,7 @@ BESIDE = {
     "optimizer.warmup_share": {"optimizer.decay_share": 0},
     "optimizer.decay_share": {"optimizer.warmup_share": 0},
     "trainer.ranks": dict.fromkeys(BATCHES.values(), 65536),
+    "pretrain.steps": {"teacher.source": "folder", "teacher.path": "models/mine"},
 }
 
 
@@ -262,7 +282,7 @@ def accepted_or_refused_in_one_line(plain):
 
 
 SPOILED = [
-    ("scale: demo", "scale: dmeo", "params.yaml: scale = dmeo: must be one of demo, gpu, node, tiny"),
+    ("scale: demo", "scale: dmeo", "params.yaml: scale = dmeo: must be one of demo, gpu, node, smollm, tiny"),
     ("scale: demo", "scale: 3", "params.yaml: scale = 3: must be one of"),
     ("scale: demo", "", "params.yaml: scale: missing; write one of"),
     ("scale: demo", "scale: demo\nspeed: fast", "speed: no such setting"),
@@ -340,6 +360,30 @@ def test_a_corpus_is_a_word_or_a_mapping_whose_source_chooses_the_preset(sheet):
     assert (corpus.source, corpus.paths, corpus.max_bytes) == ("files", ("mine.txt",), 5)
 
 
+def test_a_teacher_from_a_folder_is_chosen_by_a_word_and_is_not_trained_unless_steps_are_named(sheet):
+    words = ["teacher=folder", "teacher.path=models/mine"]
+    chosen = validate(compose(words, root=sheet))
+    assert (chosen.teacher.source, chosen.teacher.path, chosen.pretrain.steps) == ("folder", "models/mine", 0)
+    for spelled in (["teacher={source:folder,path:models/mine}"], ["teacher.source=folder", words[1]]):
+        assert validate(compose(spelled, root=sheet)) == chosen
+    assert compose([*words, "pretrain.steps=7"], root=sheet)["pretrain"]["steps"] == 7
+    assert compose([*words, "+experiment=short"], root=sheet)["pretrain"]["steps"] == 0
+    edited(sheet, ("seed: 1", "teacher: {source: folder, path: models/mine}\nseed: 1"))
+    assert validate(compose(root=sheet)) == chosen
+    assert compose(["teacher=train"], root=sheet) == compose()
+    edited(sheet, ("{source: folder, path: models/mine}", "{layers: 2}"))
+    assert validate(compose(root=sheet)).teacher.layers == 2, "without a source it is the one that is trained"
+
+
+def test_a_stage_that_declares_one_setting_of_a_section_gets_no_other(sheet):
+    one = validate(TINY, ["teacher.path", "teacher.source", "seed"])
+    assert one.teacher.model_dump() == {"source": "train", "path": None} and one.seed == TINY["seed"]
+    with pytest.raises(Refusal, match="^teacher.path: missing"):
+        validate({"teacher": {"source": "train"}}, ["teacher.source", "teacher.path"])
+    with pytest.raises(Refusal, match="^teacher = 3: must be a mapping"):
+        validate({"teacher": 3}, ["teacher.source"])
+
+
 def test_a_preset_of_ones_own_without_its_first_line_is_told_which(sheet):
     text = (sheet / "conf/scale/tiny.yaml").read_text()
     (sheet / "conf/scale/mine.yaml").write_text(text.replace("# @package _global_\n", ""))
@@ -407,7 +451,7 @@ def test_the_schema_for_editors_is_up_to_date_and_knows_every_setting_and_word()
             reference = next((each["$ref"] for each in (entry, *entry.get("anyOf", ())) if "$ref" in each), None)
             inner = known["$defs"][reference.rsplit("/", 1)[1]] if reference else {}
             assert "required" not in inner and inner.get("additionalProperties", False) is False
-    steps = known["$defs"]["Pretrain"]["properties"]["steps"]
+    steps = known["$defs"]["SoftTargets"]["properties"]["steps"]
     assert {"minimum": 1, "maximum": 2**40, "type": "integer"} in steps["anyOf"]
 
 
@@ -466,7 +510,7 @@ def test_an_arbitrarily_edited_sheet_gives_settings_or_one_refusal(tmp_path_fact
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("scale=dmeo", "scale = dmeo: must be one of demo, gpu, node, tiny; did you mean demo?"),
+        ("scale=dmeo", "scale = dmeo: must be one of demo, gpu, node, smollm, tiny; did you mean demo?"),
         ("distill.temprature=2", "distill.temprature: no such setting; did you mean distill.temperature?"),
         ("+distill.warmth=2", "distill.warmth: no such setting"),
         ("seed==[", "'seed==[': Hydra cannot read this (extraneous input '='): put double quotes around the text"),
@@ -642,12 +686,12 @@ def test_after_any_change_settings_are_composed_again(project):
         path = project / name
         before = path.read_bytes() if path.exists() else None
         path.write_text(change(before.decode() if before else ""))
-        assert path.read_bytes() != before and unchanged.unchanged_corpus(project) is None, name
+        assert path.read_bytes() != before and unchanged.unchanged_sections(project) is None, name
         path.unlink()
-        assert before is None or unchanged.unchanged_corpus(project) is None, f"without {name}"
+        assert before is None or unchanged.unchanged_sections(project) is None, f"without {name}"
         if before is not None:
             path.write_bytes(before)
-        assert unchanged.unchanged_corpus(project), f"{name} is as it was"
+        assert unchanged.unchanged_sections(project), f"{name} is as it was"
     (project / "params.yaml").write_text((project / "params.yaml").read_text().replace("seed: 1 ", "seed: 2 "))
     assert composed_again(project) and not composed_again(project)
     assert yaml.safe_load((project / "resolved.yaml").read_text())["seed"] == 2
@@ -667,6 +711,6 @@ def test_a_value_of_the_environment_is_read_again_each_time(project):
 
 
 def test_other_libraries_compose_again(project, monkeypatch):
-    assert unchanged.unchanged_corpus(project).paths == ["text.txt"]
+    assert unchanged.unchanged_sections(project).corpus.paths == ["text.txt"]
     monkeypatch.setattr(unchanged.metadata, "version", lambda name: "0")
-    assert unchanged.unchanged_corpus(project) is None
+    assert unchanged.unchanged_sections(project) is None

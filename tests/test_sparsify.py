@@ -1,5 +1,7 @@
 """The fits that sparsify hands to its ranks: what is pruned, settled and balanced."""
 
+import shutil
+
 import pytest
 from test_evaluate import VOCAB, with_values, write_data
 
@@ -42,6 +44,16 @@ def test_by_confidence_a_pruned_mixture_has_the_operations_of_the_fixed_number(t
     assert fit.model.shape.mean_experts_per_token == pytest.approx(2, abs=0.05)
     save(fit.model, tmp_path)
     assert load(tmp_path).shape == fit.model.shape
+
+
+def test_a_teacher_without_experts_is_pruned_by_what_it_has(tiny_settings, place, tmp_path):
+    for name in ("data", "student"):
+        shutil.copytree(place.read(f"artifacts/{name}"), tmp_path / "artifacts" / name)
+    save(build_student(tiny_settings.student, VOCAB, 64, seed=2), tmp_path / "artifacts/teacher")
+    fits = sparse_fits(tiny_settings, Place(tmp_path, tmp_path), expert_choice="confidence", keep_experts=0.5)
+    dense, sparse = (fits[f"{how}_teacher"].model.shape for how in ("continued", "sparse"))
+    assert sparse.kv_heads < dense.kv_heads and sparse.mlp_width < dense.mlp_width
+    assert fits["sparse_teacher"].finish(fits["sparse_teacher"].model) is None
 
 
 def test_only_a_pruned_mixture_is_balanced_while_it_recovers(tiny_settings, place):

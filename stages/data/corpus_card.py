@@ -1,5 +1,6 @@
 """The card of a corpus for a reader, CORPUS.md; for programs there is card.json."""
 
+from stages.data.file_tokenizer import FileTokenizer
 from stages.data.shards import END_OF_TEXT
 
 
@@ -43,6 +44,9 @@ def corpus_card(card, knobs):
         notes.append(f"Of the rest, each split took its share of {limit} by checksum.")
     count = card["documents_moved_to_fill_splits"]
     filled = f" So that each split has enough, {count:,} went to the one next to theirs." if count else ""
+    given = card["tokenizer"] == FileTokenizer.kind
+    origin = "the teacher's own, from text that is not known here" if given else "from the training split only"
+    end = "a token " if given else f"`{END_OF_TEXT}` "
     return "\n".join(
         [
             "# Corpus card",
@@ -57,8 +61,8 @@ def corpus_card(card, knobs):
             f"{knobs.test_share:g}, validation below {knobs.test_share + knobs.val_share:g}, else training.",
             f"No document is in two splits.{filled}",
             "",
-            f"Tokenizer: {card['tokenizer']}, {card['vocab_size']:,} tokens, from the training split only;",
-            f"`{END_OF_TEXT}` ({card['end_of_text']}) ends every document and counts no byte.",
+            f"Tokenizer: {card['tokenizer']}, {card['vocab_size']:,} tokens, {origin};",
+            f"{end}({card['end_of_text']}) ends every document and counts no byte.",
             "",
         ]
     )

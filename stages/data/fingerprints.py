@@ -1,4 +1,4 @@
-"""Fingerprints of what DVC cannot see: the corpus that `prepare` reads from outside the project.
+"""Fingerprints of what DVC cannot see, outside the project: the corpus, and a teacher that is there already.
 
 `config` writes them to inputs.json at every `dvc repro`, and `prepare` depends on that file: a corpus with other
 bytes, names or files is prepared again, an equal one is not. A file is read only when its size, times or inode have
@@ -15,10 +15,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from stages.data.paths import find_files, library_files
+from stages.data.teacher_folder import teacher_files, teacher_folder
 from stages.files.artifacts import Refusal, sha256_of, write_atomically
 
 INPUTS = "inputs.json"  # what config writes and prepare depends on
-MEMORY = Path(".runs/fingerprints.json")
+MEMORY = Path(".runs/fingerprints.json")  # of the corpus
+TEACHER_MEMORY = Path(".runs/teacher_fingerprints.json")
 SETTLED_SECONDS = 2.0  # a file that changed this recently may change again within the same tick of its clock
 HUB_SECONDS = 3.0
 
@@ -41,24 +43,35 @@ def corpus_fingerprint(corpus, root: Path, before: dict) -> dict:
     return found | {"revision": _hub_revision(corpus.dataset, before if before.items() >= found.items() else {})}
 
 
-def read_inputs(root: Path) -> dict:
+def teacher_fingerprint(teacher, root: Path) -> dict | None:
+    """Of the files behind the section `teacher`; None where the teacher is trained here."""
+    if teacher.source == "train":
+        return None
+    return _of_files(teacher_files(teacher_folder(teacher.path, root)), root, "teacher.path", TEACHER_MEMORY)
+
+
+def read_inputs(root: Path, of: str = "corpus") -> dict:
     """The fingerprint that was written last; empty where there is none or it is damaged."""
     try:
-        return json.loads((root / INPUTS).read_text(encoding="utf-8"))["corpus"]
+        return json.loads((root / INPUTS).read_text(encoding="utf-8"))[of]
     except (OSError, ValueError, LookupError, TypeError):
         return {}
 
 
-def refuse_changed(corpus, root: Path) -> None:
+def refuse_changed(settings, root: Path) -> None:
     """After the corpus was read: DVC would record what was read under the fingerprint in inputs.json for good."""
-    recorded = read_inputs(root)
-    if recorded and corpus_fingerprint(corpus, root, recorded) != recorded:
-        raise Refusal(f"the corpus is not the one that {INPUTS} describes: it has changed since; run dvc repro again")
+    recorded, teacher = read_inputs(root), read_inputs(root, "teacher")
+    found = {"corpus": recorded and corpus_fingerprint(settings.corpus, root, recorded) != recorded}
+    found["teacher"] = teacher and teacher_fingerprint(settings.teacher, root) != teacher
+    for what, is_changed in found.items():
+        if is_changed:
+            why = "it has changed since; run dvc repro again"
+            raise Refusal(f"the {what} is not the one that {INPUTS} describes: {why}")
 
 
-def _of_files(files: Iterable[tuple[str, Path]], root: Path) -> dict:
-    """Number and SHA-256 of these files, by name and content."""
-    known, kept, count = _load(root / MEMORY), {}, 0
+def _of_files(files: Iterable[tuple[str, Path]], root: Path, of: str = "corpus", memory: Path = MEMORY) -> dict:
+    """Number and SHA-256 of these files, by name and content; `of` is for messages, `memory` what was read before."""
+    known, kept, count = _load(root / memory), {}, 0
     digest, now = hashlib.sha256(), time.time()
     for name, path in files:
         count += 1
@@ -68,13 +81,13 @@ def _of_files(files: Iterable[tuple[str, Path]], root: Path) -> dict:
             key = os.fsencode(path).decode("utf-8", "backslashreplace")
             sha256 = known[key][1] if key in known and known[key][0] == state else sha256_of(path)
         except OSError as error:
-            raise Refusal(f"corpus: {path} cannot be read ({error.strerror}): fix it or leave it out") from None
+            raise Refusal(f"{of}: {path} cannot be read ({error.strerror}): fix it or leave it out") from None
         if now - max(stat.st_mtime, stat.st_ctime) > SETTLED_SECONDS:
             kept[key] = [state, sha256]
         digest.update(os.fsencode(name) + f"\0{sha256}\n".encode())
     if kept != known:
         with contextlib.suppress(Refusal):  # remembering only saves time
-            write_atomically(root / MEMORY, json.dumps(kept))
+            write_atomically(root / memory, json.dumps(kept))
     return {"files": count, "sha256": digest.hexdigest()}
 
 

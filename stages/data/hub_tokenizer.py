@@ -7,18 +7,19 @@ model type usually has, and splits text otherwise, without a word.
 import json
 from pathlib import Path
 
+from stages.data.file_tokenizer import FileTokenizer
 from stages.data.shards import (
     END_OF_TEXT,
     TOKENIZER,
-    BpeTokenizer,
     BytesTokenizer,
     byte_alphabet,
     load_tokenizer,
     read_card,
 )
-from stages.files.artifacts import Refusal
+from stages.files.artifacts import read_json
 
 TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
+OWN_END = "offramp_end_of_text"  # in TOKENIZER_CONFIG, where the end of a text is another than `END_OF_TEXT`
 NEW_TOKENS = 64  # that transformers' generate writes where nobody says how many
 
 
@@ -29,18 +30,19 @@ def tokenizer_files(data: Path, sequence_tokens: int) -> dict[str, str]:
     tokenizer is refused.
     """
     tokenizer = load_tokenizer(data)
-    whole = (data / TOKENIZER).read_text(encoding="utf-8") if tokenizer.kind == "bpe" else _bytes_as_bpe()
+    whole = _bytes_as_bpe() if tokenizer.kind == "bytes" else (data / TOKENIZER).read_text(encoding="utf-8")
     end = read_card(data)["end_of_text"]
+    token = tokenizer.end_token() if isinstance(tokenizer, FileTokenizer) else END_OF_TEXT
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": END_OF_TEXT,
-        "pad_token": END_OF_TEXT,
+        "eos_token": token,
+        "pad_token": token,
         "bos_token": None,
         "unk_token": None,
         "model_max_length": sequence_tokens,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,  # text that spells <|endoftext|> is text, as in `BpeTokenizer`
-    }
+    } | ({} if token == END_OF_TEXT else {OWN_END: token})
     generation = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": end}
     generation |= {"do_sample": False, "max_new_tokens": NEW_TOKENS}
     return {TOKENIZER: whole, TOKENIZER_CONFIG: _json(config), GENERATION_CONFIG: _json(generation)}
@@ -62,21 +64,12 @@ def _bytes_as_bpe() -> str:
     return tokenizer.to_str(pretty=True) + "\n"
 
 
-def load_hub_tokenizer(folder: Path, vocab_size: int) -> BpeTokenizer:
-    """The tokenizer beside a model whose embedding has this many rows; a file that does not fit it is refused."""
-    from tokenizers import Tokenizer
+def load_hub_tokenizer(folder: Path, vocab_size: int, end_of_text: str | None = None) -> FileTokenizer:
+    """The tokenizer beside a model whose embedding has this many rows; a file that does not fit it is refused.
 
-    path = folder / TOKENIZER
-    if not path.is_file():
-        raise Refusal(f"{path} is missing: run the stage that writes the model (dvc repro)")
-    try:
-        tokenizer = BpeTokenizer(Tokenizer.from_file(str(path)), vocab_size)
-    except KeyError:
-        raise Refusal(f"{path} is no byte-level BPE, the only kind that is read here") from None
-    except Exception as error:  # the library raises no narrower type
-        raise Refusal(f"{path} is no tokenizer: {' '.join(str(error).split())[:200]}") from None
-    if tokenizer.end_of_text is None:
-        raise Refusal(f"{path} has no token {END_OF_TEXT}: it is not the tokenizer of this project's models")
-    if tokenizer.vocab_size > vocab_size:  # embeddings may be padded, to a multiple that hardware likes
-        raise Refusal(f"{path} has {tokenizer.vocab_size} tokens, the model {vocab_size}: they do not belong together")
-    return tokenizer
+    `end_of_text` is the token that ends a text; None: as a model of this project says, else it is looked for.
+    """
+    if end_of_text is None and (folder / TOKENIZER_CONFIG).is_file():
+        config = read_json(folder / TOKENIZER_CONFIG)
+        end_of_text = config.get(OWN_END) if isinstance(config, dict) else None
+    return FileTokenizer(folder / TOKENIZER, vocab_size, end_of_text)

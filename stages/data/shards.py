@@ -250,7 +250,7 @@ def shuffled(position, count, key, rounds=6):
 class BytesTokenizer:
     """A token is a byte; 256 ends a text."""
 
-    kind, vocab_size, end_of_text = "bytes", 257, 256
+    kind, vocab_size, end_of_text, prefix_bytes = "bytes", 257, 256, 0
 
     def encode(self, text):
         return list(_utf8(text))
@@ -272,10 +272,9 @@ class BytesTokenizer:
 class BpeTokenizer:
     """Byte-level BPE. Nothing is unknown to it, and text that spells <|endoftext|> is text, not the token."""
 
-    kind = "bpe"
+    kind, prefix_bytes = "bpe", 0
 
-    def __init__(self, tokenizer, padded_to=0):
-        """`padded_to` ids there are in the model's embedding; those beyond the tokenizer's stand for no byte."""
+    def __init__(self, tokenizer):
         tokenizer.encode_special_tokens = True  # not kept in tokenizer.json, hence set at each load
         self._tokenizer = tokenizer
         self.vocab_size = tokenizer.get_vocab_size()
@@ -287,14 +286,13 @@ class BpeTokenizer:
             else END_OF_TEXT.encode()
             for id in range(self.vocab_size)
         ]
-        self._bytes += [b""] * (padded_to - self.vocab_size)
         self._byte_ids = [tokenizer.token_to_id(character) for character in byte_alphabet()]
 
     def encode(self, text):
         """Token ids. Bytes that are not UTF-8 may come as Python spells them (surrogateescape)."""
         ids = []
-        for piece in _ODD_BYTES.split(text):
-            if _ODD_BYTES.fullmatch(piece):
+        for piece in ODD_BYTES.split(text):
+            if ODD_BYTES.fullmatch(piece):
                 ids += [self._byte_ids[ord(character) - 0xDC00] for character in piece]
             elif piece:
                 ids += self._tokenizer.encode(piece).ids
@@ -314,7 +312,7 @@ class BpeTokenizer:
         return self._tokenizer.to_str(pretty=True)
 
 
-_ODD_BYTES = re.compile("([\udc80-\udcff]+)")
+ODD_BYTES = re.compile("([\udc80-\udcff]+)")
 
 
 def _utf8(text):
@@ -335,6 +333,11 @@ def load_tokenizer(folder):
     if card["tokenizer"] == "bytes":
         return BytesTokenizer()
     import tokenizers
+
+    from stages.data.file_tokenizer import FileTokenizer  # which imports this module
+
+    if card["tokenizer"] == FileTokenizer.kind:
+        return FileTokenizer(path, card["vocab_size"], card["end_of_text"])
 
     try:
         return BpeTokenizer(tokenizers.Tokenizer.from_file(str(path)))

@@ -70,7 +70,7 @@ def read_stream(tokens, tokenizer, budget_tokens: int) -> Stream:
         parts.append(tokens.window(int(start), int(share)))
         document_of.append(np.full(share, row))
         if share < count:
-            document_bytes[row] = len(tokenizer.bytes_of(parts[-1].tolist()))
+            document_bytes[row] = len(tokenizer.bytes_of(parts[-1].tolist())) - tokenizer.prefix_bytes
             parts.append(ending)
             document_of.append(np.array([len(documents)]))
     return Stream(

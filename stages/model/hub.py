@@ -22,12 +22,16 @@ from torch import Tensor
 
 from stages.files.artifacts import Refusal, read_json, sha256_of, write_atomically, write_json
 from stages.model.families.deepseek_v3.model import DeepseekV3, DeepseekV3Shape
+from stages.model.families.hub_layout import EMBEDDING, HEAD
 from stages.model.families.qwen3.model import Qwen3, Qwen3Shape
 from stages.model.families.registry import family_of, shape_of
+from stages.model.weight_files import CONFIG, INDEX, WEIGHTS, refuse_larger_than_memory, weight_files
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-INDEX = "model.safetensors.index.json"  # of a model in several files: which one has which tensor
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+NO_WEIGHT = ".rotary_emb.inv_freq"  # in old files, computed anew by everyone
+FOREIGN = {  # keys of a config.json that ask for more than its model type says
+    "auto_map": "it asks for code from its folder, and none is executed",
+    "quantization_config": "its weights are quantised: save the folder dequantised (transformers: dequantize())",
+}
 
 
 # ---- build -------------------------------------------------------------------------------------------------
@@ -87,7 +91,7 @@ def save(
     folder = Path(folder)
     family = family_of(model.shape)
     tensors = {name: part.detach().float().cpu().contiguous() for name, part in family.to_hub(model).items()}
-    broken = [name for name, part in tensors.items() if not torch.isfinite(part).all()]
+    broken = [name for name, part in tensors.items() if not _is_finite(part)]
     if broken:
         raise Refusal(f"{folder}: not saved, {broken[0]} holds a non-finite number: lower the learning rate")
     # transformers reads no safetensors file without this format mark
@@ -103,6 +107,11 @@ def save(
     write_json(folder / CONFIG, config | {"config_sha256": _config_sha256(config)})
 
 
+def _is_finite(part: Tensor) -> bool:
+    """Without the copies that isfinite makes."""
+    return part.numel() == 0 or all(torch.isfinite(end).item() for end in part.aminmax())
+
+
 def _config_sha256(config: dict[str, Any]) -> str:
     rest = {key: value for key, value in config.items() if key != "config_sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
@@ -114,20 +123,22 @@ def _config_sha256(config: dict[str, Any]) -> str:
 def load(folder: Path | str) -> Any:
     """The model of a folder, in eval mode; a damaged, altered or foreign folder is refused in one line.
 
-    A folder of transformers' is read too, in one file or several, where its family and config are among ours. A tied
-    head becomes a matrix of its own, which costs its memory and changes no logit.
+    A folder of transformers' is read too, in one file or several, where its family and config are among ours. The tied
+    head of a family that ties none becomes a matrix of its own, which costs its memory and changes no logit. A file is
+    let go before the next is read: memory holds the model and one file at most.
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG)
     shape = shape_from(config, folder / CONFIG)
+    refuse_larger_than_memory(weight_files(folder), folder)
     if (model := family_of(shape).read(folder, shape, config.get("weights_sha256"))) is not None:
         return model.requires_grad_().eval()
     tensors = _read_folder(folder, config.get("weights_sha256"))
-    if config.get("tie_word_embeddings"):
-        _untie(tensors, folder / CONFIG)
     _refuse_larger_than(tensors, shape, folder / CONFIG)
     family, model = family_of(shape), empty_model(shape)
     expected = {name: part.shape for name, part in family.to_hub(model).items()}
+    if config.get("tie_word_embeddings"):
+        _settle_head(tensors, HEAD in expected, folder / CONFIG)
     _check_weights(tensors, expected, folder / WEIGHTS)
     model.load_state_dict(family.from_hub(tensors, model), strict=True, assign=True)
     return model.requires_grad_().eval()
@@ -142,42 +153,43 @@ def shape_from(config: Any, path: Path) -> Any:
             f"{path} is not the file that was saved (SHA-256 differs): run dvc repro again, "
             "or remove config_sha256 from it if you changed it on purpose"
         )
+    for key, cure in FOREIGN.items():
+        if config.get(key):
+            raise Refusal(f"{path}: {key} is set: {cure}")
     shape = shape_of(config, path)
     check_shape(shape, str(path))
     return shape
 
 
 def _read_folder(folder: Path, recorded: str | None) -> dict[str, Tensor]:
-    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
-        return _read_weights(folder / WEIGHTS, recorded)
-    index = read_json(folder / INDEX)
-    files = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
-        raise Refusal(f"{folder / INDEX} has no weight_map of tensors to files: restore the file")
+    """All tensors in float32, in memory of their own."""
+    files = weight_files(folder)
     tensors: dict[str, Tensor] = {}
-    for name in sorted(set(files.values())):
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise Refusal(f"{folder / INDEX} names {name!r}, which is no safetensors file of its folder")
-        tensors |= _read_weights(folder / name, None)
-    if missing := sorted(files.keys() - tensors.keys()):
-        raise Refusal(f"{folder / files[missing[0]]} lacks {missing[0]}, which {INDEX} says it has: copy it again")
-    return tensors
+    for path in files.paths:
+        tensors |= _read_weights(path, recorded if path.name == WEIGHTS else None)
+    if missing := sorted(files.map.keys() - tensors.keys()):
+        raise Refusal(f"{folder / files.map[missing[0]]} lacks {missing[0]}, which {INDEX} says it has: copy it again")
+    return {name: part for name, part in tensors.items() if not name.endswith(NO_WEIGHT)}
 
 
-def _untie(tensors: dict[str, Tensor], path: Path) -> None:
-    """A file of a tied model has one of the two matrices, or both alike."""
+def _settle_head(tensors: dict[str, Tensor], wanted: bool, path: Path) -> None:
+    """A file of a tied model has one of the two matrices, or both alike; `wanted`: the family has a head of its own."""
     if EMBEDDING not in tensors:
         return  # named below as missing
-    if HEAD in tensors and not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
+    head = tensors.pop(HEAD, tensors[EMBEDDING])
+    if not torch.equal(head, tensors[EMBEDDING]):
         raise Refusal(f"{path}: tie_word_embeddings is True, but {HEAD} and {EMBEDDING} differ: set it to false")
-    tensors[HEAD] = tensors[EMBEDDING].clone()
+    if wanted:
+        tensors[HEAD] = tensors[EMBEDDING].clone()
 
 
 def _read_weights(path: Path, recorded: str | None) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise Refusal(f"{path} is missing: run the stage that writes it (dvc repro)")
     try:
         tensors = safetensors.torch.load_file(path)
+        for name, part in tensors.items():
+            if not part.is_floating_point():
+                raise Refusal(f"{path}: {name} is {part.dtype}, expected floating point")
+            tensors[name] = part.to(torch.float32, copy=True)  # what is loaded is a view of the file, which may go
     except (safetensors.SafetensorError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise Refusal(f"{path} is damaged ({reason}): delete it and run dvc repro again") from None
@@ -209,7 +221,5 @@ def _check_weights(tensors: dict[str, Tensor], expected: dict[str, torch.Size], 
     for name, shape in expected.items():
         if tensors[name].shape != shape:
             raise Refusal(f"{path}: {name} is {list(tensors[name].shape)}, {CONFIG} says {list(shape)}")
-        if not tensors[name].is_floating_point():
-            raise Refusal(f"{path}: {name} is {tensors[name].dtype}, expected floating point")
-        if not torch.isfinite(tensors[name]).all():
+        if not _is_finite(tensors[name]):
             raise Refusal(f"{path}: {name} holds a non-finite number: train the model again")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stages.model.kernels.attention import causal_attention
 from stages.model.kernels.gated import GatedSilu
-from stages.model.kernels.norm import rms_norm
+from stages.model.kernels.norm import NORM_EPSILON, rms_norm
 
 INIT_STD = 0.02
 EMBEDDING_STD = 0.1  # what blocks add early in training would drown a smaller one (tuned: LOG.md)
@@ -26,12 +26,13 @@ Rope = tuple[Tensor, Tensor]  # cosines and sines, each [T, R/2]
 class RMSNorm(nn.Module):
     """x / rms(x) * weight (Zhang and Sennrich 2019), in float32 whatever autocast says."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, epsilon: float = NORM_EPSILON):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
+        self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x.float(), self.weight)
+        return rms_norm(x.float(), self.weight, self.epsilon)
 
 
 def for_matmuls(x: Tensor) -> Tensor:
@@ -140,13 +141,14 @@ def initialise(model: nn.Module, layers: int, seed: int) -> None:
     own, so the weights depend on the seed (and the kind of device) alone and nobody else's random numbers are used up.
     """
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    tied = "head.weight" not in dict(model.named_parameters())  # logits of such an embedding would start too large
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
-                parameter.fill_(1.0)  # norms
+                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)  # the others are norms
                 continue
             residual = ".output." in name or name.removesuffix(".weight").endswith(".down")
-            std = EMBEDDING_STD if name.startswith("embedding") else INIT_STD
+            std = EMBEDDING_STD if name.startswith("embedding") and not tied else INIT_STD
             parameter.normal_(0.0, std / ((2 * layers) ** 0.5 if residual else 1.0), generator=generator)
         for buffer in model.buffers():
             buffer.zero_()

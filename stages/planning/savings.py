@@ -104,18 +104,21 @@ def break_even_tokens(spent: Range, before: Range, after: Range) -> Range | None
 
 
 def distilling_pays(
-    seconds: Mapping[str, Mapping[str, Range]], teacher_tokens: float, student_tokens: float
+    seconds: Mapping[str, Mapping[str, Range]], teacher_tokens: float | None, student_tokens: float
 ) -> dict[str, dict[str, Range | None]]:
     """Tokens to read or write until distilling has paid for itself.
 
-    `teacher exists`: only the student's training is spent. `teacher trained for it`: the teacher's as well.
+    `teacher exists`: only the student's training is spent. `teacher trained for it`: the teacher's as well, where it is
+    known how many tokens that took.
     """
-    student = distilling_seconds(seconds, student_tokens)
-    both = plus(student, times(seconds["teacher"]["train"], exactly(teacher_tokens)))
+    spent_in = {"teacher exists": distilling_seconds(seconds, student_tokens)}
+    if teacher_tokens is not None:
+        of_teacher = times(seconds["teacher"]["train"], exactly(teacher_tokens))
+        spent_in["teacher trained for it"] = plus(spent_in["teacher exists"], of_teacher)
     return {
         case: {
             kind: break_even_tokens(spent, seconds["teacher"][kind], seconds["student"][kind])
             for kind in ("read", "write")
         }
-        for case, spent in (("teacher exists", student), ("teacher trained for it", both))
+        for case, spent in spent_in.items()
     }

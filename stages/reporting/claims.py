@@ -17,6 +17,7 @@ from stages.reporting.wording import count, number, percent, policy_words, signe
 
 NOT_TESTABLE, CONTROL_NOT_BEATEN = "not testable here", "control not beaten"
 TOO_SMALL = "too small to claim anything"
+UNKNOWN_COST = "What the teacher from a folder took to train is not known: no control has the cost of the whole."
 TOO_FEW_DOCUMENTS, TOO_FEW_REPETITIONS = "too few documents", "too few repetitions"
 # A verdict needs these. With fewer documents a 95% interval misses the true value more than twice as often as it should
 # (with 3, in one case of four). Intervals of repetitions are right from 5 on; twice that, because a busy machine
@@ -51,20 +52,24 @@ def make_claims(metrics: dict, timings: dict) -> list[Claim]:
 
 def quality_claims(metrics: dict) -> list[Claim]:
     """Those that depend on how good the models are."""
-    lacking = lack_of_evidence(metrics["pretrain"]["tokens"], metrics["evaluate"]["test"]["documents"])
+    from_folder = metrics["pretrain"].get("source") == "folder"  # what counts is then what was trained here
+    stage, which = ("distill", "student") if from_folder else ("pretrain", "teacher")
+    lacking = lack_of_evidence(metrics[stage]["tokens"], metrics["evaluate"]["test"]["documents"], which)
+    of_whole_cost = lacking if metrics["challenge"].get("teacher_cost_known", True) else (NOT_TESTABLE, UNKNOWN_COST)
     return [
         distillation_claim(metrics, SAME_TOKENS, lacking),
-        distillation_claim(metrics, SAME_OPERATIONS, lacking),
-        sparsity_claim(metrics, "teacher", lacking),
-        sparsity_claim(metrics, "student", lacking),
+        distillation_claim(metrics, SAME_OPERATIONS, of_whole_cost),
+        sparsity_claim(metrics, "teacher", of_whole_cost),
+        sparsity_claim(metrics, "student", of_whole_cost),
     ]
 
 
-def lack_of_evidence(training_tokens: int, documents: int) -> tuple[str, str] | None:
-    """The verdict and the reason if there is too little evidence for any other; else None."""
+def lack_of_evidence(training_tokens: int, documents: int, which: str = "teacher") -> tuple[str, str] | None:
+    """The verdict and the reason if there is too little evidence for any other; else None. `which` model was trained
+    on these tokens."""
     if training_tokens < MIN_TRAINING_TOKENS:
         needed = f"a verdict needs {MIN_TRAINING_TOKENS:,}."
-        return TOO_SMALL, f"The teacher was trained on {training_tokens:,} tokens; {needed}"
+        return TOO_SMALL, f"The {which} was trained on {training_tokens:,} tokens; {needed}"
     if documents < MIN_DOCUMENTS:
         return TOO_FEW_DOCUMENTS, f"{count(documents, 'document')}; a verdict needs {MIN_DOCUMENTS}."
     return None

@@ -25,6 +25,7 @@ MODELS = {  # the reading order, and the colour, of the models
     "continued_student": 6,
     "scratch_sparse_student": 7,
 }
+FROM_NOTHING = ("control", "scratch_student", "scratch_sparse_teacher", "scratch_sparse_student")
 SPLITS = ("train", "val", "test")
 SPEED_TIME, SPEED_FLOPS, SPEED_LOSS = 0.25, 0.3, 0.01  # our target for pruned models
 TARGET_SAVES, TARGET_COSTS = 0.6, 0.15  # of activation checkpointing: memory saved, time added
@@ -93,20 +94,25 @@ def quality_table(evaluated: dict) -> Table:
 
 def cost_table(metrics: dict) -> Table:
     costs = metrics["challenge"]
+    known = costs.get("teacher_cost_known", True)
     rows = [
         [
             words(name),
             *(number(model[key]) for key in ("parameters", "active_parameters")),
             *(number(model[key]) for key in ("flops_per_token", "counted_flops_per_token")),
-            *(number(costs[key][name]) for key in ("training_flops", "whole_training_flops")),
+            number(costs["training_flops"][name]) + ("" if known or name != "teacher" else " here"),
+            number(costs["whole_training_flops"][name]) + ("" if known or name in FROM_NOTHING else " and unknown"),
         ]
         for name, model in in_order(metrics["evaluate"]["models"])
     ]
-    return Table(
-        ["model", "parameters", "active", "FLOPs/token", "counted", "training FLOPs", "with all before"],
-        rows,
+    note = (
         "FLOPs per token: forward, by the formula and as counted; training FLOPs: of its own training, and with those "
-        "of the models that it was made from.",
+        "of the models that it was made from."
+    )
+    if not known:
+        note += " The teacher came from a folder: what its training took before is unknown, and counted nowhere."
+    return Table(
+        ["model", "parameters", "active", "FLOPs/token", "counted", "training FLOPs", "with all before"], rows, note
     )
 
 
@@ -135,7 +141,7 @@ def training_figures(curves: dict) -> list[Figure]:
 
 def expert_figures(pretrained: dict) -> list[Figure]:
     loads, violations = pretrained["expert_load"], pretrained["max_violation"]
-    highest = max(max(layer) for layer in loads) * 1.12  # one scale for all layers
+    highest = max((max(layer) for layer in loads), default=0) * 1.12  # one scale for all layers
     drawn = []
     for index, (layer, violation) in enumerate(zip(loads, violations, strict=True), 1):
         chart = charts.bars(

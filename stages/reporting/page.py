@@ -64,6 +64,7 @@ def make_page(
         min_tokens=MIN_TRAINING_TOKENS,
         quality=figures.quality_figure(evaluated),
         controls=figures.control_rows(metrics),
+        teacher_cost_known=metrics["challenge"].get("teacher_cost_known", True),
         scores=figures.quality_table(evaluated),
         costs=figures.cost_table(metrics),
         training=figures.training_figures(curves),

@@ -155,7 +155,7 @@ def refuse_without_effect(overrides: list[Any], stage: str, sections: tuple[str,
         section = key.split(".")[0]
         if section == "hydra" or section.startswith("hydra/") or override.is_delete():
             continue
-        touched = {section}
+        touched = {key}
         if key in groups:
             swept = override.is_discrete_sweep()
             words = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
@@ -164,21 +164,28 @@ def refuse_without_effect(overrides: list[Any], stage: str, sections: tuple[str,
             touched = {name for file in files for name in preset_of(file)}
         else:
             refuse_unknown(section, SECTIONS)
-        if touched and touched.isdisjoint(sections):  # the experiment `none` touches nothing
+        if touched and not _overlap(touched, sections):  # the experiment `none` touches nothing
             raise Refusal(f"{key}: {stage} does not read it; {_readers(touched, stage)}")
 
 
-def _readers(sections, stage):
-    """Who reads these sections, and what the stage takes from them."""
+def _overlap(names, others):
+    """Is one of the settings or sections, such as teacher.path, among the others, or do they have a part of it?"""
+    pairs = [(f"{one}.", f"{other}.") for one in names for other in others]
+    return any(one.startswith(other) or other.startswith(one) for one, other in pairs)
+
+
+def _readers(settings, stage):
+    """Who reads these sections or settings, and what the stage takes from them."""
     stages = _dvc_stages()
     read = {
         name: {*with_observers(section for params in entry.get("params", []) for section in params["resolved.yaml"])}
         for name, entry in stages.items()
         if name != "config"
     }
-    readers = [name for name, own in read.items() if not own.isdisjoint(sections)]
+    readers = [name for name, own in read.items() if _overlap(own, settings)]
     if not readers:
-        return f"python -m stages.{min(sections)} does"  # a command beside the DAG reads the section of its name
+        command = min(settings).partition(".")[0]  # one beside the DAG reads the section of its name
+        return f"python -m stages.{command} does"
     outs = {out if isinstance(out, str) else next(iter(out)) for name in readers for out in stages[name]["outs"]}
     taken = [path for path in stages.get(stage, {}).get("deps", ()) if path in outs and path.startswith("artifacts/")]
     names = " and ".join([", ".join(readers[:-1]), readers[-1]] if readers[1:] else readers)

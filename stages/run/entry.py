@@ -20,6 +20,7 @@ import yaml
 from stages.files.artifacts import ROOT, Refusal, write_atomically, write_json
 from stages.files.resuming import only_holder, remove_recorded
 from stages.files.streams import disk_refusals, fill_closed_streams, shield_output
+from stages.settings.reading import picked
 from stages.settings.schema import as_yaml, parse, validate
 from stages.settings.untracked import joined, with_observers
 
@@ -86,9 +87,10 @@ def _resolved(path, sections):
     except (yaml.YAMLError, UnicodeDecodeError):
         raise Refusal("resolved.yaml is damaged: delete it and run dvc repro config") from None
     plain = joined(plain) if isinstance(plain, dict) else {}
-    if any(section not in plain for section in sections):
+    found = picked(plain, sections)
+    if any(name.partition(".")[0] not in found for name in sections):
         raise Refusal(f"resolved.yaml lacks one of {', '.join(sections)}: run dvc repro config")
-    return {section: plain[section] for section in sections}
+    return found
 
 
 def _run_tracked(main, name, plain, sections, place, sweep):
@@ -209,8 +211,7 @@ def _run_job(main, name, sections, cfg, sweep):
             refuse_without_effect(OverridesParser.create().parse_overrides(overrides), name, sections)
         write_atomically(job.folder / "resolved.yaml", as_yaml(plain))
         folder = Path(hydra_cfg.sweep.dir).resolve() if sweeping else None
-        own = {section: plain[section] for section in sections}
-        _run_tracked(main, name, own, sections, Place(ROOT, job.folder), folder)
+        _run_tracked(main, name, picked(plain, sections), sections, Place(ROOT, job.folder), folder)
         job.metrics, job.failure = numbers_of(job.folder / "metrics" / f"{name}.json"), ""
         _say(f"{name} wrote {os.path.relpath(job.folder, hydra_cfg.runtime.cwd)}")
     except NothingKept as trial:

@@ -18,6 +18,7 @@ from pathlib import Path
 import yaml
 
 from stages.files.artifacts import read_json, sha256_of
+from stages.settings.reading import picked
 
 PACKAGES = ("torch", "lightning", "numpy", "tokenizers", "safetensors")
 # Instruction sets that torch, oneDNN, MKL and OpenBLAS choose their kernels by, as /proc/cpuinfo spells them.
@@ -121,7 +122,7 @@ def recipe(stage: str, stages: dict, root: Path) -> str:
     chain = [stages[name] for name in sorted(_chain(stage, stages))]
     deps = {path for entry in chain for path in _paths(entry, "deps")}
     sections = {name for entry in chain for params in entry["params"] for name in params["resolved.yaml"]}
-    asked = [_checksums(deps, root, code=True), {name: settings.get(name) for name in sections}]
+    asked = [_checksums(deps, root, code=True), picked(settings, sorted(sections))]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 

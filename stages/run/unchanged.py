@@ -1,6 +1,6 @@
 """Spares a `dvc repro` with nothing to do the composition of its settings, whose libraries take most of `config`.
 
-    corpus = unchanged_corpus(root)      # None: compose, as always
+    known = unchanged_sections(root)     # None: compose, as always
     remember(root, plain)                # after composing: what the next run compares with
 
 What was composed is trusted only where every file that it was composed of has the same bytes, the code and libraries
@@ -20,18 +20,20 @@ from stages.files.artifacts import sha256_of, write_json
 from stages.run.experiments import ACCEPTED
 
 MEMORY = ACCEPTED / "composed.json"
+SECTIONS = ("corpus", "teacher")  # which name what DVC cannot see
 LIBRARIES = ("hydra-core", "omegaconf", "pydantic", "PyYAML")
 FROM_ELSEWHERE = re.compile(r"\$\{(?!run:)")  # ${run:...} is left to the ranks
 FROM_ELSEWHERE_IN_CONFIG = re.compile(r"\$\{(?!choice:\w+\}|hydra\.|now:)")  # words of params.yaml, folders by hand
 
 
-def unchanged_corpus(root: Path) -> SimpleNamespace | None:
-    """The section `corpus` of the settings where all are as they were composed last; None where that is not certain."""
+def unchanged_sections(root: Path) -> SimpleNamespace | None:
+    """The sections `SECTIONS` where all settings are as they were composed last; None where that is not certain."""
     try:
         known = json.loads((root / MEMORY).read_text(encoding="utf-8"))
         same = known["of"] == _composed_of(root) and known["resolved"] == sha256_of(root / "resolved.yaml")
         accepted = sha256_of(root / ACCEPTED / "params.yaml") == sha256_of(root / "params.yaml")
-        return SimpleNamespace(**known["corpus"]) if same and accepted else None
+        sections = {name: SimpleNamespace(**known[name]) for name in SECTIONS}
+        return SimpleNamespace(**sections) if same and accepted else None
     except (OSError, ValueError, LookupError, TypeError):  # nothing is remembered, or it is damaged
         return None
 
@@ -42,7 +44,8 @@ def remember(root: Path, plain: dict[str, Any]) -> None:
     if of is None:
         (root / MEMORY).unlink(missing_ok=True)
     else:
-        write_json(root / MEMORY, {"of": of, "resolved": sha256_of(root / "resolved.yaml"), "corpus": plain["corpus"]})
+        sections = {name: plain[name] for name in SECTIONS}
+        write_json(root / MEMORY, {"of": of, "resolved": sha256_of(root / "resolved.yaml")} | sections)
 
 
 def _composed_of(root: Path) -> str | None:

@@ -1,7 +1,7 @@
 """How params.yaml and conf/ become one plain dictionary: presets chosen by a word, then the values of the sheet.
 
-What comes later wins: conf/base.yaml, the presets of `corpus`, `scale`, `experiment`, `callbacks` and `logger`,
-params.yaml, the command line.
+What comes later wins: conf/base.yaml, the presets of `corpus`, `scale`, `experiment`, `teacher`, `callbacks` and
+`logger`, params.yaml, the command line.
 `python -m stages.config --explain pretrain.steps` says which of them it was.
 """
 
@@ -16,8 +16,9 @@ from stages.settings.reading import RENAMED, refuse, refuse_unknown, shown
 from stages.settings.schema import SECTIONS, leaves
 from stages.settings.untracked import OBSERVERS
 
-ORDER = ("corpus", "scale", "experiment", *OBSERVERS)  # as conf/config.yaml lays the presets
-DEFAULTS = dict.fromkeys(("experiment", *OBSERVERS), "none")  # of the groups that params.yaml need not name
+ORDER = ("corpus", "scale", "experiment", "teacher", *OBSERVERS)  # as conf/config.yaml lays the presets
+# of the groups that params.yaml need not name
+DEFAULTS = dict.fromkeys(("experiment", *OBSERVERS), "none") | {"teacher": "train"}
 RUN_FACTS = ("folder", "stage", "fit")  # ${run:...} in a preset of a callback or logger; a rank fills them in
 
 
@@ -126,7 +127,7 @@ def read_sheet(words: Any = (), root: Path = ROOT) -> tuple[dict[str, str], dict
         if group in OBSERVERS and not isinstance(entry, str):
             entry, values[group] = "none", _observers(group, entry, presets, root)
         mapping = group in SECTIONS and isinstance(entry, dict)
-        choice = entry.get("source") if mapping else entry
+        choice = entry.get("source", DEFAULTS.get(group)) if mapping else entry
         if choice is None:
             key = f"{group}.source" if mapping else group
             raise Refusal(f"params.yaml: {key}: missing; write one of {', '.join(presets)}")
@@ -195,6 +196,8 @@ def _spelled_out(word, groups):
     from hydra.core.override_parser.types import Override
 
     name, _, value = word.lstrip("+").partition("=")
+    if name == "teacher.source":  # alone it would leave the steps of a teacher that starts from nothing
+        return [f"teacher={value}"]
     if name not in groups:
         return [word]
     if name in OBSERVERS or not value.lstrip().startswith("{"):

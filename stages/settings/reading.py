@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from pydantic import BaseModel, ValidationError
@@ -29,6 +29,18 @@ RULES = {  # by pydantic's type of error
 }
 RENAMED = {"optimizer.clip_norm": "trainer.gradient_clip_val"}
 TEXT_IS_WRONG = ("bool_type", "int_type", "float_type", "tuple_type")
+
+
+def picked(plain: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Of settings those of these names: whole sections, or "teacher.path" from its section. Who is missing stays so."""
+    found: dict[str, Any] = {}
+    for name in names:
+        section, _, setting = name.partition(".")
+        if section in plain and (not setting or not isinstance(plain[section], dict)):
+            found[section] = plain[section]
+        elif section in plain and setting in plain[section]:
+            found.setdefault(section, {})[setting] = plain[section][setting]
+    return found
 
 
 def refuse_first(error: ValidationError, model: type[BaseModel]) -> NoReturn:

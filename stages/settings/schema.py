@@ -20,16 +20,15 @@ from stages.settings.bounds import (
     Natural,
     NotStrict,
     Positive,
-    RotaryBase,
-    RotaryWidth,
     Section,
     Share,
     Some,
     Word,
 )
 from stages.settings.lightning import Batches, Duration, FewSteps, Observers
+from stages.settings.models import Student, Teacher, distill_rules, pretrain_rules, teacher_rules
 from stages.settings.plan import Plan, plan_rules
-from stages.settings.reading import refuse, refuse_first, refuse_unknown, shown
+from stages.settings.reading import picked, refuse, refuse_first, refuse_unknown, shown
 
 OWN_FILES = "in params.yaml corpus: {source: files, paths: [texts/*.txt]}, or corpus=files 'corpus.paths=[texts/*.txt]'"
 
@@ -56,37 +55,6 @@ class Prepare(Section):
     near_duplicate_words: Annotated[int, Field(ge=1, le=100)]  # of an n-gram
     val_share: HeldOut
     test_share: HeldOut
-
-
-class Teacher(Section):
-    layers: Count
-    dense_layers: Natural
-    width: Count
-    heads: Count
-    nope_head_dim: Count
-    rope_head_dim: RotaryWidth
-    value_head_dim: Count
-    latent_width: Count
-    dense_width: Count
-    experts: Count
-    experts_per_token: Count
-    shared_experts: Natural
-    expert_width: Count
-    gating: Literal["sigmoid", "softmax"]
-    route_scale: Positive
-    bias_update_rate: Share
-    balance_loss_weight: Share
-    rope_theta: RotaryBase
-
-
-class Student(Section):
-    layers: Count
-    width: Count
-    heads: Count
-    kv_heads: Count
-    head_dim: RotaryWidth
-    mlp_width: Count
-    rope_theta: RotaryBase
 
 
 class Optimizer(Section):
@@ -132,8 +100,8 @@ class Training(Recipe):
     steps: Count
 
 
-class Pretrain(Training):
-    pass
+class Pretrain(Recipe):
+    steps: Natural  # 0: a teacher from a folder stays as it is
 
 
 class SoftTargets(Training):
@@ -146,7 +114,7 @@ class SoftTargets(Training):
 
 
 class Distill(SoftTargets):
-    init: Literal["teacher", "random"]
+    init: Literal["teacher", "pruned", "random"]
 
 
 class SparsifyTeacher(Section):
@@ -241,11 +209,13 @@ def validate(plain: Any, sections: Any = None) -> Settings:
     """The settings in a plain dictionary, or a Refusal of its first mistake.
 
     With `sections`, only these are needed and read; the rest of the result is None and counts as unset for
-    `model_dump(exclude_unset=True)`. A rule that joins several sections is asked only where all of them were read.
+    `model_dump(exclude_unset=True)`. "teacher.path" is one setting of a section. A rule that joins several is asked
+    only where all of them were read.
     """
     settings = parse(plain, sections)
+    read = {*(SECTIONS if sections is None else sections)}
     for needs, rule in RULES:
-        if all(getattr(settings, need) is not None for need in needs):
+        if all(need in read or need.partition(".")[0] in read for need in needs):
             rule(settings)
     return settings
 
@@ -255,16 +225,28 @@ def parse(plain: Any, sections: Any = None) -> Settings:
     wanted = SECTIONS if sections is None else tuple(sections)
     if not isinstance(plain, dict):
         raise Refusal(f"settings = {shown(plain)}: must be a mapping of sections")
-    for name in [*plain, *wanted]:
+    for name in [*plain, *(name.partition(".")[0] for name in wanted)]:
         refuse_unknown(name, SECTIONS)
-    known = Settings.model_fields
-    fields: dict[str, Any] = {name: (known[name].annotation, known[name]) for name in wanted}
-    part = create_model("Part", __base__=Section, **fields)
+    part = _part_of(Settings, wanted)
     try:
-        read = part.model_validate({name: plain[name] for name in wanted if name in plain})
+        read = part.model_validate(picked(plain, wanted))
     except ValidationError as error:
         refuse_first(error, part)
-    return Settings.model_construct(set(wanted), **dict.fromkeys(SECTIONS) | dict(read))
+    return Settings.model_construct({*part.model_fields}, **dict.fromkeys(SECTIONS) | dict(read))
+
+
+def _part_of(model: type[BaseModel], wanted: tuple[str, ...]) -> type[BaseModel]:
+    """The model with the fields of these names alone; "teacher.path" leaves that of `teacher` with this one."""
+    inner: dict[str, list[str]] = {}
+    for name in wanted:
+        section, _, setting = name.partition(".")
+        inner.setdefault(section, []).extend([setting] if setting else [])
+    fields: dict[str, Any] = {}
+    for section, names in inner.items():
+        field = model.model_fields[section]
+        kind: Any = _part_of(field.annotation, tuple(names)) if names and section not in wanted else field.annotation
+        fields[section] = (kind, ... if names else field)
+    return create_model("Part", __base__=Section, **fields)
 
 
 def leaves(model: type[BaseModel] = Settings, path: tuple[str, ...] = ()) -> list[str]:
@@ -380,6 +362,9 @@ BATCHES = {
 }
 
 RULES = (
+    (("teacher.source", "teacher.path", "teacher.end_of_text"), teacher_rules),
+    (("teacher.source", "pretrain"), pretrain_rules),
+    (("teacher.source", "distill"), distill_rules),
     (("teacher",), _shape_rules("teacher", shapes.deepseek_v3)),
     (("student",), _shape_rules("student", shapes.qwen3)),
     (("corpus",), _corpus_rules),

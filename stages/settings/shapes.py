@@ -14,7 +14,7 @@ def too_small(shape: Any, may_be_zero: tuple[str, ...] = ()) -> Broken:
     """For shapes that do not come from settings, whose bounds are in the schema."""
     for field in dataclasses.fields(shape):
         value = getattr(shape, field.name)
-        if not isinstance(value, str) and not value >= (0 if field.name in may_be_zero else 1e-9):
+        if not isinstance(value, (str, bool)) and not value >= (0 if field.name in may_be_zero else 1e-9):
             yield field.name, "is too small"
 
 

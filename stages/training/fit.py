@@ -48,6 +48,7 @@ class Fit:
     finish: Callable[[nn.Module], None] = lambda model: None  # settles what the trained model is saved with
     notes: dict = field(default_factory=dict)  # figures known before the fit, kept with its results
     prepared_flops: int = 0  # operations before the first step: calibration, warm start
+    unknown_before: bool = False  # it was trained elsewhere, for what nobody here knows
 
 
 def split_targets(tokens_BT1: Tensor) -> tuple[Tensor, Tensor]:

@@ -141,11 +141,11 @@ def write_costs(place, stage: str, result: dict) -> None:
 def write_curves(place, stage: str, result: dict) -> None:
     """The training curve of each fit as a CSV of its own, which DVC draws as a line of its own.
 
-    An empty field where a step was not validated.
+    An empty field where a step was not validated, or there was no step.
     """
     for name, fit in rounded(result).items():
         lines = ["step,loss,validation_bits_per_byte"]
         for row in fit["curve"]:
-            bits = "" if row["validation_bits_per_byte"] is None else row["validation_bits_per_byte"]
-            lines.append(f"{row['step']},{row['loss']},{bits}")
+            loss, bits = ("" if row[key] is None else row[key] for key in ("loss", "validation_bits_per_byte"))
+            lines.append(f"{row['step']},{loss},{bits}")
         write_atomically(place.write(f"plots/{stage}/{name}.csv"), "\n".join(lines) + "\n")

@@ -4,15 +4,14 @@ With them AutoTokenizer, pipeline("text-generation") and `hf upload` take the fo
 model was made from by checksums. Equal runs must write equal bytes, so it has no commit, date, host or path.
 """
 
-import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from stages.data.hub_tokenizer import tokenizer_files
-from stages.data.shards import END_OF_TEXT, read_card
+from stages.data.hub_tokenizer import TOKENIZER_CONFIG, tokenizer_files
+from stages.data.shards import read_card
 from stages.files.artifacts import read_json, write_atomically
 from stages.model.folders import FIGURES_LATER, MODEL_CARD
+from stages.model.weight_files import weight_files
 from stages.run.entry import Place
 
 SOFTMAX_TYPE = "offramp_softmax_moe"  # stages/model/families/deepseek_v3/hub.py, whose import would cost torch's
@@ -28,6 +27,7 @@ STRUCTURE = {  # what a reader looks for first in config.json, where the family 
     "moe_intermediate_size": "expert width",
     "max_position_embeddings": "context in training, tokens",
 }
+NO_SOURCES: Mapping[str, str] = {}
 LICENCES = {
     "stdlib": "The text is Python's standard library: PSF-2.0, and the licences that some of its files name.",
     "files": "The text comes from the user's own files, whose licences are not known here.",
@@ -36,18 +36,24 @@ LICENCES = {
 
 
 def complete_folder(
-    place: Place, name: str, summary: str, parents: tuple[str, ...], figures: Mapping[str, float], sequence_tokens: int
+    place: Place,
+    name: str,
+    summary: str,
+    parents: tuple[str, ...],
+    figures: Mapping[str, float],
+    sequence_tokens: int,
+    sources: Mapping[str, str] = NO_SOURCES,
 ) -> None:
     """Writes the companions of artifacts/<name>, whose config.json and weights are there.
 
-    `summary` says in a sentence how the model was made, `parents` which models of artifacts/ it was made from, and
-    `figures` what was measured of it so far.
+    `summary` says in a sentence how the model was made, `parents` which models of artifacts/ it was made from,
+    `sources` the SHA-256 of what else it was made from, and `figures` what was measured of it so far.
     """
     folder, data = place.write(f"artifacts/{name}"), place.read("artifacts/data")
     for file, content in tokenizer_files(data, sequence_tokens).items():
         write_atomically(folder / file, content)
     hashes = {parent: read_json(place.read(f"artifacts/{parent}") / "config.json") for parent in parents}
-    lineage = {f"weights of `{parent}`": config["weights_sha256"] for parent, config in hashes.items()}
+    lineage = {f"weights of `{parent}`": config["weights_sha256"] for parent, config in hashes.items()} | dict(sources)
     write_atomically(folder / MODEL_CARD, model_card(folder, name, summary, lineage, figures, read_card(data)))
 
 
@@ -58,7 +64,8 @@ def model_card(
     config, corpus = read_json(folder / "config.json"), data["corpus"]
     hashes = {"data card (tokenizer, token shards)": data["sha256"], "tokenizer": data["tokenizer_sha256"], **lineage}
     hashes["weights of this model"] = config["weights_sha256"]
-    structure = {"parameters": parameters(folder / "model.safetensors")}
+    end_of_text = read_json(folder / TOKENIZER_CONFIG)["eos_token"]
+    structure = {"parameters": weight_files(folder).parameters}
     structure |= {word: config[key] for key, word in STRUCTURE.items() if key in config}
     lines = [
         "---",
@@ -86,7 +93,7 @@ def model_card(
         "- A base model: it continues text. It has no chat template, follows no instructions and was not made safe.",
         f"- It has read one corpus, at most {config['max_position_embeddings']} tokens at a time. Longer texts and",
         "  other kinds of text are beyond it.",
-        f"- `{END_OF_TEXT}` ends a text. A prompt that spells it is read as text, as `split_special_tokens` says.",
+        f"- `{end_of_text}` ends a text. A prompt that spells it is read as text, as `split_special_tokens` says.",
         *_loading(config),
         "",
         "## Licences",
@@ -112,8 +119,3 @@ def _loading(config: dict) -> list[str]:
     return []
 
 
-def parameters(weights: Path) -> int:
-    """Numbers in a safetensors file, from its header: the tensors, and so torch, are not needed."""
-    with weights.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return sum(math.prod(part["shape"]) for name, part in header.items() if name != "__metadata__")

@@ -136,6 +136,9 @@ def run_fit(fit: Fit, rank: Rank) -> dict:
         if rank.rank == 0:
             progress.save(fit.model, optimizer)
     seconds = time.monotonic() - started
+    if not progress.curve:  # no step at all: a model that is there
+        model = fit.model.to("cuda" if rank.accelerator == "gpu" else "cpu")
+        progress.curve = [{"step": 0, "loss": None, "validation_bits_per_byte": round(rank.validate(model, fit), 5)}]
     fit.model.cpu()
     if rank.rank == 0 and not rank.few_steps:
         progress.checkpoint.wait()
@@ -164,7 +167,7 @@ def how_made(fit: Fit, rank: Rank) -> dict:
         "balance_loss_weight": getattr(fit.objective, "balance_loss_weight", 0.0),
         "training_flops": fit.steps * step_flops(fit.model, tokens, rank.sequence_tokens, teacher)
         + fit.prepared_flops,
-    }
+    } | ({"unknown_before": True} if fit.unknown_before else {})
 
 
 def train(fit: Fit, rank: Rank, progress: Progress, optimizer: MuonAdamW) -> None:

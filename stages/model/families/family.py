@@ -131,7 +131,7 @@ class Family(Protocol):
         """The weights by the names, and in the layout, that transformers has."""
 
     def from_hub(self, tensors: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-        """The inverse: a float32 state dict of `model`, whose own weights are not read."""
+        """The inverse, of float32 tensors, which it takes out: a state dict of `model`, whose weights are not read."""
 
     # ---- cost
 

@@ -1,4 +1,4 @@
-"""What config.json and the tensor names of Llama, Qwen3 and DeepSeek-V3 have in common in transformers.
+"""What config.json and the tensor names of Llama, Qwen and DeepSeek-V3 have in common in transformers.
 
 Gate and up are one matrix here and two there.
 """
@@ -17,6 +17,8 @@ from stages.files.artifacts import Refusal
 from stages.model.families.family import Unsupported
 from stages.model.kernels.norm import NORM_EPSILON
 from stages.model.layers import INIT_STD
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # our field -> the name in config.json
 COMMON_FIELDS = {
@@ -37,11 +39,11 @@ COMMON_FIXED = {
 
 
 def config_fields(shape: Any, names: dict[str, str]) -> dict[str, Any]:
-    """The config.json of a shape: its fields under their names there, and what is common to all."""
+    """The config.json of a shape: what is common to all, and its fields under their names there."""
     # rope_parameters is what transformers 5 reads, rope_theta what everything older reads
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta}}
     common = {"attention_dropout": 0.0, "initializer_range": INIT_STD, "use_cache": True, "tie_word_embeddings": False}
-    return {hub: getattr(shape, ours) for ours, hub in names.items()} | rope | COMMON_FIXED | common
+    return rope | COMMON_FIXED | common | {hub: getattr(shape, ours) for ours, hub in names.items()}
 
 
 def read_fields(kind: type, names: dict[str, str], fixed: dict[str, Any], config: dict[str, Any], path: Path) -> Any:
@@ -53,14 +55,16 @@ def read_fields(kind: type, names: dict[str, str], fixed: dict[str, Any], config
     if not isinstance(tied, bool):
         raise Refusal(f"{path}: tie_word_embeddings is {tied!r}, expected bool: restore the file")
     rope = config.get("rope_parameters") or {}
-    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default" or config.get("rope_scaling"):
-        raise Unsupported(f"{path}: scaled rotary positions are not supported, only rope_type 'default'")
+    plain = isinstance(rope, dict) and rope.get("rope_type", "default") == "default" and not config.get("rope_scaling")
+    if not plain or rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1)) != 1:
+        raise Unsupported(f"{path}: scaled or partial rotary positions are not supported, only rope_type 'default'")
     config = {"rope_theta": rope.get("rope_theta")} | config
     given: dict[str, Any] = {}
     for name, wanted in get_type_hints(kind).items():
         value = config.get(names[name])
         allowed = (int, float) if wanted is float else wanted
-        if not isinstance(value, allowed) or isinstance(value, bool) or value in (math.inf, -math.inf):
+        of_kind = isinstance(value, allowed) and isinstance(value, bool) is (wanted is bool)
+        if not of_kind or value in (math.inf, -math.inf):
             raise Refusal(f"{path}: {names[name]} is {value!r}, expected {wanted.__name__}: restore the file")
         given[name] = float(value) if wanted is float else value
     return kind(**given)
@@ -73,15 +77,17 @@ def to_hub(
     mlp_to_hub: Callable[[Any, str], dict[str, Tensor]],
 ) -> dict[str, Tensor]:
     """All tensors by their names there. `attention` maps our names of its modules; the functions map what differs."""
-    hub = {"model.embed_tokens.weight": model.embedding.weight}
+    hub = {EMBEDDING: model.embedding.weight}
     for index, block in enumerate(model.blocks):
         layer = f"model.layers.{index}"
         hub[f"{layer}.input_layernorm.weight"] = block.attention_norm.weight
         for ours, theirs in attention.items():
-            hub[f"{layer}.self_attn.{theirs}.weight"] = weight_to_hub(ours, getattr(block.attention, ours).weight)
+            for kind, part in getattr(block.attention, ours).named_parameters():  # weight, and bias where there is one
+                hub[f"{layer}.self_attn.{theirs}.{kind}"] = weight_to_hub(ours, part)
         hub[f"{layer}.post_attention_layernorm.weight"] = block.mlp_norm.weight
         hub |= mlp_to_hub(block.mlp, f"{layer}.mlp")
-    return hub | {"model.norm.weight": model.norm.weight, "lm_head.weight": model.head.weight}
+    hub["model.norm.weight"] = model.norm.weight
+    return hub if model.head.weight is model.embedding.weight else hub | {HEAD: model.head.weight}
 
 
 def from_hub(
@@ -91,18 +97,20 @@ def from_hub(
     weight_from_hub: Callable[[str, Tensor], Tensor],
     mlp_from_hub: Callable[[dict[str, Tensor], Any, str, str], dict[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """The inverse of `to_hub`."""
-    hub = {name: part.float() for name, part in hub.items()}
-    state = {"embedding.weight": hub.pop("model.embed_tokens.weight")}
+    """The inverse of `to_hub`, of tensors in float32, each of which leaves `hub` when it is read."""
+    state = {"embedding.weight": hub.pop(EMBEDDING)}
     for index, block in enumerate(model.blocks):
         layer, ours_at = f"model.layers.{index}", f"blocks.{index}"
         state[f"{ours_at}.attention_norm.weight"] = hub.pop(f"{layer}.input_layernorm.weight")
         for ours, theirs in attention.items():
-            weight = hub.pop(f"{layer}.self_attn.{theirs}.weight")
-            state[f"{ours_at}.attention.{ours}.weight"] = weight_from_hub(ours, weight)
+            for kind, _ in getattr(block.attention, ours).named_parameters():
+                part = hub.pop(f"{layer}.self_attn.{theirs}.{kind}")
+                state[f"{ours_at}.attention.{ours}.{kind}"] = weight_from_hub(ours, part)
         state[f"{ours_at}.mlp_norm.weight"] = hub.pop(f"{layer}.post_attention_layernorm.weight")
         state |= mlp_from_hub(hub, block.mlp, f"{layer}.mlp", f"{ours_at}.mlp")
-    return state | {"norm.weight": hub.pop("model.norm.weight"), "head.weight": hub.pop("lm_head.weight")}
+    state["norm.weight"] = hub.pop("model.norm.weight")
+    tied = model.head.weight is model.embedding.weight
+    return state | {"head.weight": state["embedding.weight"] if tied else hub.pop(HEAD)}
 
 
 def same_weight(_: str, weight: Tensor) -> Tensor:

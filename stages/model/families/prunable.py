@@ -57,7 +57,8 @@ class Prunable:
 
 def heads(attention: nn.Module, at: str, units: int, by_rows: tuple[str, ...]) -> Prunable:
     """`units` groups of heads: rows of the matrices `by_rows` of the attention, columns of its `output`."""
-    cuts = (*(Cut(f"{at}.{name}.weight", 0) for name in by_rows), Cut(f"{at}.output.weight", 1))
+    parts = [(name, kind) for name in by_rows for kind, _ in getattr(attention, name).named_parameters()]
+    cuts = (*(Cut(f"{at}.{name}.{kind}", 0) for name, kind in parts), Cut(f"{at}.output.weight", 1))
     return Prunable("heads", f"{at}.heads", units, attention.output, cuts, head_norms(attention.output, units))
 
 

@@ -1,0 +1,57 @@
+"""A teacher that is there already: the Hugging Face folder that `teacher.path` names, as `config` and `prepare` see it.
+
+    folder = teacher_folder("models/mine", root)     # refused where it lacks what a teacher needs
+    tokenizer = teacher_tokenizer(folder, None)
+
+Weights are not read here, and nothing in the folder is executed or unpickled.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stages.files.artifacts import Refusal, read_json
+
+if TYPE_CHECKING:
+    from stages.data.file_tokenizer import FileTokenizer
+
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def teacher_folder(path: str, root: Path) -> Path:
+    """The folder, relative to the project's root or absolute."""
+    folder = root / Path(path).expanduser()
+    if path.endswith(".gguf"):
+        into = folder.with_suffix("").name
+        raise Refusal(
+            f"teacher.path = {path}: a GGUF file becomes a folder first: python -m stages.formats.gguf_import {path}"
+            f" models/{into}, then teacher.path=models/{into}"
+        )
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise Refusal(f"teacher.path: {path} {what} (looked in {root.resolve()}): name the folder of a model")
+    for name in (CONFIG, TOKENIZER):
+        if not (folder / name).is_file():
+            raise Refusal(f"teacher.path: {path} has no {name}: save model and tokenizer there with save_pretrained")
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(found.name for pattern in PICKLES for found in folder.glob(pattern))
+        cure = "save the model there with save_pretrained"
+        why = f"{pickles[0]} may be a pickle, which is never read: {cure}" if pickles else cure
+        raise Refusal(f"teacher.path: {path} has no *.safetensors: {why}")
+    return folder
+
+
+def teacher_files(folder: Path) -> list[tuple[str, Path]]:
+    """By name, all that may be read of it: weights, settings, tokenizer."""
+    return sorted((path.name, path) for kind in ("json", "safetensors") for path in folder.glob(f"*.{kind}"))
+
+
+def teacher_tokenizer(folder: Path, end_of_text: str | None) -> "FileTokenizer":
+    """As it is; its vocabulary is that of the embedding, which may be padded."""
+    from stages.data.hub_tokenizer import load_hub_tokenizer  # late: the stage `config` needs no tokenizer
+
+    config = read_json(folder / CONFIG)
+    vocab_size = config.get("vocab_size") if isinstance(config, dict) else None
+    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size < 1:
+        raise Refusal(f"{folder / CONFIG}: vocab_size is {vocab_size!r}, expected a number of tokens")
+    return load_hub_tokenizer(folder, vocab_size, end_of_text)
