@@ -60,8 +60,8 @@ def _architecture(model: Any, folder: Path) -> str:
     family = family_of(model.shape)
     if not isinstance(model.shape, Qwen3Shape):
         raise Refusal(
-            f"{folder}: no GGUF of the family {family.name}: llama.cpp's loader of deepseek2 demands a q_lora_rank,"
-            " which this teacher has not; export the student"
+            f"{folder}: no GGUF of the family {family.name}: only dense models of our own class are written so (and"
+            " llama.cpp's loader of deepseek2 demands a q_lora_rank, which our teacher has not); export the student"
         )
     if model.shape.attention_bias:
         raise Refusal(f"{folder}: no GGUF of a {model.shape.kind} with attention_bias: llama.cpp has no place for it")
