@@ -44,8 +44,9 @@ class Control(NamedTuple):
 
     @property
     def what(self) -> str:
-        what = WHAT[self.name][1]
-        return what if self.is_whole or self.equal == SAME_TOKENS else f"{what}, without what the teacher took elsewhere"
+        if self.is_whole or self.equal == SAME_TOKENS:
+            return WHAT[self.name][1]
+        return f"{WHAT[self.name][1]}, without what the teacher took elsewhere"
 
     @property
     def outcome(self) -> str:
