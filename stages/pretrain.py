@@ -69,18 +69,19 @@ def read_teacher(settings, place: Place, vocab_size: int):
     return model
 
 
-def refuse_other_teacher(settings, place: Place) -> dict[str, str]:
-    """A folder whose tokenizer artifacts/data does not have; returns where the teacher comes from, by checksum."""
+def sources_of(settings, place: Place) -> dict[str, str]:
+    """Where the teacher comes from, by checksum: nowhere, or a folder, which must be the one that `prepare` saw."""
     files = teacher_fingerprint(settings.teacher, place.root)
-    card = read_card(place.read("artifacts/data"))
-    if card.get("teacher") != files:
-        how = "with this folder as it is now" if files else "for a teacher that is trained here"
-        raise Refusal(f"artifacts/data was not made {how}: run dvc repro prepare, or choose another teacher.source")
-    return {"folder that the teacher was read from": files["sha256"]} if files else {}
+    if files is None:
+        return {}
+    if read_card(place.read("artifacts/data")).get("teacher") != files:
+        path = settings.teacher.path
+        raise Refusal(f"artifacts/data was not made with {path} as it is now: run dvc repro prepare")
+    return {"folder that the teacher was read from": files["sha256"]}
 
 
 def main(settings, place: Place, run) -> dict:
-    sources = refuse_other_teacher(settings, place)
+    sources = sources_of(settings, place)
     result, conditions = launch(fits, settings, place, ["artifacts/data"], run)
     write_curves(place, "pretrain", result)
     write_costs(place, "pretrain", result)

@@ -224,7 +224,7 @@ def test_a_model_in_several_files_is_read(checkpoint, taken, tmp_path):
     assert torch.equal(logits(through_adapter(tmp_path)), logits(taken("mixtral")))
     shard = next(tmp_path.glob("*-of-*"))
     shard.unlink()
-    refused(tmp_path, rf"{shard.name} is missing, which model.safetensors.index.json names: copy all shards")
+    refused(tmp_path, rf"{shard.name} is missing, which model.safetensors.index.json names: copy it again")
 
 
 def refused(folder, told):
@@ -237,8 +237,8 @@ def refused(folder, told):
     ("change", "told"),
     [
         ({"model_type": "bloom"}, "model_type 'bloom' is not supported, only .*deepseek_v2, .*mixtral, .*gpt_oss"),
-        ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map names code .* no code of a folder is run"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantised.* save the model dequantised"),
+        ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map is set: it asks for code from its folder, and none is executed"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "its weights are quantised: save the folder dequantised"),
         ({"num_hidden_layers": 3}, r"lacks model.layers.2.\S+ \(\d+ missing\): weights and config.json do not match"),
         (
             {"num_hidden_layers": 1},
@@ -284,11 +284,11 @@ def test_a_folder_of_pickles_without_weights_or_cut_short_is_refused(checkpoint,
     folder = copy_of(checkpoint("mixtral")[0], tmp_path)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
-    refused(folder, "model.safetensors is damaged .* copy it again")
+    refused(folder, "model.safetensors is damaged .* delete it")
     weights.rename(folder / "pytorch_model.bin")
-    refused(folder, "pytorch_model.bin may run code when it is read, and is not: save the model as safetensors")
+    refused(folder, "pytorch_model.bin may be a pickle, which is never read: save it as safetensors")
     (folder / "pytorch_model.bin").unlink()
-    refused(folder, "model.safetensors is missing: copy the model's safetensors files there")
+    refused(folder, "model.safetensors is missing")
 
 
 def test_a_saved_folder_whose_weights_changed_is_refused(taken, tmp_path):

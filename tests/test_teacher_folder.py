@@ -182,12 +182,11 @@ def test_a_teacher_that_does_not_fit_data_memory_or_context_is_refused(root, mon
     monkeypatch.setattr(weight_files, "available_bytes", lambda: needed)
     assert fit_of(root).model.shape == LLAMA
     place = Place(root, root)
-    pretrain.refuse_other_teacher(settings_of(pretrain.SECTIONS), place)
-    with pytest.raises(Refusal, match="^artifacts/data was not made for a teacher that is trained here: run dvc repro"):
-        pretrain.refuse_other_teacher(settings_of(pretrain.SECTIONS, "teacher=train", "teacher.path=null"), place)
+    assert len(pretrain.sources_of(settings_of(pretrain.SECTIONS), place)) == 1
+    assert pretrain.sources_of(settings_of(pretrain.SECTIONS, "teacher=train", "teacher.path=null"), place) == {}
     save(new_model(replace(LLAMA, vocab_size=301), seed=0), root / "models/mine")
-    with pytest.raises(Refusal, match="^artifacts/data was not made with this folder as it is now: run dvc repro prep"):
-        pretrain.refuse_other_teacher(settings_of(pretrain.SECTIONS), place)
+    with pytest.raises(Refusal, match="^artifacts/data was not made with models/mine as it is now: run dvc repro prep"):
+        pretrain.sources_of(settings_of(pretrain.SECTIONS), place)
     with pytest.raises(Refusal, match="mine: vocab_size is 301, artifacts/data has 320: run dvc repro prepare"):
         fit_of(root)
     assert data.is_dir()

@@ -125,8 +125,8 @@ class FileTokenizer:
     def decode(self, ids: list[int]) -> str:
         return self.bytes_of(ids).decode("utf-8", errors="replace")
 
-    def end_token(self) -> str | None:
-        return self._tokenizer.id_to_token(self.end_of_text)
+    def end_token(self) -> str:
+        return str(self._tokenizer.id_to_token(self.end_of_text))
 
     def to_json(self) -> str:
         """What to keep: read again, or by transformers, it gives the same ids."""

@@ -21,7 +21,8 @@ from stages.data.hub_tokenizer import GENERATION_CONFIG, TOKENIZER_CONFIG
 from stages.data.shards import TOKENIZER
 from stages.files.artifacts import Refusal, link_or_copy, read_json
 from stages.files.extras import extra
-from stages.model.families.registry import family_of, shape_of
+from stages.model.families.registry import family_of
+from stages.model.hub import shape_from
 
 OF_THE_WHOLE = ("weights_sha256", "config_sha256")  # of config.json: of weights that these are not
 
@@ -30,7 +31,8 @@ def write_int8(folder: Path, out: Path) -> None:
     """Writes the folder `out`; a mixture is refused, as torchao leaves its experts as they are."""
     torchao, transformers = _extra()
     config = read_json(folder / "config.json")
-    if not family_of(shape_of(config, folder / "config.json")).dense_target:
+    shape = shape_from(config, folder / "config.json")
+    if family_of(shape).routing(shape) is not None:
         kind = config["model_type"]
         raise Refusal(f"{folder}: no int8 of model_type {kind!r}: torchao does not see the matrices of its experts")
     with _silent():
