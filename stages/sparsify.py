@@ -11,7 +11,7 @@ the dense model trained on for the same extra tokens, since recovery alone also 
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from stages.files.artifacts import rounded, write_json
+from stages.files.artifacts import Refusal, rounded, write_json
 from stages.run.entry import Place, run_stage
 from stages.training.launch import launch, write_costs, write_curves
 from stages.training.model_folder import complete_folder
@@ -96,6 +96,11 @@ def mean_count(shape, shares: dict[str, float], expert_choice: str | None, calib
 
     if expert_choice != "confidence":
         return lambda model: None
+    if getattr(shape, "gate_mass", None) is None:
+        raise Refusal(
+            "sparsify.teacher.expert_choice = confidence: only the router of our own classes counts experts by token:"
+            " set it to fixed"
+        )
     mean = pruned_shape(shape, shares).experts_per_token
     shares["experts_per_token"] = 1.0
     return lambda model: settle(model, mean, calibration)

@@ -69,7 +69,8 @@ def checkpointed(model: nn.Module, policy: str, around: Callable = nullcontext) 
 
     Each block's forward, the repeated one too, runs inside `around()`.
     """
-    wrap, chosen = _wrapper(policy), _chosen(policy, list(model.blocks))
+    kept = frozenset(KEPT_OPERATIONS) - getattr(model, "changed_in_place", frozenset())
+    wrap, chosen = _wrapper(policy, kept), _chosen(policy, list(model.blocks))
     wrapped = [*model.blocks, *(part for part in chosen if part not in set(model.blocks))]
     try:
         for part in wrapped:
@@ -101,21 +102,23 @@ def _within(function, around):
     return run
 
 
-def _wrapper(policy: str):
+def _wrapper(policy: str, kept: frozenset):
     if policy == "none":
         return lambda forward: forward
     # No randomness in a block: the generator's state need not be kept. Non-reentrant, as PyTorch advises.
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if policy == "selective":
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_or_recompute)
+        options["context_fn"] = functools.partial(
+            create_selective_checkpoint_contexts, functools.partial(_keep_or_recompute, kept)
+        )
     elif not re.fullmatch(r"(every|first|attention|mlp)_[1-9]\d*|all_but_last", policy):
         known = "none, every_<k>, first_<m>, attention_<m>, mlp_<m>, all_but_last or selective"
         raise ValueError(f"checkpointing policy {policy!r}: it must be {known}")
     return lambda forward: functools.partial(checkpoint, forward, **options)
 
 
-def _keep_or_recompute(context, operation, *arguments, **named):
-    return CheckpointPolicy.MUST_SAVE if operation in KEPT_OPERATIONS else CheckpointPolicy.PREFER_RECOMPUTE
+def _keep_or_recompute(kept, context, operation, *arguments, **named):
+    return CheckpointPolicy.MUST_SAVE if operation in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 # ---- what a step keeps, computes and gives

@@ -111,7 +111,7 @@ def compile_blocks(model: nn.Module) -> None:
 
     One graph for all blocks of a kind, compiled when they first run.
     """
-    if can_compile():
+    if can_compile() and getattr(model, "compiles", True):
         for block in model.blocks:
             block.compile(dynamic=False)
 

@@ -158,7 +158,7 @@ def parameters_by_kind(model: nn.Module) -> tuple[list[Tensor], list[Tensor], li
     """Matrices; matrices of which two stand on top of each other; embedding, head and router; vectors."""
     matrices, doubled, others, vectors = [], [], [], []
     for name, p in model.named_parameters():
-        if p.ndim < 2:
+        if p.ndim < 2 or name.endswith("bias"):  # those of experts are stacked
             vectors.append(p)
         elif name.startswith(("embedding", "head")) or "router" in name or name.endswith(".gate.weight"):
             others.append(p)

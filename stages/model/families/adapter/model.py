@@ -18,6 +18,7 @@ from stages.model.families.adapter.shape import AdapterShape
 from stages.model.features import Features, check_layers
 from stages.model.kernels.routing import loads
 from stages.model.layers import LayerCache
+from stages.model.operations import GROUPED_MATMUL
 
 OURS = {"embed_tokens": "embedding", "layers": "blocks"}  # transformers' name -> ours; what is not here keeps its own
 
@@ -121,6 +122,8 @@ def moe_of(block: nn.Module) -> Mixture | None:
 class AdapterModel(nn.Module):
     """The parts stand here under our names; `hub` is the whole as transformers calls it, and owns nothing else."""
 
+    compiles = False  # never tried
+
     def __init__(self, hub: Any, shape: AdapterShape):
         super().__init__()
         self.shape = shape
@@ -130,6 +133,12 @@ class AdapterModel(nn.Module):
         config = hub.config
         after = LogitMap(getattr(config, "logits_scaling", 1.0), getattr(config, "final_logit_softcapping", None))
         self.head = Head(hub.lm_head, None if after == LogitMap() else after)
+        # What transformers' code writes over, so that activation checkpointing cannot keep it: some routers divide what
+        # topk gave, and GPT-OSS adds biases to its experts' products.
+        self.changed_in_place = frozenset(
+            operation.default
+            for operation in (torch.ops.aten.topk, *(GROUPED_MATMUL if config.model_type == "gpt_oss" else ()))
+        )
         self.__dict__["seen"] = None  # the routings of the forward pass in progress
         for block in self.blocks:
             _name_parts(block)

@@ -14,16 +14,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import safetensors
 import torch
 from torch import nn
 
-from stages.files.artifacts import Refusal, read_json, sha256_of
+from stages.files.artifacts import Refusal, sha256_of
 from stages.model.families.adapter.shape import KNOWN, AdapterShape, config_of
+from stages.model.weight_files import CONFIG, INDEX, WEIGHTS, tensor_shapes, weight_files
 
-WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack")
 GROUPED = 8  # widths of which transformers' grouped kernel takes multiples
-HEADER_BYTES = 10**8  # safetensors' own limit
 
 Header = dict[str, tuple[str, list[int], str]]  # tensor -> dtype, sizes, file
 
@@ -129,45 +128,16 @@ def read(folder: Path, shape: AdapterShape, recorded_sha256: str | None) -> nn.M
 
 def headers(folder: Path) -> Header:
     """Names, sizes and dtypes of all tensors, from the beginnings of the files."""
-    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
-        return _header(folder / WEIGHTS)
-    index = read_json(folder / INDEX)
-    files = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
-        raise Refusal(f"{folder / INDEX} has no weight_map of tensors to files: restore the file")
-    found: Header = {}
-    for name in sorted(set(files.values())):
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise Refusal(f"{folder / INDEX} names {name!r}, which is no safetensors file of its folder")
-        if not (folder / name).is_file():
-            raise Refusal(f"{folder / name} is missing, which {INDEX} names: copy all shards")
-        found |= _header(folder / name)
-    if missing := sorted(files.keys() - found.keys()):
-        raise Refusal(f"{folder / files[missing[0]]} lacks {missing[0]}, which {INDEX} says it has: copy it again")
-    return found
-
-
-def _header(path: Path) -> Header:
-    if not path.is_file():
-        pickles = sorted(file.name for file in path.parent.glob("*") if file.suffix in PICKLES)
-        if pickles:
-            raise Refusal(f"{path.parent / pickles[0]} may run code when it is read, and is not: save the model as"
-                          f" safetensors (save_pretrained), as {path.name}")  # fmt: skip
-        raise Refusal(f"{path} is missing: copy the model's safetensors files there")
-    try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if size > HEADER_BYTES:
-                raise ValueError("its header has no end")
-            parts = json.loads(file.read(size))
-        found = {
-            name: (part["dtype"], part["shape"], path.name) for name, part in parts.items() if name != "__metadata__"
-        }
-        end = max((part["data_offsets"][1] for name, part in parts.items() if name != "__metadata__"), default=0)
-        if path.stat().st_size != 8 + size + end:
-            raise ValueError("it is cut short")
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
-        raise Refusal(f"{path} is damaged ({_one_line(error)}): copy it again") from None
+    files, found = weight_files(folder), {}
+    for path in files.paths:
+        shapes = tensor_shapes(path)
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                found |= {name: (file.get_slice(name).get_dtype(), sizes, path.name) for name, sizes in shapes.items()}
+        except (safetensors.SafetensorError, OSError) as error:
+            raise Refusal(f"{path} is damaged ({_one_line(error)}): copy it again") from None
+    if missing := sorted(files.map.keys() - found.keys()):
+        raise Refusal(f"{folder / files.map[missing[0]]} lacks {missing[0]}, which {INDEX} says it has: copy it again")
     return found
 
 

@@ -76,12 +76,6 @@ class AdapterShape:
 
 def shape_of(config: dict[str, Any], path: Path) -> AdapterShape:
     """The shape that a config.json describes; what this adapter does not take is refused by name."""
-    if config.get("auto_map"):
-        raise Refusal(f"{path}: auto_map names code that comes with the model, and no code of a folder is run here:"
-                      " remove the key if transformers has the family")  # fmt: skip
-    if config.get("quantization_config"):
-        raise Refusal(f"{path}: quantization_config: the weights are quantised, and only floating-point ones are read:"
-                      " save the model dequantised")  # fmt: skip
     numbers = {}
     for ours, theirs in FIELDS.items():
         value = config.get(theirs)
