@@ -398,7 +398,9 @@ def test_a_node_that_waits_in_vain_and_a_port_that_is_taken_are_one_line():
         port = listener.getsockname()[1]
         with pytest.raises(Refusal, match=f"^node 0 cannot listen on 127.0.0.1:{port} .*another engine.master_port"):
             meet(Nodes(2, 0, "127.0.0.1", port, 0.3))
-    with pytest.raises(Refusal, match=f"^nobody listens on 127.0.0.1:{port}: start node 0"):
+        with pytest.raises(Refusal, match=f"^no node 0 answers on 127.0.0.1:{port}"):  # what answers is no store
+            meet(Nodes(2, 1, "127.0.0.1", port, 0.3))
+    with pytest.raises(Refusal, match=f"^no node 0 answers on 127.0.0.1:{port}: start it with"):
         meet(Nodes(2, 1, "127.0.0.1", port, 0.3))
     with pytest.raises(Refusal, match=f"^not all 2 nodes have come to 127.0.0.1:{port}: start the same command on"):
         meet(Nodes(2, 0, "127.0.0.1", port, 0.3))
