@@ -1,6 +1,6 @@
 """The experiment of record: every claim over several seeds and corpora, with intervals over seeds and documents.
 
-    make claims                                     # a night on 2 cores; writes docs/claims.md
+    make claims                                     # hours on 2 cores; writes docs/claims.md and the README's table
     python -m claims corpus=python seed=1,2         # a part of it; prints the table, writes nothing
     python -m claims hydra.sweeper.params=null      # prints the table of what has run
 
@@ -23,12 +23,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from benchmarks.checkout import DVC, checkout, environment
 from benchmarks.table import ROOT
-from claims.table import MIN_CORPORA, MIN_SEEDS, TIMED, Runs, page
+from claims.table import MIN_CORPORA, MIN_SEEDS, TIMED, Runs, compared, page, summary
 from stages.files.artifacts import write_atomically
 from stages.files.resuming import resume_key
 
 FOLDER = ROOT / ".runs" / "claims"
-WRITTEN = ROOT / "docs" / "claims.md"
+WRITTEN, README = ROOT / "docs" / "claims.md", ROOT / "README.md"
+MARKS = "<!-- seeds -->", "<!-- /seeds -->"  # of the table in the README
 
 
 def package_folder(name: str) -> str:
@@ -80,13 +81,18 @@ def main() -> None:
     OmegaConf.register_new_resolver("package", package_folder)
     job()
     runs = Runs.of(FOLDER / code_key())
-    text = page(runs)
+    if not runs.folders:
+        sys.exit("claims: no run has finished yet")
+    corpora, found = compared(runs)
+    text = page(corpora, found)
     print(text)
     if runs.seeds < MIN_SEEDS or len(runs.corpora) < MIN_CORPORA:
         print(f"not written: {MIN_CORPORA} corpora with {MIN_SEEDS} seeds each are needed")
         return
     write_atomically(WRITTEN, text)
-    print(f"written: {WRITTEN.relative_to(ROOT)}")
+    before, _, rest = README.read_text().partition(MARKS[0])
+    write_atomically(README, f"{before}{MARKS[0]}\n{summary(found)}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
+    print(f"written: {WRITTEN.relative_to(ROOT)} and the table of {README.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def holm(values: list[float]) -> list[float]:
 def outcome(comparison: Comparison, p: float) -> str:
     if p >= 0.05:
         return "level"
-    return "control beaten" if comparison.effect > 0 else "control is better"
+    return "beaten" if comparison.effect > 0 else "control is better"
 
 
 def comparisons_table(found: list[Comparison]) -> str:
@@ -191,11 +191,29 @@ def comparisons_table(found: list[Comparison]) -> str:
     return "\n".join(lines)
 
 
-def page(runs: Runs) -> str:
-    if not runs.folders:
-        return "No run has finished yet."
+def summary(found: list[Comparison]) -> str:
+    """A row for each model and kind of control, a column for each corpus: how much better, 95%, the outcome."""
+    corpora = list(dict.fromkeys(one.corpus for one in found))
+    corrected = dict(zip(map(id, found), holm([one.p for one in found]), strict=True))
+    lines = [f"| model, against its strongest control of | {' | '.join(corpora)} |"]
+    lines.append("| --- |" + " --- |" * len(corpora))
+    for model, equal in COMPARED:
+        cells = [
+            f"{signed_number(one.better.value)} ({signed_number(one.better.low)} to {signed_number(one.better.high)}),"
+            f" {outcome(one, corrected[id(one)])}"
+            for one in found
+            if (one.model, one.equal) == (model, equal)
+        ]
+        lines.append(f"| {words(model)}, {equal} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def compared(runs: Runs) -> tuple[list[Corpus], list[Comparison]]:
     corpora = [Corpus(name, folders) for name, folders in runs.folders.items()]
-    found = [corpus.comparison(*what) for corpus in corpora for what in COMPARED]
+    return corpora, [corpus.comparison(*what) for corpus in corpora for what in COMPARED]
+
+
+def page(corpora: list[Corpus], found: list[Comparison]) -> str:
     parts = [
         "# The claims over seeds and corpora",
         "Written by `make claims`. Intervals and p values resample seeds and test documents apart (with three seeds"

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from benchmarks.checkout import ROOT, environment
+from claims.__main__ import MARKS
 from claims.challenge import SCORES, equal_steps
-from claims.table import TIMED, CrossedBootstrap, Runs, holm, page
+from claims.table import COMPARED, TIMED, Comparison, CrossedBootstrap, Runs, holm, summary
 from stages.files.artifacts import write_json
 from stages.measure import scoring
 from stages.run.entry import Place
@@ -61,7 +62,19 @@ def test_a_run_counts_once_its_control_of_equal_time_is_scored(tmp_path):
     runs = Runs.of(tmp_path)
     assert runs.corpora == ["c-headers", "python"] and runs.seeds == 1
     assert list(runs.folders["python"]) == [1, 2]
-    assert page(Runs({})) == "No run has finished yet."
+
+
+def test_the_summary_has_a_row_for_each_control_and_a_column_for_each_corpus():
+    def found(corpus: str, model: str, equal: str, better: float, p: float) -> Comparison:
+        ahead = scoring.Estimate(better, better - 0.01, better + 0.01)
+        return Comparison(corpus, model, equal, "control", ahead, [better], 1.0, 2.0, p)
+
+    rows = summary([found(c, *what, b, p) for c, b, p in (("a", 0.1, 1e-4), ("b", -0.1, 0.9)) for what in COMPARED])
+    head, _, first, *others = rows.splitlines()
+    assert head.endswith("| a | b |") and len(others) == len(COMPARED) - 1
+    assert all((ROOT / "README.md").read_text().count(mark) == 1 for mark in MARKS)
+    cells = "+0.1000 (+0.0900 to +0.1100), beaten", "−0.1000 (−0.1100 to −0.0900), level"
+    assert first == f"| student, same tokens | {' | '.join(cells)} |"
 
 
 def test_equal_time_is_the_time_of_teacher_and_student_by_the_measured_speed(tmp_path):
