@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: env repro test test-forms chaos claims bench recipe serve ui lint audit
+.PHONY: env repro test test-forms test-engines chaos claims bench recipe serve ui lint audit
 .DELETE_ON_ERROR:
 
 env: .venv/.run .venv/.develop
@@ -37,6 +37,18 @@ env: .venv/.run .venv/.develop
 .venv/.forms: .venv/.develop .venv/.gguf
 	@echo "installing the packages of ONNX into .venv"
 	@$(PIP) -e '.[onnx]'
+	@touch $@
+
+.venv/.ray: .venv/.develop
+	@echo "installing Ray into .venv"
+	@$(PIP) -e '.[ray]'
+	@touch $@
+
+# The engines' own parsers: their packages do not go together with the pinned ones.
+.engines/.parsers: tests/engines.txt
+	@test -x .engines/bin/python || $(PYTHON) -m venv .engines
+	@echo "installing the parsers of the engines' documents into .engines"
+	@.engines/bin/python -m pip install --quiet --disable-pip-version-check -r tests/engines.txt
 	@touch $@
 
 .venv/.audit: .venv/.run
@@ -68,6 +80,9 @@ recipe: .venv/.develop
 
 test-forms: .venv/.forms  # what make test skips where the extras gguf and onnx are not installed
 	python -m pytest tests/test_export.py tests/test_llama_cpp.py
+
+test-engines: .venv/.ray .engines/.parsers  # what make test skips: each document by its engine's own parser; Ray
+	python -m pytest tests/test_engines.py tests/test_engine_parsers.py
 
 serve: .venv/.gguf
 	python -m stages.serve --model $(MODEL) --port $(SERVE_PORT)

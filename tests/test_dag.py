@@ -11,7 +11,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 FOLDERS = sorted(path.name for path in (ROOT / "stages").iterdir() if (path / "__init__.py").exists())
-COMMANDS = {"export", "generate", "serve"}  # what a person runs beside the DAG
+COMMANDS = {"doctor", "export", "generate", "serve"}  # what a person runs beside the DAG
 MOST_LINES = 400
 
 

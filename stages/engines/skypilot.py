@@ -22,6 +22,15 @@ class Options(Section):
     setup: Word | None = None
 
 
+class _Readable(yaml.SafeDumper):
+    """Lines of shell as lines."""
+
+
+_Readable.add_representer(
+    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, "|" if "\n" in text else None)
+)
+
+
 def render(plan: LaunchPlan) -> str:
     """The task as YAML."""
     own = plan.options
@@ -45,4 +54,4 @@ def render(plan: LaunchPlan) -> str:
         "run": f'{inside}\n{limit}{node_command(plan, NODE_RANK, FIRST_IP)}\n',
     }
     task = {name: value for name, value in task.items() if value is not None}
-    return yaml.safe_dump(task, sort_keys=False, width=1000)
+    return yaml.dump(task, Dumper=_Readable, sort_keys=False, width=1000)

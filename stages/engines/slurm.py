@@ -86,15 +86,20 @@ def run(plan: LaunchPlan, told: Callable[[str], None]) -> str:
     assert waiting.stdout and waiting.stderr
     number = re.match(r"\d+", waiting.stdout.readline())
     if number is None:
-        said = " ".join(waiting.communicate()[1].split()) or f"code {waiting.returncode}"
+        said = _last(waiting.communicate()[1]) or f"code {waiting.returncode}"
         raise Refusal(f"sbatch took no job: {said}")
     told(f"job {number[0]} of SLURM, for {plan.nodes} nodes; its log is {log}")
     with _cancelled_by_signals(number[0]), _followed(log, start, told):
         errors = waiting.communicate()[1]
     if waiting.returncode == 0:
         return ""
-    state = _state(number[0]) or " ".join(errors.split()) or f"code {waiting.returncode}"
+    state = _state(number[0]) or _last(errors) or f"code {waiting.returncode}"
     return f"job {number[0]} of SLURM ended ({state}); the same command continues from the last checkpoint"
+
+
+def _last(said: str) -> str:
+    """The last line, on which a program says what ended it."""
+    return said.strip().rpartition("\n")[2]
 
 
 @contextlib.contextmanager

@@ -287,6 +287,8 @@ def _in_one_line(error):
         close = difflib.get_close_matches(unknown[1], leaves(), n=1)
         hint = f"did you mean {close[0]}?" if close else "python -m stages.config lists them all"
         hint = f"it is {RENAMED[unknown[1]]} now" if unknown[1] in RENAMED else hint
+        if unknown[1] in leaves():  # a mapping of names of one's own
+            return f"{unknown[1]}: it has no key of that name yet: add one with +{unknown[1]}.NAME=value"
         return f"{unknown[1]}: no such setting; {hint}"
     full_key = re.search(r"full_key: (\S{1,80})", text)
     variable = re.search(r"Environment variable '([^']*)' not found", text)

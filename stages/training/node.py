@@ -16,7 +16,7 @@ from stages.training.job import Job
 from stages.training.nodes import Nodes
 
 
-def main(arguments: list[str]) -> int:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m stages.training.node", description=__doc__.split("\n")[0])
     parser.add_argument("job", type=Path)
     parser.add_argument("--nodes", type=int, default=1)
@@ -25,7 +25,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--master-address", default="127.0.0.1")
     parser.add_argument("--master-port", type=int, default=0)
     parser.add_argument("--join-seconds", type=float, default=600.0)
-    asked = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    asked = parser().parse_args(arguments)
     nodes = Nodes(asked.nodes, asked.node_rank, asked.master_address, asked.master_port, asked.join_seconds)
     path = asked.job.absolute()
     try:

@@ -52,7 +52,7 @@ def meet(nodes: Nodes) -> TCPStore:
             listener = socket.create_server((nodes.address, nodes.port))
         except OSError as error:
             fix = "choose another engine.master_port, the same on every node, or end who has it"
-            raise Refusal(f"node 0 cannot listen on {where} ({error.strerror}): {fix}") from None
+            raise Refusal(f"node 0 cannot listen on {where} ({os.strerror(error.errno or 0)}): {fix}") from None
         address, port = listener.getsockname()
         store = TCPStore(address, port, 1, is_master=True, timeout=timeout, master_listen_fd=listener.detach())
     else:
