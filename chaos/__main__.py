@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.table import ROOT
-from chaos import damage, disks, kills, locks, mlflow_faults, nonfinite
+from chaos import damage, disks, kills, locks, mlflow_faults, moves, nonfinite
 from chaos.bench import Bench, run
 from chaos.page import page, table
 
@@ -28,7 +28,8 @@ SHARES = {
     kills.ctrl_c: 0.16,
 }  # of --kills
 CASES: list[Callable] = [
-    *SHARES, kills.rank_killed, disks.disk_full_checkpoint, disks.disk_full_out, disks.read_only, disks.cache_full,
+    *SHARES, kills.rank_killed, moves.moved,
+    disks.disk_full_checkpoint, disks.disk_full_out, disks.read_only, disks.cache_full,
     *damage.CASES, locks.stale_lock, locks.two_at_once, locks.same_work_at_once,
     nonfinite.nan_weights, nonfinite.nonfinite_gradients,
     mlflow_faults.mlflow_unreachable, mlflow_faults.mlflow_slow, mlflow_faults.mlflow_dies,

@@ -111,7 +111,9 @@ def checkpoint_of(tree: Path, fit: str = "teacher") -> Path | None:
     return next(tree.glob(f".runs/resume/*/{fit}.json"), None)
 
 
-NOT_PROGRESS = ("job.json", "ranks.log", "ranks.lock", "steps.jsonl", "result.json", "error.txt", "lock", "data")
+NOT_PROGRESS = (
+    "job.json", "run.json", "ranks.log", "ranks.lock", "steps.jsonl", "result.json", "error.txt", "lock", "data",
+)  # fmt: skip
 
 
 def last_saved(tree: Path) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SECONDS = 100
+SECONDS = 300
 
 
 def in_ranks(ranks: int, folder: Path, work: Callable[[int], Any], of_machine: int | None = None) -> list[Any]:

@@ -110,7 +110,8 @@ class Checkpoint:
 class Part(Checkpoint):
     """What one rank writes of a checkpoint that the ranks share out.
 
-    It keeps the part of the save before, too: until all parts of the new one are on disk, that is the checkpoint.
+    It keeps the part that the whole's index names, too: until all parts of a newer save are on disk, that is the
+    checkpoint.
     """
 
     def __init__(self, whole: Checkpoint, rank: int, ranks: int):
@@ -118,19 +119,24 @@ class Part(Checkpoint):
         self.whole, self.ranks = whole, ranks
 
     def _name_in_index(self, step: int, path: Path) -> None:
-        before = read_json(self.index)["file"] if self.index.exists() else ""
         write_json(self.index, {"file": path.name, "sha256": sha256_of(path), "step": step})
+        kept = self.whole.index.read_text(errors="replace") if self.whole.index.exists() else ""
         for old in self.folder.glob(f"{self.name}-*.pt"):
-            if old.name not in (path.name, before):
+            if old != path and old.name not in kept:
                 old.unlink()
 
     def name_all(self, step: int) -> None:
         """By rank zero, when every rank has written its part of this step: from here on they are the checkpoint."""
         names = [f"{self.whole.name}.{rank}of{self.ranks}" for rank in range(self.ranks)]
-        parts = [read_json(self.folder / f"{name}.json") for name in names]
-        if any(part["step"] != step for part in parts):
-            raise Refusal(f"{self.whole.index}: the ranks have written parts of several steps")
-        write_json(self.whole.index, {"parts": parts, "step": step})
+        try:
+            parts = [read_json(self.folder / f"{name}.json") for name in names]
+            if any(part["step"] != step for part in parts):
+                raise Refusal("the ranks have written parts of several steps")
+            write_json(self.whole.index, {"parts": parts, "step": step})
+        except (OSError, Refusal) as error:
+            failure = f"the checkpoint of step {step} could not be written ({error}); the one before is kept"
+            _say(f"{self.whole.name}: {failure}")
+            return
         for old in [*self.folder.glob(f"{self.whole.name}-*.pt"), *self.folder.glob(f"{self.whole.name}.*of*")]:
             if not old.name.startswith(tuple(f"{name}{end}" for name in names for end in "-.")):
                 old.unlink()  # a whole one, or parts for another number of ranks
