@@ -56,6 +56,7 @@ def lose(tree: Path) -> None:
                 os.kill(int(folder.parent.name), signal.SIGKILL)
 
 
+@pytest.mark.nodes
 def test_a_node_that_was_killed_and_started_again_ends_on_the_bytes_of_one_machine(trees):
     stage(trees[0], "pretrain", *WORDS, "trainer.ranks=2")
     of_one_machine = sha256_of(trees[0] / TEACHER)
