@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: env repro test test-forms test-lm-eval test-engines chaos claims bench recipe serve smollm ui lint audit
+.PHONY: env repro test test-forms test-lm-eval test-engines test-nodes test-slurm chaos claims bench recipe serve smollm ui lint audit
 .DELETE_ON_ERROR:
 
 env: .venv/.run .venv/.develop
@@ -50,6 +50,11 @@ env: .venv/.run .venv/.develop
 .venv/.ray: .venv/.develop
 	@echo "installing Ray into .venv"
 	@$(PIP) -e '.[ray]'
+	@touch $@
+
+.venv/.slurm: .venv/.develop
+	@echo "installing Hydra's launcher for SLURM into .venv"
+	@$(PIP) -e '.[slurm]'
 	@touch $@
 
 # The engines' own parsers: their packages do not go together with the pinned ones.
@@ -94,6 +99,15 @@ test-lm-eval: .venv/.score  # what make test skips where the extra score is not 
 
 test-engines: .venv/.ray .engines/.parsers  # what make test skips: each document by its engine's own parser; Ray
 	python -m pytest tests/test_engines.py tests/test_engine_parsers.py
+
+test-nodes: .venv/.develop  # several machines, as network namespaces of this one: root and iproute2
+	python -m pytest -m nodes tests/test_nodes.py tests/test_placement.py
+
+test-slurm: .venv/.slurm  # a real SLURM of three network namespaces
+	@PATH="$$PATH:/usr/sbin" && command -v slurmctld slurmd munged > /dev/null || { test "$$(id -u)" = 0 && apt-get \
+		install --yes --no-install-recommends slurmctld slurmd slurm-client munge; } || \
+		{ echo "SLURM is missing: as root, apt-get install slurmctld slurmd slurm-client munge" >&2; exit 1; }
+	python -m pytest -m nodes tests/test_slurm.py
 
 serve: .venv/.gguf
 	python -m stages.serve --model $(MODEL) --port $(SERVE_PORT)

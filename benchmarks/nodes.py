@@ -9,6 +9,7 @@ sends. It needs root and iproute2; `why_not()` says what is missing.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -42,6 +43,7 @@ class Node:
         return link["stats64"]["tx"]["bytes"]
 
 
+@functools.cache
 def why_not() -> str:
     """Why nodes cannot be made here; empty where they can."""
     missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]

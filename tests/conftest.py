@@ -1,6 +1,7 @@
 """What all tests share: one thread per process, no network, no trace of an enclosing DVC or make, tiny settings."""
 
 import os
+from collections.abc import Iterator
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: two cores are shared by ranks and tests
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,6 +24,15 @@ effort.load_profile("same")
 def tiny_settings() -> settings.Settings:
     """The real configuration, composed at the scale that is made for tests."""
     return settings.validate(compose(["scale=tiny", "corpus=stdlib"]))
+
+
+@pytest.fixture(scope="module")
+def two_cores() -> Iterator[None]:
+    """One for each of two ranks, whatever this machine has: bytes depend on a rank's number of threads."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(cores)[:2])
+    yield
+    os.sched_setaffinity(0, cores)
 
 
 LONGEST = "test_pipeline.py", "test_tracking_server.py"

@@ -3,6 +3,7 @@
 The ranks are real and joined by gloo, but forks of this process (tests/forked_ranks.py).
 """
 
+import shutil
 import warnings
 from pathlib import Path
 
@@ -66,9 +67,12 @@ def test_ranks_end_equal_and_a_run_that_was_stopped_on_the_bytes_of_one_that_was
     wanted = "teacher: interrupted after step 2 of 5; the same command continues from there"
     assert said == [wanted] * 2, "told at step 1, where they differ"
     assert read_json(root / "stopped/teacher.json")["step"] == 2
+    shutil.copytree(root / "stopped", root / "moved")
     train(root, settings, root / "stopped")
     assert sha256_of(root / "stopped" / WEIGHTS) == sha256_of(root / "stayed" / WEIGHTS)
     with_ddp = with_values(settings, "trainer", strategy="ddp")
+    (moved,) = train(root, with_ddp, root / "moved", ranks=1)
+    assert all((moved[name] - one[name]).abs().max() < 0.1 for name in one), "any strategy goes on with it"
     train(root, with_ddp, root / "ddp")
     ours, theirs = load_file(root / "stayed" / WEIGHTS), load_file(root / "ddp" / WEIGHTS)
     assert any(not torch.equal(ours[name], theirs[name]) for name in ours)

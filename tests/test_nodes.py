@@ -5,7 +5,6 @@ Each node has a checkout of its own, a network interface and one core.
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.checkout import checkout, environment, stage
-from benchmarks.nodes import PREFIX, Node, loopback, machines, why_not
+from benchmarks.checkout import stage
+from benchmarks.nodes import PREFIX, loopback, machines, why_not
+from benchmarks.slow_link import checkouts, start
 from stages.files.artifacts import read_json, sha256_of
 
 SECONDS = 120
-PORT = 29_517
 TEACHER = "outputs/run/artifacts/teacher/model.safetensors"
+WORDS = ("pretrain.steps=12", "trainer.checkpoint_every_seconds=0", "hydra.run.dir=outputs/run")
 
 
 @contextlib.contextmanager
@@ -33,33 +33,8 @@ def nodes_of_any_kind(count: int):
 
 
 @pytest.fixture(scope="module")
-def trees(tmp_path_factory) -> list[Path]:
-    """The checkout of each node: the same code, settings and data, in folders of their own."""
-    folder = tmp_path_factory.mktemp("nodes")
-    first = checkout(folder / "node-0", "tiny")
-    for name in ("config", "prepare"):
-        stage(first, name)
-    return [first, Path(shutil.copytree(first, folder / "node-1"))]
-
-
-def pretrain(tree: Path, *words: str, node: Node | None = None, core: int | None = None) -> subprocess.Popen:
-    command = [sys.executable, "-m", "stages.pretrain", "hydra.run.dir=outputs/run", *words]
-    command = [*(["taskset", "--cpu-list", str(core)] if core is not None else []), *command]
-    theirs = environment(MLFLOW_TRACKING_URI="http://127.0.0.1:9")  # nothing listens there
-    return subprocess.Popen(
-        node.command(*command) if node else command, cwd=tree, env=theirs, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
-
-
-def start(trees: list[Path], nodes: list[Node]) -> list[subprocess.Popen]:
-    cores = sorted(os.sched_getaffinity(0))
-    words = ("engine=torchrun", f"engine.master_address={nodes[0].address}", f"engine.master_port={PORT}")
-    words = (*words, "trainer.checkpoint_every_seconds=0", "pretrain.steps=12")
-    return [
-        pretrain(tree, *words, f"engine.node_rank={k}", node=node, core=cores[k % len(cores)])
-        for k, (tree, node) in enumerate(zip(trees, nodes, strict=True))
-    ]
+def trees(tmp_path_factory, two_cores) -> list[Path]:
+    return checkouts(tmp_path_factory.mktemp("nodes"), 2)
 
 
 def until_saved(tree: Path, running: list[subprocess.Popen]) -> int:
@@ -81,15 +56,14 @@ def lose(tree: Path) -> None:
                 os.kill(int(folder.parent.name), signal.SIGKILL)
 
 
+@pytest.mark.nodes
 def test_a_node_that_was_killed_and_started_again_ends_on_the_bytes_of_one_machine(trees):
-    alone = pretrain(trees[0], "trainer.ranks=2", "pretrain.steps=12")
-    said = alone.communicate(timeout=SECONDS)[0]
-    assert alone.returncode == 0, said
+    stage(trees[0], "pretrain", *WORDS, "trainer.ranks=2")
     of_one_machine = sha256_of(trees[0] / TEACHER)
     (trees[0] / TEACHER).unlink()
 
     with nodes_of_any_kind(2) as nodes:
-        running = start(trees, nodes)
+        running = start(trees, nodes, *WORDS)
         step = until_saved(trees[0], running)
         lose(trees[1])
         said = running[0].communicate(timeout=SECONDS)[0]
@@ -97,7 +71,7 @@ def test_a_node_that_was_killed_and_started_again_ends_on_the_bytes_of_one_machi
         assert step < 12 and running[0].returncode == 1, said
         assert "the same command on every node continues from the last checkpoint" in said and "Traceback" not in said
 
-        running = start(trees, nodes)
+        running = start(trees, nodes, *WORDS)
         said = [process.communicate(timeout=SECONDS)[0] for process in running]
         assert [process.returncode for process in running] == [0, 0], said
         assert "teacher: continues after step" in said[0]

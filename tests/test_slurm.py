@@ -18,7 +18,7 @@ from slurm_cluster import Cluster, slurm, why_not
 from benchmarks.checkout import checkout, environment, stage
 from stages.files.artifacts import read_json, sha256_of
 
-pytestmark = pytest.mark.skipif(bool(why_not()), reason=f"no SLURM: {why_not()}")
+pytestmark = [pytest.mark.nodes, pytest.mark.skipif(bool(why_not()), reason=f"no SLURM: {why_not()}")]
 SECONDS = 300
 STEPS = 12
 TEACHER = "artifacts/teacher/model.safetensors"
@@ -26,13 +26,13 @@ IN_TWO_NODES = ("engine=slurm", "engine.nodes=2", "engine.cpus_per_node=1", "eng
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
+def cluster(tmp_path_factory, two_cores):
     with slurm(tmp_path_factory.mktemp("slurm")) as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory) -> Path:
+def tree(tmp_path_factory, two_cores) -> Path:
     """A checkout with its data, which all nodes see."""
     tree = checkout(tmp_path_factory.mktemp("tree") / "project", "tiny")
     for name in ("config", "prepare"):

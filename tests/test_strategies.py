@@ -156,6 +156,7 @@ def dies_after(step: int):
             raise Refusal("killed")
         saves(self, trainer, module)
         module.saves.part.wait()
+        module.progress.checkpoint.wait()
 
     return after_step
 
@@ -171,6 +172,13 @@ def in_parts(root, settings, monkeypatch, tmp_path) -> Path:
     assert sorted(names) == [f"teacher.{rank}of2-{step}.pt" for rank in (0, 1) for step in (1, 2)]
     assert read_json(tmp_path / "state/teacher.json")["step"] == 1
     return tmp_path / "state"
+
+
+def test_ranks_of_several_machines_write_one_file(root, settings, monkeypatch, tmp_path):
+    settings = with_values(settings, "trainer", checkpoint_every_seconds=0.0)
+    monkeypatch.setattr(ExactResume, "after_step", dies_after(3))
+    assert train(root, settings, "hsdp 2x1", [tmp_path]) == ["killed"]
+    assert sorted(path.name for path in tmp_path.glob("teacher*")) == ["teacher-2.pt", "teacher.json"]
 
 
 def test_parts_that_a_killed_run_leaves_are_read_by_other_ranks_and_made_one_file(root, settings, stayed, in_parts):

@@ -5,7 +5,8 @@ variable: set by -> read by
 DVC_STAGE: DVC, for each stage that it runs
     -> run.entry, files.artifacts, files.resuming, tracking.record and the stage config: does DVC run this, or a hand?
 RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, GROUP_RANK, GROUP_WORLD_SIZE, MASTER_ADDR, MASTER_PORT: the launcher
-    (torchrun), for each rank -> training.rank, training.sharing, torch.distributed, Lightning
+    (torchrun), for each rank
+    -> training.rank, training.saves, training.sharing, the strategies hsdp and local_sgd, torch.distributed, Lightning
 OMP_NUM_THREADS, MKL_NUM_THREADS: `rank_environment` -> torch in a rank
 NCCL_ALGO, TORCHINDUCTOR_DETERMINISTIC: `rank_environment`, where deterministic GPUs train -> NCCL, torch in a rank
 GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, TORCH_CPP_LOG_LEVEL, PYTHONPATH: `agent_environment`

@@ -3,6 +3,7 @@
 At a stop and at the end it is one file, which a run under any strategy and number of ranks reads.
 """
 
+import os
 import time
 from typing import Any
 
@@ -41,16 +42,21 @@ class Saves:
 
 
 class SharedSaves(Saves):
-    """Where a rank holds a part of the model: each writes its part, at a step that they agree on."""
+    """Where a rank holds a part of the model: each writes its part, at a step that they agree on.
+
+    Ranks of several machines may see several folders: there the parts are gathered, and rank zero writes the whole.
+    """
 
     def __init__(self, progress, rank):
         super().__init__(progress, rank)
         self.part = Part(progress.checkpoint, rank.rank, rank.world_size)
+        self.in_one_folder = int(os.environ.get("LOCAL_WORLD_SIZE", rank.world_size)) == rank.world_size
         self.asked: int | None = None  # the step whose parts are being written
 
     def wishes(self) -> list[float]:
         is_written = self.asked is not None and self.part.written == self.asked
-        return [float(self._is_due()), float(self.part.busy), float(is_written)]
+        is_busy = self.part.busy or self.progress.checkpoint.busy
+        return [float(self._is_due()), float(is_busy), float(is_written)]
 
     def after_step(self, module, wishes: list[float]) -> None:
         due, busy, written = wishes
@@ -60,9 +66,12 @@ class SharedSaves(Saves):
             if self.rank.rank == 0:
                 self.part.name_all(self.asked)
             self.asked = None
-        if due:
+        if due and self.in_one_folder:
             self.asked = self.progress.step
             self.part.save(self.asked, part(self.progress.state(module.model, module.optimizer)))
+        elif due:
+            self.save_whole(module)
+        if due:
             self.saved = time.monotonic()
 
     def save_whole(self, module) -> dict | None:
