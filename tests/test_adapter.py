@@ -468,6 +468,22 @@ def test_such_a_model_trains_with_its_load_counted_once_whatever_is_recomputed(c
         torch.testing.assert_close(found, gradients[0])
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_under_autocast_a_model_trains_and_teaches_as_in_float32(checkpoint, taken, name):
+    """As Lightning runs it where the machine has bfloat16 units."""
+    model, student = through_adapter(checkpoint(name)[0]), student_of(taken(name))
+    wanted = NextToken()(taken(name), TOKENS_BT1).loss.item()
+    with torch.autocast("cpu", torch.bfloat16):
+        outcome = NextToken()(model, TOKENS_BT1)
+        taught = Distillation(taken(name), "forward_kl", 1.0, 0.5, 64)(student, TOKENS_BT1)
+        outcome.loss.backward()
+        taught.loss.backward()
+    assert outcome.loss.item() == pytest.approx(wanted, rel=0.02) and taught.loss.isfinite()
+    assert all(
+        p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters()
+    )
+
+
 def test_a_fresh_model_depends_on_the_seed_and_can_be_deeper(taken):
     for name in ("gemma3_text", "deepseek_v3 q_lora, groups, yarn", "smollm3"):
         deep = replace(taken(name).shape, layers=4)
