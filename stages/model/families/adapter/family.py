@@ -32,11 +32,7 @@ class AdapterFamily:
 
     def initialise(self, model: AdapterModel, seed: int) -> None:
         """As the family's own class draws its weights."""
-        for name, part in model.hub.named_parameters():
-            _put(model.hub, name, nn.Parameter(torch.empty_like(part, device="cpu")))
-        for name, part in model.hub.named_buffers():
-            if part.is_meta:
-                _put(model.hub, name, torch.zeros_like(part, device="cpu"))
+        reading.materialise(model.hub)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model.hub.initialize_weights()
@@ -111,11 +107,6 @@ def _empty(shape: AdapterShape) -> tuple[AdapterModel, Any]:
     """A model on the meta device, whose modules say what there is, and transformers' config of it."""
     model = AdapterModel(reading.empty(shape), shape)
     return model, model.hub.config
-
-
-def _put(hub: nn.Module, name: str, part: Tensor) -> None:
-    at, _, own = name.rpartition(".")
-    setattr(hub.get_submodule(at), own, part)
 
 
 def _weights(module: nn.Module) -> int:

@@ -16,12 +16,13 @@ from typing import Any
 
 import safetensors
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stages.files.artifacts import Refusal, sha256_of
 from stages.model.families.adapter.shape import KNOWN, AdapterShape, config_of
 from stages.model.weight_files import CONFIG, INDEX, WEIGHTS, tensor_shapes, weight_files
 
+GATE_UP = "experts.gate_up_proj"  # [E, 2F, D], gate rows first; one by one, and gate apart from up, in most files
 GROUPED = 8  # widths of which transformers' grouped kernel takes multiples
 
 Header = dict[str, tuple[str, list[int], str]]  # tensor -> dtype, sizes, file
@@ -83,46 +84,74 @@ def _make_tables(model: Any) -> None:
             model._init_weights(module)
 
 
-def on_disk(model: Any) -> dict[str, torch.Tensor]:
-    """The tensors of a model of transformers' by the names that its `save_pretrained` writes."""
+def materialise(model: Any) -> None:
+    """Memory for all that stands on the meta device; its content is whatever was there."""
+    for name, part in [*model.named_parameters(), *model.named_buffers()]:
+        if part.is_meta:
+            at, _, own = name.rpartition(".")
+            real = torch.empty_like(part, device="cpu")
+            setattr(model.get_submodule(at), own, nn.Parameter(real) if isinstance(part, nn.Parameter) else real)
+    model.tie_weights()
+
+
+def on_disk(model: Any, replaced: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The tensors of a model of transformers' by the names that its `save_pretrained` writes; some may be replaced."""
     from transformers.core_model_loading import revert_weight_conversion
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-    return revert_weight_conversion(model, remove_tied_weights_from_state_dict(model.state_dict(), model))
+    state = remove_tied_weights_from_state_dict(model.state_dict(), model)
+    return revert_weight_conversion(model, state | (replaced or {}))
 
 
+@torch.no_grad()
+def homes(model: Any) -> dict[str, Tensor]:
+    """Where in the memory of a model each tensor of a file goes: views, by the names of `on_disk`.
+
+    That would copy the halves of stacked experts: numbers take their place there, and name the views afterwards.
+    """
+    halves: list[Tensor] = []
+    numbers, stacks = {}, {}
+    for name, stack in model.state_dict().items():
+        if name.endswith(GATE_UP):
+            stacks[len(halves)] = stack
+            numbers[name] = torch.arange(2.0 * len(stack)).view(-1, 2, 1) + len(halves)
+            halves += [half for matrix in stack for half in matrix.chunk(2)]
+    found = {}
+    for name, part in on_disk(model, numbers).items():
+        if "experts" in name and part.numel() == 1:  # a half of one expert
+            found[name] = halves[int(part.item())]
+        elif part.shape[1:] == (2, 1):  # a family that stacks its experts on disk too
+            found[name] = stacks[int(part[0, 0].item())]
+        else:
+            found[name] = part
+    return found
+
+
+@torch.no_grad()
 def read(folder: Path, shape: AdapterShape, recorded_sha256: str | None) -> nn.Module:
-    """The model of a folder in float32; `recorded_sha256` is of its weights, where we wrote them."""
+    """The model of a folder in float32; `recorded_sha256` is of its weights, where we wrote them.
+
+    Tensor by tensor into the model's own memory, which is all that it takes.
+    """
     model_type = json.loads(shape.config_json)["model_type"]
-    library = transformers(f"{folder / CONFIG}: model_type {model_type!r}")
+    transformers(f"{folder / CONFIG}: model_type {model_type!r}")
     header = headers(folder)
     _refuse_larger_than(header, shape, folder / CONFIG)
-    _check(header, empty(shape, str(folder / CONFIG)), folder)
+    model = empty(shape, str(folder / CONFIG))
+    _check(header, model, folder)
     if recorded_sha256 is not None and sha256_of(folder / WEIGHTS) != recorded_sha256:
         raise Refusal(
             f"{folder / WEIGHTS} is not the file that was saved (SHA-256 differs from {CONFIG}): run dvc repro again,"
             f" or remove weights_sha256 from {CONFIG} if you changed the weights on purpose"
         )
-    config = hub_config(shape, str(folder / CONFIG))
-    try:
-        with _quiet(library):
-            model, found = library.AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                dtype=torch.float32,
-                experts_implementation=_experts_implementation(config),
-                output_loading_info=True,
-            )
-    except Exception as error:
-        raise Refusal(f"{folder}: transformers cannot read it ({_one_line(error)}): copy the folder again") from None
-    if wrong := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
-        raise Refusal(f"{folder}: transformers found no fitting {wrong[0]} in the weights: copy the folder again")
-    for name, part in model.named_parameters():
-        if not torch.isfinite(part).all():
-            raise Refusal(f"{folder}: {name} holds a non-finite number: copy the folder again")
+    materialise(model)
+    places = homes(model)
+    for path in weight_files(folder).paths:
+        with safetensors.safe_open(path, "pt") as file:
+            for name in sorted(places.keys() & set(file.keys())):
+                part = places[name].copy_(file.get_tensor(name))
+                if not torch.isfinite(part).all():
+                    raise Refusal(f"{path}: {name} holds a non-finite number: copy the folder again")
     return model
 
 
@@ -171,23 +200,6 @@ def _check(header: Header, model: Any, folder: Path) -> None:
         if dtype not in ("F64", "F32", "F16", "BF16"):
             raise Refusal(f"{folder / file}: {name} is {dtype}, only floating-point weights are read: save it"
                           " dequantised")  # fmt: skip
-
-
-class _quiet:
-    """Its bars and hints kept from our output: what matters of them is checked here."""
-
-    def __init__(self, library: Any):
-        self.logging = library.utils.logging
-
-    def __enter__(self) -> None:
-        self.before, self.bar = self.logging.get_verbosity(), self.logging.is_progress_bar_enabled()
-        self.logging.set_verbosity_error()
-        self.logging.disable_progress_bar()
-
-    def __exit__(self, *_: Any) -> None:
-        self.logging.set_verbosity(self.before)
-        if self.bar:
-            self.logging.enable_progress_bar()
 
 
 def _one_line(error: Exception) -> str:
