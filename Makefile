@@ -84,7 +84,7 @@ serve: .venv/.gguf
 	python -m stages.serve --model $(MODEL) --port $(SERVE_PORT)
 
 smollm: $(SMOLLM)/config.json  # a real teacher, Apache-2.0: docs/own_models.md; 100 MB are fetched, once
-	@echo "$(SMOLLM) is there. In params.yaml: scale: smollm, teacher: {source: folder, path: $(SMOLLM)}, distill.init: pruned"
+	@echo "$(SMOLLM) is there. In params.yaml: scale: smollm, and distill.init: pruned"
 
 $(SMOLLM)/config.json: | .venv/.gguf
 	@mkdir -p $(FETCHED) $(SMOLLM)

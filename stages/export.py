@@ -3,9 +3,9 @@
     python -m stages.export                                          # into outputs/export/<time>/
     python -m stages.export export.formats=[gguf] export.models=[student] hydra.run.dir=exports/mine
 
-hf is the Hugging Face folder with the test figures in its card, gguf is for llama.cpp (dense models only), onnx is a
-graph that scores. gguf and onnx need extras. Each form's size, bits per byte, greedy continuations and speed stand
-beside the model's own, measured in the same run.
+hf is the Hugging Face folder with the test figures in its card, gguf is for llama.cpp, onnx is a graph that scores,
+int8 is for transformers with torchao; gguf and int8 are of dense models. All but hf need extras. Each form's size, bits
+per byte, greedy continuations and speed stand beside the model's own, measured in the same run.
 """
 
 import math
@@ -37,7 +37,11 @@ from stages.run.provenance import cores
 SECTIONS = ("export", "sequence_tokens")
 PROMPT_TOKENS = 32
 BATCH_SEQUENCES = 8
-EXTRAS = {"gguf": ("gguf", "gguf", "xllamacpp"), "onnx": ("onnx", "onnx", "onnxscript", "onnxruntime", "transformers")}
+EXTRAS = {
+    "gguf": ("gguf", "gguf", "xllamacpp"),
+    "onnx": ("onnx", "onnx", "onnxscript", "onnxruntime", "transformers"),
+    "int8": ("int8", "torchao", "transformers"),
+}
 
 COMPANIONS = (TOKENIZER, TOKENIZER_CONFIG, GENERATION_CONFIG, MODEL_CARD)
 
@@ -142,6 +146,12 @@ def forms(folder: Path, out: Path, e: Any, yardstick: Yardstick, known: dict | N
         path = out / f"{name}.onnx"
         if can_have(write_onnx, folder, path):
             yield "onnx", measure(path, OnnxModel(path, cores()).logits, model, yardstick, own, None)
+    if "int8" in e.formats:
+        from stages.formats.int8_folder import Int8Model, write_int8
+
+        if can_have(write_int8, folder, out / "int8"):
+            small = Int8Model(out / "int8")
+            yield "int8", measure(out / "int8", small.logits, model, yardstick, own, written_by_int8(small, yardstick))
 
 
 def can_have(write: Callable, *what: Any) -> bool:
@@ -219,6 +229,14 @@ def written_by_llama_cpp(path: Path, yardstick: Yardstick) -> Written:
     with LlamaCpp(path, 1, length) as server:
         answers = [server.greedy(prompt, yardstick.new_tokens) for prompt in yardstick.prompts]
     return Written([ids for ids, _ in answers], statistics.median(speed for _, speed in answers))
+
+
+def written_by_int8(model: Any, yardstick: Yardstick) -> Written:
+    answers = [model.greedy(prompt, yardstick.new_tokens) for prompt in yardstick.prompts]
+    end = yardstick.end_of_text
+    texts = [ids[: ids.index(end)] if end in ids else ids for ids, _ in answers]
+    tokens = (yardstick.new_tokens - 2) * len(answers)
+    return Written(texts, tokens / sum(seconds for _, seconds in answers))
 
 
 # ---- telling

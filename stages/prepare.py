@@ -44,7 +44,7 @@ from stages.data.splits import (
     split_documents,
     with_followers,
 )
-from stages.data.teacher_folder import teacher_folder, teacher_tokenizer
+from stages.data.teacher_folder import refuse_longer, teacher_folder, teacher_tokenizer
 from stages.files.artifacts import Refusal, link_or_copy, rounded, sha256_of, write_atomically, write_json
 from stages.files.resuming import Interruption, ResumeState, resume_key
 from stages.run.entry import run_stage
@@ -58,6 +58,8 @@ BATCH_BYTES = 1 << 22  # of text, tokenized at once
 def main(settings, place, run):
     knobs, watch = settings.prepare, Stopwatch()
     corpus = Corpus(**settings.corpus.model_dump(), root=place.root)
+    if settings.teacher.source == "folder":
+        refuse_longer(settings.sequence_tokens, teacher_folder(settings.teacher.path, place.root))
     folder = empty_folder(place.write("artifacts/data"))
 
     # The source is read once. Its texts wait in a file without a name, which a killed process cannot leave. A

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from stages.data.fingerprints import teacher_fingerprint
 from stages.data.shards import read_card
-from stages.data.teacher_folder import teacher_folder
+from stages.data.teacher_folder import refuse_longer, teacher_folder
 from stages.files.artifacts import Refusal, read_json, rounded, write_json
 from stages.run.entry import Place, run_stage
 from stages.training.launch import launch, write_costs, write_curves
@@ -54,6 +54,7 @@ def read_teacher(settings, place: Place, vocab_size: int):
     from stages.training.cost import expectation
 
     folder = teacher_folder(settings.teacher.path, place.root)
+    refuse_longer(settings.sequence_tokens, folder)
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
     files = weight_files(folder)
     refuse_larger_than_memory(files, folder, ranks, is_saved=True)
@@ -65,24 +66,22 @@ def read_teacher(settings, place: Place, vocab_size: int):
         raise Refusal(
             f"{folder}: vocab_size is {model.shape.vocab_size}, artifacts/data has {vocab_size}: run dvc repro prepare"
         )
-    if settings.sequence_tokens > model.shape.sequence_tokens:
-        most = f"max_position_embeddings is {model.shape.sequence_tokens} in {folder / 'config.json'}"
-        raise Refusal(f"sequence_tokens = {settings.sequence_tokens}: {most}: set it to that or less")
     return model
 
 
-def refuse_other_teacher(settings, place: Place) -> dict[str, str]:
-    """A folder whose tokenizer artifacts/data does not have; returns where the teacher comes from, by checksum."""
+def sources_of(settings, place: Place) -> dict[str, str]:
+    """Where the teacher comes from, by checksum: nowhere, or a folder, which must be the one that `prepare` saw."""
     files = teacher_fingerprint(settings.teacher, place.root)
-    card = read_card(place.read("artifacts/data"))
-    if card.get("teacher") != files:
-        how = "with this folder as it is now" if files else "for a teacher that is trained here"
-        raise Refusal(f"artifacts/data was not made {how}: run dvc repro prepare, or choose another teacher.source")
-    return {"folder that the teacher was read from": files["sha256"]} if files else {}
+    if files is None:
+        return {}
+    if read_card(place.read("artifacts/data")).get("teacher") != files:
+        path = settings.teacher.path
+        raise Refusal(f"artifacts/data was not made with {path} as it is now: run dvc repro prepare")
+    return {"folder that the teacher was read from": files["sha256"]}
 
 
 def main(settings, place: Place, run) -> dict:
-    sources = refuse_other_teacher(settings, place)
+    sources = sources_of(settings, place)
     result, conditions = launch(fits, settings, place, ["artifacts/data"], run)
     write_curves(place, "pretrain", result)
     write_costs(place, "pretrain", result)

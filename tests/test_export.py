@@ -114,9 +114,38 @@ def test_a_softmax_teacher_which_transformers_lacks_has_no_onnx(tmp_path):
         write_onnx(folder, tmp_path / "model.onnx")
 
 
-@pytest.mark.parametrize(("form", "module"), [("gguf", "gguf"), ("gguf", "xllamacpp"), ("onnx", "onnxruntime")])
+def test_int8_is_read_by_transformers_and_a_mixture_is_left_out(root, tiny_settings, tmp_path, capsys):
+    pytest.importorskip("torchao", reason="the extra int8 is not installed")
+    figures = exported(root, tmp_path, tiny_settings, formats=("hf", "int8"))["student"]
+    assert figures["int8"]["bytes"] < figures["hf"]["bytes"]
+    assert 0 < figures["int8"]["largest_logit_difference"] < 0.1
+    assert figures["int8"]["bits_per_byte"] == pytest.approx(figures["hf"]["bits_per_byte"], rel=0.01)
+    config = json.loads((tmp_path / "export/student/int8/config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "torchao" and "weights_sha256" not in config
+    speeds = json.loads((tmp_path / "measurements/export.json").read_text())["student"]["int8"]
+    assert speeds["write_tokens_per_second"] > 0 and speeds["score_tokens_per_second"] > 0
+    teacher = tmp_path / "other"
+    completed(teacher, replace(TEACHER, **WIDE))
+    assert exported(teacher, tmp_path / "out", tiny_settings, formats=("int8",)) == {"student": {}}
+    assert "left out: " in capsys.readouterr().out
+
+
+def test_int8_writes_the_likeliest_tokens_by_its_own_logits(root, tmp_path):
+    pytest.importorskip("torchao", reason="the extra int8 is not installed")
+    from stages.formats.int8_folder import Int8Model, write_int8
+
+    write_int8(root / "artifacts/student", tmp_path / "int8")
+    model, ids = Int8Model(tmp_path / "int8"), [5, 9, 31, 7]
+    found, _ = model.greedy(ids, 6)
+    for token in found:
+        assert model.logits(torch.tensor([ids]))[0, -1].argmax() == token
+        ids = [*ids, token]
+
+
+@pytest.mark.parametrize(("form", "module"), [("gguf", "gguf"), ("gguf", "xllamacpp"), ("onnx", "onnxruntime"),
+                                              ("int8", "torchao")])  # fmt: skip
 def test_a_missing_extra_is_one_line_before_any_file(root, tiny_settings, tmp_path, monkeypatch, form, module):
-    for others in ("gguf", "xllamacpp", "onnx", "onnxscript", "onnxruntime"):
+    for others in ("gguf", "xllamacpp", "onnx", "onnxscript", "onnxruntime", "torchao"):
         monkeypatch.setitem(sys.modules, others, sys)  # anything that is there
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(Refusal, match=rf"{module} is not installed: .*'\.\[{form}\]'"):

@@ -11,6 +11,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_file_tokenizer import KINDS as TOKENIZERS
+from test_file_tokenizer import ROWS, written
 from test_model_folder import completed
 from test_shards import BPE, folder_of
 from test_student import SHAPE
@@ -111,6 +113,20 @@ def test_so_does_it_with_models_of_a_teachers_own_family(changes, tmp_path):
             assert server.greedy(ids, 16)[0] == generate(model, ids, 16, end_of_text=BPE.end_of_text), text
     for name, part in load(again).state_dict().items():
         assert torch.equal(part, model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("kind", ["llama2", "mistral"])
+def test_a_tokenizer_that_writes_spaces_as_pieces_has_the_same_tokens_there(kind, tmp_path):
+    save(new_model(replace(STUDENT, vocab_size=ROWS, kind="llama"), 1), tmp_path / "m", 2)
+    written(tmp_path / "m", TOKENIZERS[kind])
+    tokenizer, model = load_hub_tokenizer(tmp_path / "m", ROWS), decided(tmp_path / "m")
+    write_gguf(tmp_path / "m", tmp_path / "model.gguf", "f32")
+    again = folder_from_gguf(tmp_path / "model.gguf", tmp_path / "again")
+    with llama_cpp()(tmp_path / "model.gguf", 1, 64) as server:
+        for text in [*TEXTS, " def first  re on", "</s><unk>fir 12üü"]:
+            ids = tokenizer.encode(text)
+            assert server.tokens(text) == ids == load_hub_tokenizer(again, ROWS).encode(text), text
+        assert server.greedy(ids, 16)[0] == generate(model, ids, 16, end_of_text=tokenizer.end_of_text)
 
 
 def test_a_model_over_plain_bytes_has_the_same_tokens_there(tmp_path):

@@ -642,6 +642,8 @@ def test_of_a_teacher_from_a_folder_nothing_is_claimed_that_needs_what_it_cost(t
     assert found["distillation_teacher_there"]["verdict"] == "beaten", "the student was trained on enough tokens"
     for name in ("distillation_teacher_trained", "sparsity_teacher", "sparsity_student"):
         assert found[name]["verdict"] == "not testable here" and "took to train is not known" in found[name]["why"]
+    assert found["sparsity_teacher"]["claim"].endswith("(teacher from a folder)")
+    assert "without what the teacher took elsewhere" in found["sparsity_teacher"]["why"]
     assert "<td class=n>0 here</td>" in page and "and unknown</td>" in page and "Expert load" not in page
     assert "what its training took before is unknown" in page and "in neither" in page
     distilled = read_json(tmp_path / "metrics/distill.json") | {"tokens": 99_999}

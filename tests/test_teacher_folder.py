@@ -170,8 +170,9 @@ def test_pretrain_says_what_the_teacher_takes_and_keeps_it_as_it_is(root, monkey
 def test_a_teacher_that_does_not_fit_data_memory_or_context_is_refused(root, monkeypatch):
     data = prepared(root)
     rank_of(monkeypatch, ranks=2)
-    with pytest.raises(Refusal, match="^sequence_tokens = 65: max_position_embeddings is 64 in .*config.json: set"):
-        fit_of(root, "sequence_tokens=65")
+    for early in (fit_of, prepared):
+        with pytest.raises(Refusal, match="^sequence_tokens = 65: max_position_embeddings is 64 in .*config.json: set"):
+            early(root, "sequence_tokens=65")
     files = weight_files.weight_files(root / "models/mine")
     needed = 3 * files.bytes  # in two ranks, and a copy that is written
     monkeypatch.setattr(weight_files, "available_bytes", lambda: needed - 1)
@@ -181,12 +182,11 @@ def test_a_teacher_that_does_not_fit_data_memory_or_context_is_refused(root, mon
     monkeypatch.setattr(weight_files, "available_bytes", lambda: needed)
     assert fit_of(root).model.shape == LLAMA
     place = Place(root, root)
-    pretrain.refuse_other_teacher(settings_of(pretrain.SECTIONS), place)
-    with pytest.raises(Refusal, match="^artifacts/data was not made for a teacher that is trained here: run dvc repro"):
-        pretrain.refuse_other_teacher(settings_of(pretrain.SECTIONS, "teacher=train", "teacher.path=null"), place)
+    assert len(pretrain.sources_of(settings_of(pretrain.SECTIONS), place)) == 1
+    assert pretrain.sources_of(settings_of(pretrain.SECTIONS, "teacher=train", "teacher.path=null"), place) == {}
     save(new_model(replace(LLAMA, vocab_size=301), seed=0), root / "models/mine")
-    with pytest.raises(Refusal, match="^artifacts/data was not made with this folder as it is now: run dvc repro prep"):
-        pretrain.refuse_other_teacher(settings_of(pretrain.SECTIONS), place)
+    with pytest.raises(Refusal, match="^artifacts/data was not made with models/mine as it is now: run dvc repro prep"):
+        pretrain.sources_of(settings_of(pretrain.SECTIONS), place)
     with pytest.raises(Refusal, match="mine: vocab_size is 301, artifacts/data has 320: run dvc repro prepare"):
         fit_of(root)
     assert data.is_dir()
@@ -230,8 +230,8 @@ def test_loading_peaks_at_the_model_and_one_file(mine, tmp_path):
 
 
 def test_the_stage_writes_the_outs_of_a_trained_teacher_and_says_what_is_not_known(root):
-    edits = {"params.yaml": {"seed: 1 ": "teacher: {source: folder, path: models/mine}\nseed: 1 "}}
-    tree = checkout(root / "tree", "tiny", edits)
+    chosen = {"seed: 1 ": "teacher: {source: folder, path: models/mine}\nseed: 1 ", "scale: demo ": "scale: tiny "}
+    tree = checkout(root / "tree", edits={"params.yaml": chosen})
     prepared(root)
     shutil.copytree(root / "artifacts", tree / "artifacts")
     shutil.copytree(root / "models", tree / "models")

@@ -126,7 +126,7 @@ class FileTokenizer:
         return self.bytes_of(ids).decode("utf-8", errors="replace")
 
     def end_token(self) -> str:
-        return self._tokenizer.id_to_token(self.end_of_text)
+        return str(self._tokenizer.id_to_token(self.end_of_text))
 
     def to_json(self) -> str:
         """What to keep: read again, or by transformers, it gives the same ids."""

@@ -46,6 +46,15 @@ def teacher_files(folder: Path) -> list[tuple[str, Path]]:
     return sorted((path.name, path) for kind in ("json", "safetensors") for path in folder.glob(f"*.{kind}"))
 
 
+def refuse_longer(sequence_tokens: int, folder: Path) -> None:
+    """Sequences beyond the positions that the teacher was trained on."""
+    config = read_json(folder / CONFIG)
+    most = config.get("max_position_embeddings") if isinstance(config, dict) else None
+    if isinstance(most, int) and sequence_tokens > most:
+        known = f"max_position_embeddings is {most} in {folder / CONFIG}"
+        raise Refusal(f"sequence_tokens = {sequence_tokens}: {known}: set it to that or less")
+
+
 def teacher_tokenizer(folder: Path, end_of_text: str | None) -> "FileTokenizer":
     """As it is; its vocabulary is that of the embedding, which may be padded."""
     from stages.data.hub_tokenizer import load_hub_tokenizer  # late: the stage `config` needs no tokenizer

@@ -11,22 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from stages.data.hub_tokenizer import load_hub_tokenizer
-from stages.data.shards import TOKENIZER
-from stages.files.artifacts import Refusal, read_json, written_whole
+from stages.files.artifacts import Refusal, written_whole
 from stages.formats.extras import extra
 from stages.formats.gguf_names import halves_from_pairs, names_of, pairs_from_halves, rotated_heads
-from stages.formats.pre_tokenizers import name_of
+from stages.formats.gguf_tokenizer import add_tokenizer
 from stages.model import hub
+from stages.model.families.deepseek_v3.model import DeepseekV3Shape
 from stages.model.families.qwen3.model import Qwen3Shape
 from stages.model.families.registry import family_of
 
 KINDS = {"f32": "F32", "f16": "F16", "q8_0": "Q8_0"}  # our word, and the package's for the matrices
 FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
 Q8_0_BLOCK = 32  # numbers that share a scale: a row must be a multiple of it
-# llama.cpp loads no tokenizer without merges, which plain bytes have not. What this one makes is no token, and a piece
-# that is no token falls back to its bytes.
-NO_MERGE = "Z Z"
 
 
 def write_gguf(folder: Path, path: Path, kind: str) -> None:
@@ -40,7 +36,7 @@ def write_gguf(folder: Path, path: Path, kind: str) -> None:
     architecture = _architecture(model, folder)
     writer = gguf.GGUFWriter(path=None, arch=architecture)
     _describe(gguf, writer, model.shape, folder.name, kind)
-    _add_tokenizer(gguf, writer, folder, model.shape.vocab_size)
+    add_tokenizer(writer, folder, model.shape.vocab_size)
     for theirs, values in _tensors(model, architecture).items():
         wanted = KINDS[kind] if values.ndim > 1 else "F32"
         if wanted == "Q8_0" and values.shape[1] % Q8_0_BLOCK:
@@ -57,12 +53,12 @@ def write_gguf(folder: Path, path: Path, kind: str) -> None:
 
 def _architecture(model: Any, folder: Path) -> str:
     """llama.cpp's; Mistral is its llama."""
-    family = family_of(model.shape)
     if not isinstance(model.shape, Qwen3Shape):
-        raise Refusal(
-            f"{folder}: no GGUF of the family {family.name}: only dense models of our own class are written so (and"
-            " llama.cpp's loader of deepseek2 demands a q_lora_rank, which our teacher has not); export the student"
-        )
+        what = f"{folder}: no GGUF of the family {family_of(model.shape).name}"
+        if isinstance(model.shape, DeepseekV3Shape):
+            why = "llama.cpp's loader of deepseek2 demands a q_lora_rank, which this teacher has not"
+            raise Refusal(f"{what}: {why}; export the student")
+        raise Refusal(f"{what}: only models of our own dense class are written (Llama, Mistral, Qwen2, Qwen3)")
     if model.shape.attention_bias:
         raise Refusal(f"{folder}: no GGUF of a {model.shape.kind} with attention_bias: llama.cpp has no place for it")
     if model.shape.kind == "qwen2" and (queries := model.shape.heads * model.shape.head_dim) != model.shape.width:
@@ -96,31 +92,6 @@ def _describe(gguf: Any, writer: Any, shape: Qwen3Shape, name: str, kind: str) -
     writer.add_value_length(shape.head_dim)
     writer.add_rope_freq_base(shape.rope_theta)
     writer.add_layer_norm_rms_eps(shape.norm_epsilon)
-
-
-def _add_tokenizer(gguf: Any, writer: Any, folder: Path, vocab_size: int) -> None:
-    """Byte-level BPE, as tokenizer.json has it; the end of a text is a control token, which no text can spell."""
-    end, path = load_hub_tokenizer(folder, vocab_size).end_of_text, folder / TOKENIZER
-    content = read_json(path)
-    if (pre := name_of(content)) is None:
-        raise Refusal(f"{path}: no GGUF of it: its word pattern has no name in stages/formats/pre_tokenizers.py")
-    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in content["model"]["merges"]]
-    marks = {True: gguf.TokenType.CONTROL, False: gguf.TokenType.USER_DEFINED}
-    ids = content["model"]["vocab"] | {added["content"]: added["id"] for added in content["added_tokens"]}
-    kinds = dict.fromkeys(ids, gguf.TokenType.NORMAL)
-    kinds |= {added["content"]: marks[added["special"]] for added in content["added_tokens"]}
-    for beyond in set(range(vocab_size)) - set(ids.values()):  # rows of a padded embedding
-        ids[f"[PAD{beyond}]"], kinds[f"[PAD{beyond}]"] = beyond, gguf.TokenType.UNUSED
-    tokens = sorted(ids, key=ids.__getitem__)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_types([kinds[token] for token in tokens])
-    writer.add_token_merges(merges or [NO_MERGE])
-    writer.add_eos_token_id(end)
-    writer.add_pad_token_id(end)
-    writer.add_add_bos_token(False)
-    writer.add_add_space_prefix(False)
 
 
 def load_gguf(folder: Path, path: Path) -> Any:

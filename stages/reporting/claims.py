@@ -159,6 +159,8 @@ def sparsity_claim(metrics: dict, model: str, lacking: tuple[str, str] | None) -
     why += ", and the loss is against that one." if trained_on else "."
     why += f" {strongest_control(control)}."
     kind = "mixture-of-experts teacher" if model == "teacher" else "dense student"
+    if model == "teacher" and metrics["pretrain"].get("source") == "folder":
+        kind = "teacher from a folder"
     return Claim(
         name=f"sparsity_{model}",
         claim=f"Structured sparsity cuts 30–40% of compute for 5–8% of quality ({kind})",

@@ -36,6 +36,7 @@ class Control(NamedTuple):
     model: str
     ahead: Interval  # bits per byte by which the model is better; below zero the control is
     cost: float  # training operations of the control with all that it was made from, over those of the model
+    is_whole: bool = True  # False: what the teacher took is not known, and not among the operations
 
     @property
     def equal(self) -> str:
@@ -43,7 +44,9 @@ class Control(NamedTuple):
 
     @property
     def what(self) -> str:
-        return WHAT[self.name][1]
+        if self.is_whole or self.equal == SAME_TOKENS:
+            return WHAT[self.name][1]
+        return f"{WHAT[self.name][1]}, without what the teacher took elsewhere"
 
     @property
     def outcome(self) -> str:
@@ -68,12 +71,13 @@ class Control(NamedTuple):
 def controls_of(model: str, metrics: dict) -> list[Control]:
     """The controls of a model; a random start is no control of a student that has one itself."""
     flops = metrics["challenge"]["whole_training_flops"]
+    is_whole = metrics["challenge"].get("teacher_cost_known", True)
     found = []
     for name, figures in metrics["evaluate"]["controls"][model].items():
         if name == "cold_student" and metrics["distill"].get("init") == "random":
             continue
         ahead = Interval(*(figures[key] for key in ("difference", "difference_low", "difference_high")))
-        found.append(Control(name, model, ahead, flops[name] / flops[model]))
+        found.append(Control(name, model, ahead, flops[name] / flops[model], is_whole))
     return found
 
 

@@ -172,7 +172,7 @@ class Profile(Section):
 
 class Export(Section):
     models: Annotated[tuple[Word, ...], Some]  # names under artifacts/, or folders
-    formats: Annotated[tuple[Literal["hf", "gguf", "onnx"], ...], Some]
+    formats: Annotated[tuple[Literal["hf", "gguf", "onnx", "int8"], ...], Some]
     gguf_kinds: Annotated[tuple[Literal["f32", "f16", "q8_0"], ...], Some]
     prompts: Count
     new_tokens: Annotated[int, Field(ge=3, le=MOST)]  # after each prompt; the first two are not timed
@@ -244,8 +244,9 @@ def _part_of(model: type[BaseModel], wanted: tuple[str, ...]) -> type[BaseModel]
     fields: dict[str, Any] = {}
     for section, names in inner.items():
         field = model.model_fields[section]
-        kind: Any = _part_of(field.annotation, tuple(names)) if names and section not in wanted else field.annotation
-        fields[section] = (kind, ... if names else field)
+        kind: Any = field.annotation
+        is_part = bool(names) and section not in wanted
+        fields[section] = (_part_of(kind, tuple(names)), ...) if is_part else (kind, field)
     return create_model("Part", __base__=Section, **fields)
 
 

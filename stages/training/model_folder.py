@@ -91,8 +91,7 @@ def model_card(
         "## Limits",
         "",
         "- A base model: it continues text. It has no chat template, follows no instructions and was not made safe.",
-        f"- It has read one corpus, at most {config['max_position_embeddings']} tokens at a time. Longer texts and",
-        "  other kinds of text are beyond it.",
+        *_reading(config["max_position_embeddings"], bool(lineage and "teacher" in data)),
         f"- `{end_of_text}` ends a text. A prompt that spells it is read as text, as `split_special_tokens` says.",
         *_loading(config),
         "",
@@ -111,6 +110,14 @@ def _table(title: str, rows: Mapping[str, object]) -> list[str]:
         return f"{value:,}" if isinstance(value, int) else f"{value:.6g}" if isinstance(value, float) else str(value)
 
     return [f"| {title} | |", "| --- | ---: |", *(f"| {key} | {shown(value)} |" for key, value in rows.items()), ""]
+
+
+def _reading(tokens: int, from_folder: bool) -> list[str]:
+    if from_folder:  # it, or what it was made from
+        return [f"- It comes from a model that read texts unknown here, up to {tokens} tokens at a time. Whether the",
+                "  test text was among them is not known."]  # fmt: skip
+    return [f"- It has read one corpus, at most {tokens} tokens at a time. Longer texts and",
+            "  other kinds of text are beyond it."]  # fmt: skip
 
 
 def _loading(config: dict) -> list[str]:
