@@ -3,6 +3,7 @@ PYTHON ?= python3
 PORT ?= 5000
 MODEL ?= student
 SERVE_PORT ?= 8080
+SLURM := apt-get install --yes --no-install-recommends slurmctld slurmd slurm-client munge
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -93,9 +94,9 @@ test-nodes: .venv/.develop  # several machines, as network namespaces of this on
 	python -m pytest -m nodes tests/test_nodes.py tests/test_placement.py
 
 test-slurm: .venv/.slurm  # a real SLURM of three network namespaces
-	@PATH="$$PATH:/usr/sbin" && command -v slurmctld slurmd munged > /dev/null || { test "$$(id -u)" = 0 && apt-get \
-		install --yes --no-install-recommends slurmctld slurmd slurm-client munge; } || \
-		{ echo "SLURM is missing: as root, apt-get install slurmctld slurmd slurm-client munge" >&2; exit 1; }
+	@PATH="$$PATH:/usr/sbin"; for tool in slurmctld slurmd sbatch munged; do \
+		command -v $$tool > /dev/null || { test "$$(id -u)" = 0 && $(SLURM); } || \
+			{ echo "$$tool is missing: as root, $(SLURM)" >&2; exit 1; }; done
 	python -m pytest -m nodes tests/test_slurm.py
 
 serve: .venv/.gguf
