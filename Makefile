@@ -6,6 +6,7 @@ SERVE_PORT ?= 8080
 SMOLLM := models/smollm2-135m-instruct
 SMOLLM_SHA256 := bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 FETCHED := models/.fetched
+SLURM := apt-get install --yes --no-install-recommends slurmctld slurmd slurm-client munge
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -104,9 +105,9 @@ test-nodes: .venv/.develop  # several machines, as network namespaces of this on
 	python -m pytest -m nodes tests/test_nodes.py tests/test_placement.py
 
 test-slurm: .venv/.slurm  # a real SLURM of three network namespaces
-	@PATH="$$PATH:/usr/sbin" && command -v slurmctld slurmd munged > /dev/null || { test "$$(id -u)" = 0 && apt-get \
-		install --yes --no-install-recommends slurmctld slurmd slurm-client munge; } || \
-		{ echo "SLURM is missing: as root, apt-get install slurmctld slurmd slurm-client munge" >&2; exit 1; }
+	@PATH="$$PATH:/usr/sbin"; for tool in slurmctld slurmd sbatch munged; do \
+		command -v $$tool > /dev/null || { test "$$(id -u)" = 0 && $(SLURM); } || \
+			{ echo "$$tool is missing: as root, $(SLURM)" >&2; exit 1; }; done
 	python -m pytest -m nodes tests/test_slurm.py
 
 serve: .venv/.gguf

@@ -89,7 +89,7 @@ def test_a_preempted_job_is_requeued_and_continues_to_the_same_bytes(tree, clust
     cluster.says("sbatch", "--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap=srun sleep 1")
     said = running.communicate(timeout=SECONDS)[0]
     assert running.returncode == 0, said + cluster.says("scontrol", "show", "job")
-    assert "interrupted after step" in said and "teacher: continues after step" in said
+    assert "teacher: continues after step" in said
     assert "Restarts=1" in cluster.says("scontrol", "show", "job")
     assert sha256_of(tree / "outputs/preempted" / TEACHER) == of_one_machine
 

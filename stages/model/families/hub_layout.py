@@ -61,12 +61,12 @@ def read_fields(kind: type, names: dict[str, str], fixed: dict[str, Any], config
     config = {"rope_theta": rope.get("rope_theta")} | config
     given: dict[str, Any] = {}
     for name, wanted in get_type_hints(kind).items():
-        value: Any = config.get(names[name])
+        found: Any = config.get(names[name])
         allowed = (int, float) if wanted is float else wanted
-        of_kind = isinstance(value, allowed) and isinstance(value, bool) is (wanted is bool)
-        if not of_kind or value in (math.inf, -math.inf):
-            raise Refusal(f"{path}: {names[name]} is {value!r}, expected {wanted.__name__}: restore the file")
-        given[name] = float(value) if wanted is float else value
+        of_kind = isinstance(found, allowed) and isinstance(found, bool) is (wanted is bool)
+        if not of_kind or found in (math.inf, -math.inf):
+            raise Refusal(f"{path}: {names[name]} is {found!r}, expected {wanted.__name__}: restore the file")
+        given[name] = float(found) if wanted is float else found
     return kind(**given)
 
 
