@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from benchmarks.checkout import DVC, checkout, environment
 from benchmarks.table import ROOT
+from claims.challenge import SCORES
 from claims.table import MIN_CORPORA, MIN_SEEDS, TIMED, Runs, compared, page, summary
 from stages.files.artifacts import write_atomically
 from stages.files.resuming import resume_key
@@ -71,7 +72,7 @@ def job(settings: DictConfig) -> None:
         prepare_checkout(folder, words["corpora"][corpus], seed)
     print(f"claims: {corpus}, seed {seed}: {folder.relative_to(ROOT)}", flush=True)
     timed = [sys.executable, "-m", "claims.challenge", f"hydra.run.dir={TIMED}"]
-    for words in ([*DVC, "repro", "--quiet", "evaluate"], timed):
+    for words in ([*DVC, "repro", "--quiet", "evaluate"], *([] if (folder / TIMED / SCORES).exists() else [timed])):
         done = subprocess.run(words, cwd=folder, env=environment(PYTHONPATH=f".{os.pathsep}{ROOT}"))
         if done.returncode:
             sys.exit(f"claims: {corpus}, seed {seed} ended early: the same command continues it")

@@ -219,7 +219,8 @@ def page(corpora: list[Corpus], found: list[Comparison]) -> str:
         "Written by `make claims`. Intervals and p values resample seeds and test documents apart (with three seeds"
         " they are rough); p is corrected for the number of comparisons (Holm). The effect is the mean difference of a"
         " document in its standard deviations, the time that of the control's training over the model's, each with all"
-        " that it was made from. A control is beaten, or better, where the corrected p is below 0.05.",
+        " that it was made from (median over the seeds). A control is beaten, or better, where the corrected p is below"
+        " 0.05.",
         listed(conditions()),
         "## Models against their strongest controls",
         comparisons_table(found),
