@@ -61,7 +61,7 @@ def read_fields(kind: type, names: dict[str, str], fixed: dict[str, Any], config
     config = {"rope_theta": rope.get("rope_theta")} | config
     given: dict[str, Any] = {}
     for name, wanted in get_type_hints(kind).items():
-        value = config.get(names[name])
+        value: Any = config.get(names[name])
         allowed = (int, float) if wanted is float else wanted
         of_kind = isinstance(value, allowed) and isinstance(value, bool) is (wanted is bool)
         if not of_kind or value in (math.inf, -math.inf):
