@@ -23,6 +23,7 @@ from stages.measure.flops import active_parameters, counted_flops_per_token, flo
 from stages.model import checkpointing
 from stages.model.divergences import forward_kl
 from stages.model.families.adapter import family as adapter_family
+from stages.model.families.adapter import reading
 from stages.model.families.adapter.family import AdapterFamily
 from stages.model.families.adapter.model import AdapterModel, LogitMap, moe_of
 from stages.model.families.adapter.shape import KNOWN
@@ -225,6 +226,18 @@ def test_a_model_in_several_files_is_read(checkpoint, taken, tmp_path):
     shard = next(tmp_path.glob("*-of-*"))
     shard.unlink()
     refused(tmp_path, rf"{shard.name} is missing, which model.safetensors.index.json names: copy it again")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_each_tensor_of_a_file_has_a_place_in_the_models_own_memory(taken, name):
+    """So that loading takes the model and no copy of it."""
+    hub = taken(name).hub
+    own = {part.untyped_storage().data_ptr() for part in [*hub.parameters(), *hub.buffers()]}
+    places = reading.homes(hub)
+    assert all(part.untyped_storage().data_ptr() in own for part in places.values())
+    numbers = sum(part.numel() for part in hub.state_dict().values())
+    tied = hub.lm_head.weight.numel() if hub.config.tie_word_embeddings else 0
+    assert sum(part.numel() for part in places.values()) == numbers - tied
 
 
 def refused(folder, told):

@@ -92,7 +92,8 @@ def _grouped(old: Any, config: Any, x_ND: Tensor) -> PlainHeads:
     found, norms = {}, {}
     rotated = int(size * (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0))
     for name, count in (("q", heads), ("k", groups)):
-        part_ND, norm = getattr(old, f"{name}_proj")(x_ND), getattr(old, f"{name}_norm", None)
+        part_ND = getattr(old, f"{name}_proj")(x_ND)
+        norm: Any = getattr(old, f"{name}_norm", None)
         by_head = norm is not None and len(norm.weight) == size
         if norm is not None and not by_head:  # OLMo's norm is over all heads at once
             part_ND = norm(part_ND)

@@ -123,9 +123,9 @@ def _scores_per_key(config: Any) -> float:
 
 def _keys(config: Any, layer: int, context_tokens: int) -> float:
     """How many keys a token sees, averaged over the positions of a context; a window shows only the last ones."""
-    window = getattr(config, "sliding_window", None)
+    window: int = getattr(config, "sliding_window", None) or context_tokens
     types = getattr(config, "layer_types", None)
-    slides = window and (types[layer] == "sliding_attention" if types else True)
+    slides = types[layer] == "sliding_attention" if types else True
     if not slides or window >= context_tokens:
         return (context_tokens + 1) / 2
     return (window * (window + 1) / 2 + (context_tokens - window) * window) / context_tokens

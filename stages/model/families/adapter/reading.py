@@ -157,7 +157,8 @@ def read(folder: Path, shape: AdapterShape, recorded_sha256: str | None) -> nn.M
 
 def headers(folder: Path) -> Header:
     """Names, sizes and dtypes of all tensors, from the beginnings of the files."""
-    files, found = weight_files(folder), {}
+    files = weight_files(folder)
+    found: Header = {}
     for path in files.paths:
         shapes = tensor_shapes(path)
         try:
