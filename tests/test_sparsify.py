@@ -56,11 +56,11 @@ def test_a_teacher_without_experts_is_pruned_by_what_it_has(tiny_settings, place
     assert fits["sparse_teacher"].finish(fits["sparse_teacher"].model) is None
 
 
-def test_only_a_pruned_mixture_is_balanced_while_it_recovers(tiny_settings, place):
+def test_a_pruned_mixture_and_its_control_are_balanced_while_they_train(tiny_settings, place):
     fits = sparse_fits(tiny_settings, place, bias_update_rate=0.002)
     assert {name: fit.bias_update_rate for name, fit in fits.items()} == {
         "sparse_teacher": 0.002,
-        "continued_teacher": 0.0,
+        "continued_teacher": 0.002,
         "sparse_student": 0.0,
         "continued_student": 0.0,
     }

@@ -48,9 +48,9 @@ def config_fields(shape: Any, names: dict[str, str]) -> dict[str, Any]:
 
 def read_fields(kind: type, names: dict[str, str], fixed: dict[str, Any], config: dict[str, Any], path: Path) -> Any:
     """The shape that a config.json describes; a value of another type, or another than the fixed one, is refused."""
-    for key, value in fixed.items():
-        if config.get(key, value) != value:
-            raise Unsupported(f"{path}: {key} is {config[key]!r}, only {value!r} is supported")
+    for key, only in fixed.items():
+        if config.get(key, only) != only:
+            raise Unsupported(f"{path}: {key} is {config[key]!r}, only {only!r} is supported")
     tied = config.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
         raise Refusal(f"{path}: tie_word_embeddings is {tied!r}, expected bool: restore the file")
