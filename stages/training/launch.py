@@ -54,11 +54,11 @@ def launch(build_fits: Callable, settings, place, inputs: list[str], run) -> tup
             job_place = Place(place.root, state.folder / "outs") if away else place
             precision = conditions["precision"]
             job = Job(stage, function, settings, job_place, state.folder, accelerator(conditions), precision)
-            path = job.write()
+            job_file = job.write()
             if engine.dry_run:
-                rehearse(settings, stage, path, place.root, conditions["ranks"])
+                rehearse(settings, stage, job_file, place.root, conditions["ranks"])
             with _record_steps(state.folder / "steps.jsonl", run) as speeds:
-                code = ranks.run(path)
+                code = ranks.run(job_file)
             if code != 0:
                 raise Refusal(_reason(stage, code, state.folder))
             if engine.node_rank == 0:
