@@ -37,7 +37,7 @@ def scaling(plan: LaunchPlan) -> dict[str, Any]:
 
 
 def run(plan: LaunchPlan, told: Callable[[str], None]) -> str:
-    ray, train, parallel = extra("ray", "ray", "ray.train", "ray.train.data_parallel_trainer")
+    ray, train, parallel = extra("ray", "ray", "ray.train", "ray.train.v2.api.data_parallel_trainer")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
     runtime = {"env_vars": plan.environment | {"PYTHONPATH": plan.project}}
     if plan.options.address:
