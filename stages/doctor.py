@@ -80,7 +80,7 @@ def pipeline(dependencies: list[str]) -> Iterator[Finding]:
             detail = f"{have}; the numbers here were measured with {version}"
         yield Finding(name, bool(have), detail, "make env", True)
     yield program("git", "apt install git; without it: dvc config --local core.no_scm true")
-    yield program("dvc", "source .venv/bin/activate, or make env", needed=installed("dvc") == "")
+    yield program("dvc", "source .venv/bin/activate, or make env", "dvc command")
     yield compiler()
     yield server(os.environ.get("MLFLOW_TRACKING_URI", ""))
 
@@ -93,9 +93,9 @@ def installed(name: str) -> str:
         return ""
 
 
-def program(name: str, mend: str, needed: bool = False) -> Finding:
-    path = shutil.which(name)
-    return Finding(name, path is not None, path or "not on PATH", mend, needed)
+def program(command: str, mend: str, name: str = "") -> Finding:
+    path = shutil.which(command)
+    return Finding(name or command, path is not None, path or "not on PATH", mend)
 
 
 def compiler() -> Finding:

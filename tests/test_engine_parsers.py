@@ -36,7 +36,7 @@ print(" ".join(kinds))
 SKY = """
 import json, sys, yaml, sky
 given = yaml.safe_load(sys.stdin)
-task = sky.Task.from_yaml_config(given)
+task = sky.Task.from_yaml_config(dict(given))
 (resources,) = task.resources
 print(json.dumps([task.name, task.num_nodes, resources.accelerators, task.run, given["run"]]))
 """

@@ -48,6 +48,9 @@ VARIABLES = {  # as an engine sets them on its second node
 }
 
 
+UNTOLD = os.environ | {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}  # nothing listens there
+
+
 def settings_of(word, *words):
     return validate(compose(["scale=tiny", "corpus=stdlib", f"engine={word}", *NEEDED.get(word, ()), *words]))
 
@@ -267,19 +270,60 @@ def test_an_engine_that_is_not_installed_is_one_line(place, monkeypatch, word, r
         launched(place, word)
 
 
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy of the project at scale tiny, with its data."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("stages", "conf"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "dvc.yaml", folder)
+    (folder / "params.yaml").write_text((ROOT / "params.yaml").read_text().replace("scale: demo", "scale: tiny"))
+    for stage in ("config", "prepare"):
+        command = [sys.executable, "-m", f"stages.{stage}"]
+        subprocess.run(command, cwd=folder, env=UNTOLD | {"DVC_STAGE": stage}, check=True)
+    return folder
+
+
 def pretrain_in(folder, *words, before=(), **variables):
-    """Two steps of the teacher of scale tiny in a copy of the project, which is made where it is not there."""
-    variables = os.environ | {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"} | variables
-    if not (folder / "artifacts").exists():
-        for name in ("stages", "conf"):
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "dvc.yaml", folder)
-        (folder / "params.yaml").write_text((ROOT / "params.yaml").read_text().replace("scale: demo", "scale: tiny"))
-        for stage in ("config", "prepare"):
-            command = [sys.executable, "-m", f"stages.{stage}"]
-            subprocess.run(command, cwd=folder, env=variables | {"DVC_STAGE": stage}, check=True)
+    """Two steps of the teacher."""
     command = [*before, sys.executable, "-m", "stages.pretrain", "pretrain.steps=2", "trainer.accelerator=cpu", *words]
-    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
+    return subprocess.run(command, cwd=folder, env=UNTOLD | variables, capture_output=True, text=True)
+
+
+ONE_CORE = ["taskset", "-c", str(min(os.sched_getaffinity(0)))] if hasattr(os, "sched_getaffinity") else []
+BY_CORE = pytest.mark.skipif(shutil.which("taskset") is None, reason="gives each rank one core by taskset")
+
+
+@pytest.fixture(scope="module")
+def bytes_of_one_machine(tree):
+    """Of the model of two ranks with a thread each."""
+    done = pretrain_in(tree, "engine=local", "hydra.run.dir=outputs/local", before=ONE_CORE)
+    assert done.returncode == 0, done.stderr
+    return (tree / "outputs/local/artifacts/teacher/model.safetensors").read_bytes()
+
+
+MINE = """
+from stages.settings.bounds import Section, Word
+
+START = "mine"
+
+class Options(Section):
+    queue: Word
+
+def render(plan):
+    return f"{plan.nodes} nodes in {plan.options.queue} for {plan.job}\\n"
+"""
+
+
+def test_an_engine_is_added_by_one_module_and_its_preset(tree):
+    (tree / "stages/engines/mine.py").write_text(MINE)
+    (tree / "conf/engine/mine.yaml").write_text("# @package engine\nname: mine\nnodes: 2\noptions: {queue: fast}\n")
+    done = pretrain_in(tree, "engine=mine", "engine.dry_run=true")
+    assert done.returncode == 0, done.stderr
+    (job,) = tree.glob(".runs/resume/pretrain-*/job.json")
+    assert done.stdout == f"2 nodes in fast for {job}\n"
+    assert "nothing was started" in done.stderr and not list(tree.glob(".runs/tracking/*pretrain*"))
+    shutil.rmtree(job.parent)
 
 
 SCHEDULER = {  # what the script of a job meets, on one machine: two tasks side by side, as srun starts them
@@ -314,38 +358,33 @@ print("127.0.0.1\\n127.0.0.1" if "hostnames" in sys.argv else "JobState=FAILED")
 }
 
 
-@pytest.mark.skipif(shutil.which("taskset") is None, reason="gives each node a core of its own by taskset")
-def test_a_job_of_slurm_trains_on_two_nodes_and_its_outs_come_home(tmp_path):
+@BY_CORE
+def test_a_job_of_slurm_trains_on_two_nodes_and_gives_the_bytes_of_one_machine(tree, tmp_path, bytes_of_one_machine):
     """sbatch, srun and scontrol stand in; what they start is the real script. make test-slurm has the real ones."""
-    (tmp_path / "bin").mkdir()
     for name, text in SCHEDULER.items():
-        (tmp_path / "bin" / name).write_text(text.format(python=sys.executable))
-        (tmp_path / "bin" / name).chmod(0o755)
-    path = f"{tmp_path}/bin:{os.environ['PATH']}"
+        (tmp_path / name).write_text(text.format(python=sys.executable))
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
         words = ["engine=slurm", f"engine.master_port={port}", "hydra.run.dir=outputs/here"]
-        taken = pretrain_in(tmp_path, *words, PATH=path)
+        taken = pretrain_in(tree, *words, PATH=path)
     refused = f"offramp: node 0 cannot listen on 127.0.0.1:{port} (Address already in use): choose another engine."
     assert taken.returncode == 1 and refused in taken.stderr and "Traceback" not in taken.stderr
-    done = pretrain_in(tmp_path, *words, PATH=path)
+    done = pretrain_in(tree, *words, PATH=path)
     assert done.returncode == 0, done.stderr
     assert "job 7 of SLURM, for 2 nodes" in done.stdout and "teacher: step 2/2" in done.stdout, "shown while it trains"
-    assert (tmp_path / "outputs/here/artifacts/teacher/model.safetensors").exists()
-    assert json.loads((tmp_path / "outputs/here/measurements/pretrain.json").read_text())["ranks"] == 2
-    assert not list(tmp_path.glob(".runs/resume/pretrain-*/job.json")), "the outs are the state now"
+    assert (tree / "outputs/here/artifacts/teacher/model.safetensors").read_bytes() == bytes_of_one_machine
+    assert json.loads((tree / "outputs/here/measurements/pretrain.json").read_text())["ranks"] == 2
+    assert not list(tree.glob(".runs/resume/pretrain-*/job.json")), "the outs are the state now"
 
 
-@pytest.mark.skipif(shutil.which("taskset") is None, reason="gives every rank one core by taskset")
-def test_ray_trains_on_two_workers_and_gives_the_bytes_of_one_machine(tmp_path):
+@BY_CORE
+def test_ray_trains_on_two_workers_and_gives_the_bytes_of_one_machine(tree, bytes_of_one_machine):
     pytest.importorskip("ray", reason="the extra ray is not installed: make test-engines")
-    models = []
-    for word in ("local", "ray"):
-        words = [f"engine={word}", "trainer.ranks=2", f"hydra.run.dir=outputs/{word}"]
-        done = pretrain_in(tmp_path, *words, before=["taskset", "-c", str(min(os.sched_getaffinity(0)))])
-        assert done.returncode == 0, done.stderr
-        models.append((tmp_path / f"outputs/{word}/artifacts/teacher/model.safetensors").read_bytes())
-    assert models[0] == models[1]
+    done = pretrain_in(tree, "engine=ray", "hydra.run.dir=outputs/ray", before=ONE_CORE)
+    assert done.returncode == 0, done.stderr
+    assert (tree / "outputs/ray/artifacts/teacher/model.safetensors").read_bytes() == bytes_of_one_machine
 
 
 # ---- where nodes meet
@@ -359,7 +398,9 @@ def test_a_node_that_waits_in_vain_and_a_port_that_is_taken_are_one_line():
         port = listener.getsockname()[1]
         with pytest.raises(Refusal, match=f"^node 0 cannot listen on 127.0.0.1:{port} .*another engine.master_port"):
             meet(Nodes(2, 0, "127.0.0.1", port, 0.3))
-    with pytest.raises(Refusal, match=f"^nobody listens on 127.0.0.1:{port}: start node 0"):
+        with pytest.raises(Refusal, match=f"^no node 0 answers on 127.0.0.1:{port}"):  # what answers is no store
+            meet(Nodes(2, 1, "127.0.0.1", port, 0.3))
+    with pytest.raises(Refusal, match=f"^no node 0 answers on 127.0.0.1:{port}: start it with"):
         meet(Nodes(2, 1, "127.0.0.1", port, 0.3))
     with pytest.raises(Refusal, match=f"^not all 2 nodes have come to 127.0.0.1:{port}: start the same command on"):
         meet(Nodes(2, 0, "127.0.0.1", port, 0.3))

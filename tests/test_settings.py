@@ -560,6 +560,18 @@ def test_what_no_out_depends_on_stands_apart_in_resolved_yaml():
     assert duration_seconds("01:02:03:04") == 93784
 
 
+def test_an_engine_is_a_word_of_the_sheet_or_a_mapping_with_its_name_and_no_reason_to_run_a_stage_again(sheet):
+    plain, tracked = compose(root=sheet), divided(compose(root=sheet))[0]
+    for entry, nodes in (("slurm", 2), ("{name: slurm, nodes: 4}", 4)):
+        before = (sheet / "params.yaml").read_text()
+        edited(sheet, ("corpus: stdlib", f"corpus: stdlib\nengine: {entry}"))
+        engine = validate(compose(root=sheet)).engine
+        assert (engine.name, engine.nodes, engine.options["partition"]) == ("slurm", nodes, None)
+        assert divided(compose(root=sheet))[0] == tracked
+        assert compose(["engine=local"], root=sheet) == plain, "the command line has the last word"
+        (sheet / "params.yaml").write_text(before)
+
+
 @pytest.mark.parametrize("entry", ["csv", "[csv]", "[csv, dvclive]", "{mine: {_target_: own.Log, at: '${run:fit}'}}"])
 def test_loggers_are_one_preset_several_or_spelled_out(sheet, entry):
     edited(sheet, ("corpus: stdlib", f"corpus: stdlib\nlogger: {entry}"))

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -36,10 +37,15 @@ def scaling(plan: LaunchPlan) -> dict[str, Any]:
 
 
 def run(plan: LaunchPlan, told: Callable[[str], None]) -> str:
-    ray, train, parallel = extra("ray", "ray", "ray.train", "ray.train.data_parallel_trainer")
-    variables = {name: value for name, value in os.environ.items() if name in ("PYTHONPATH", "PATH")}
-    runtime = {"env_vars": variables | plan.environment}
-    ray.init(address=plan.options.address, runtime_env=runtime, include_dashboard=False, logging_level="ERROR")
+    ray, train, parallel = extra("ray", "ray", "ray.train", "ray.train.v2.api.data_parallel_trainer")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
+    runtime = {"env_vars": plan.environment | {"PYTHONPATH": plan.project}}
+    if plan.options.address:
+        ray.init(address=plan.options.address, runtime_env=runtime, logging_level="ERROR")
+    else:  # a cluster of this machine, for as long as this process lives
+        here = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        ray.init(runtime_env=runtime, logging_level="ERROR", **here)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the cluster ends, and its ranks save
     trainer = parallel.DataParallelTrainer(
         node_of,
         train_loop_config={"words": node_words(plan, "RANK", "MASTER_ADDR", "MASTER_PORT"), "project": plan.project},
@@ -51,6 +57,7 @@ def run(plan: LaunchPlan, told: Callable[[str], None]) -> str:
     except Exception as error:  # whatever Ray makes of the end of a worker
         return f"Ray Train ended: {' '.join(str(error).split())[-300:]}"
     finally:
+        signal.signal(signal.SIGTERM, before)
         ray.shutdown()
     return ""
 

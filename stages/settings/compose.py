@@ -19,7 +19,7 @@ from stages.settings.untracked import OBSERVERS
 ORDER = ("corpus", "scale", "experiment", *OBSERVERS, "engine")  # as conf/config.yaml lays the presets
 # of the groups that params.yaml need not name
 DEFAULTS = dict.fromkeys(("experiment", *OBSERVERS), "none") | {"engine": "local"}
-CHOOSER = {"corpus": "source", "engine": "name"}  # the setting of a section that names its preset
+CHOOSER = {"engine": "name"}  # the setting of a section that names its preset, where it is not `source`
 RUN_FACTS = ("folder", "stage", "fit")  # ${run:...} in a preset of a callback or logger; a rank fills them in
 
 
@@ -128,8 +128,8 @@ def read_sheet(words: Any = (), root: Path = ROOT) -> tuple[dict[str, str], dict
         if group in OBSERVERS and not isinstance(entry, str):
             entry, values[group] = "none", _observers(group, entry, presets, root)
         mapping = group in SECTIONS and isinstance(entry, dict)
-        chooser = CHOOSER.get(group, "")
-        choice = entry.get(chooser) if mapping else entry
+        chooser = CHOOSER.get(group, "source")
+        choice = entry.get(chooser, DEFAULTS.get(group)) if mapping else entry
         if choice is None:
             key = f"{group}.{chooser}" if mapping else group
             raise Refusal(f"params.yaml: {key}: missing; write one of {', '.join(presets)}")
@@ -207,7 +207,7 @@ def _spelled_out(word, groups):
     if override.is_sweep_override():
         raise Refusal(f"{name}: a sweep takes words, not mappings: write {name}=a,b with presets of conf/{name}/")
     entries = {str(key): Override._get_value_element_as_str(inner) for key, inner in override._value.items()}
-    choice = entries.pop(CHOOSER.get(name, ""), None)
+    choice = entries.pop(CHOOSER.get(name, "source"), None)
     return ([f"{name}={choice}"] if choice else []) + [f"{name}.{key}={text}" for key, text in entries.items()]
 
 

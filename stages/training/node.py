@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from stages.files.artifacts import Refusal, write_atomically, write_json
-from stages.run.entry import leave
+from stages.run.entry import die_with_parent, leave
 from stages.training.environment import agent_environment, rank_environment
 from stages.training.job import Job
 from stages.training.nodes import Nodes
@@ -54,4 +54,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    die_with_parent()  # whatever an engine starts it from: ranks must not outlive their job
     leave(main(sys.argv[1:]))

@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import socket
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -56,8 +57,7 @@ def meet(nodes: Nodes) -> TCPStore:
         address, port = listener.getsockname()
         store = TCPStore(address, port, 1, is_master=True, timeout=timeout, master_listen_fd=listener.detach())
     else:
-        _wait(lambda: _listens(nodes), deadline, f"nobody listens on {where}: start node 0 with engine.node_rank=0")
-        store = TCPStore(nodes.address, nodes.port, None, is_master=False, timeout=timeout)
+        store = _joined(nodes, deadline, f"no node 0 answers on {where}: start it with engine.node_rank=0")
     if nodes.count > 1:
         if store.add(f"node-{nodes.rank}", 1) > 1:
             raise Refusal(f"another node {nodes.rank} has come to {where}: give each its own engine.node_rank")
@@ -78,10 +78,19 @@ def _wait(come, deadline: float, otherwise: str) -> None:
         time.sleep(LOOK_SECONDS)
 
 
-def _listens(nodes: Nodes) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection((nodes.address, nodes.port), timeout=LOOK_SECONDS):
-        return True
-    return False
+def _joined(nodes: Nodes, deadline: float, otherwise: str) -> TCPStore:
+    """The store of node 0. The store's own code tries until the time is over, so it does that in a thread."""
+    found: list[TCPStore] = []
+
+    def join():
+        with contextlib.suppress(RuntimeError):  # as torch tells that it was in vain
+            timeout = timedelta(seconds=nodes.join_seconds)
+            found.append(TCPStore(nodes.address, nodes.port, None, is_master=False, timeout=timeout))
+
+    thread = threading.Thread(target=join, daemon=True)
+    thread.start()
+    _wait(lambda: bool(found), deadline, otherwise)
+    return found[0]
 
 
 def killed(error: ChildFailedError) -> str:
