@@ -9,6 +9,7 @@ from chaos.commands import REPRO, checkpoint_of, last_saved, line_with, start, s
 from chaos.kills import kill_group
 from stages.files.artifacts import read_json
 
+END_SECONDS = 60  # what a kill leaves must have ended by then, on a busy machine too
 LOSS = 0.01  # nats by which a moved run may differ: clipping and bfloat16 round other sums, and routers choose by them
 
 
@@ -42,7 +43,7 @@ def _kill(tree: Path, process, row: Row) -> None:
     row.lost.append(time.time() - last_saved(tree))
     kill_group(tree, process)
     process.wait()
-    wait_until_idle(tree, 15, mirrors=False)
+    wait_until_idle(tree, END_SECONDS, mirrors=False)
 
 
 def _is_in_parts(tree: Path) -> bool:
