@@ -48,9 +48,9 @@ def of_one_machine(tree) -> str:
     return sha256_of(tree / "outputs/alone" / TEACHER)
 
 
-def pretrain(tree: Path, cluster: Cluster | None, out: str, *words: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "stages.pretrain", f"pretrain.steps={STEPS}", *words]
-    command.append(f"hydra.{'sweep' if '-m' in words else 'run'}.dir=outputs/{out}")
+def pretrain(tree: Path, cluster: Cluster | None, out: str, *words: str, sweep: bool = False) -> subprocess.Popen:
+    command = [sys.executable, "-m", "stages.pretrain", *(["-m"] if sweep else []), f"pretrain.steps={STEPS}", *words]
+    command.append(f"hydra.{'sweep' if sweep else 'run'}.dir=outputs/{out}")
     variables = environment(MLFLOW_TRACKING_URI="http://127.0.0.1:9")  # nothing listens there
     if cluster:
         command, variables = cluster.command(*command), variables | cluster.environment()
@@ -97,8 +97,8 @@ def test_a_preempted_job_is_requeued_and_continues_to_the_same_bytes(tree, clust
 @pytest.mark.skipif(importlib.util.find_spec("submitit") is None, reason="pip install -e '.[slurm]'")
 def test_a_sweep_runs_each_job_on_a_node(tree, cluster):
     launcher = ("hydra/launcher=submitit_slurm", "hydra.launcher.partition=usual", "hydra.launcher.cpus_per_task=1")
-    words = ("-m", "optimizer.adamw_learning_rate=0.001,0.002", "pretrain.steps=2", "trainer.ranks=1", *launcher)
-    running = pretrain(tree, cluster, "sweep", *words)
+    words = ("optimizer.adamw_learning_rate=0.001,0.002", "pretrain.steps=2", "trainer.ranks=1", *launcher)
+    running = pretrain(tree, cluster, "sweep", *words, sweep=True)
     said = running.communicate(timeout=SECONDS)[0]
     assert running.returncode == 0, said
     for number in range(2):

@@ -4,15 +4,15 @@ The stage writes `<state>/job.json`, a launcher hands its path to every rank, an
 relative to it, so that the project's folder may stand elsewhere on another machine.
 """
 
+import inspect
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from stages.files.artifacts import Refusal, read_json, write_json
+from stages.files.artifacts import ROOT, Refusal, read_json, write_json
 from stages.run.entry import Place
 from stages.settings.schema import Settings, validate
 
@@ -82,9 +82,9 @@ def is_observed(path: Path) -> bool:
 def name_of(function: Callable) -> str:
     """"module:function" of a function that another process can import; a Refusal for any other."""
     module = function.__module__
-    if module == "__main__":  # the stage was started as `python -m stages.<stage>`
-        spec = sys.modules["__main__"].__spec__
-        module = spec.name if spec else ""
+    if module == "__main__":  # of `python -m stages.<stage>`, perhaps on another machine: a sweep sends it there
+        file = Path(inspect.getfile(function)).resolve()
+        module = ".".join(file.relative_to(ROOT).with_suffix("").parts) if file.is_relative_to(ROOT) else ""
     if not module or not function.__qualname__.isidentifier():
         raise Refusal(
             f"{function.__qualname__}: ranks cannot import this function: define it with a name at the top of a module,"
