@@ -19,6 +19,7 @@ from stages.training.callbacks import ExactResume
 from stages.training.checkpoints import Checkpoint, Part, join_parts
 from stages.training.job import Job, name_of
 from stages.training.rank import INTERRUPTED, Rank, run_fit
+from stages.training.sharing import checkpoints_in, make_whole
 
 STEPS, STOP = 3, 2
 PLACES = {  # strategy, ranks, ranks of a machine
@@ -198,6 +199,12 @@ def test_parts_that_a_killed_run_leaves_are_read_by_other_ranks_and_made_one_fil
     assert Checkpoint(other, "teacher").load() is None
     with pytest.raises(Refusal, match="not converted; a run goes on without it, from the beginning of this model"):
         join_parts(other / "teacher.json")
+
+
+def test_parts_are_made_one_file_before_they_are_handed_to_other_machines(in_parts):
+    make_whole(in_parts)
+    assert sorted(path.name for path in in_parts.glob("teacher*")) == ["teacher-1.pt", "teacher.json"]
+    assert list(checkpoints_in(in_parts)) == ["teacher.json"]
 
 
 def test_parts_of_one_save_are_named_together_or_not_at_all(in_parts, capsys):

@@ -110,6 +110,7 @@ class Rank:
         """Where this rank trains: what the record of a fit tells that moves (stages/training/moving.py)."""
         trainer, gpus = self.settings.trainer, int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
         found = {"strategy": trainer.strategy, "ranks": self.world_size, "launcher": trainer.launcher}
+        found |= {"engine": self.settings.engine.name}
         found |= device_conditions(gpus if self.accelerator == "gpu" else 0)
         found |= {"threads_per_rank": torch.get_num_threads(), "precision": self.precision}
         return found | {"python": platform.python_version(), "torch": str(torch.__version__)}

@@ -4,6 +4,7 @@ Each machine may have a state folder of its own. Node 0 writes the checkpoints, 
 the others first; where all share one folder, nothing is sent.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,7 +14,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from stages.files.artifacts import Refusal, write_atomically
+from stages.files.artifacts import Refusal, read_json, write_atomically
+from stages.training.checkpoints import Checkpoint
 from stages.training.job import Job
 
 CHUNK_BYTES = 2**26  # of a checkpoint, on its way
@@ -34,6 +36,8 @@ def share_work(job: Job, device: torch.device) -> None:
 def share_checkpoints(folder: Path, device: torch.device) -> None:
     """Gives the first rank of every machine the checkpoints of rank zero, and takes away what rank zero has not."""
     first, writes = dist.get_rank() == 0, os.environ["LOCAL_RANK"] == "0"
+    if first:
+        make_whole(folder)
     here = checkpoints_in(folder)
     known = json.loads(_sent(json.dumps(here).encode() if first else None, device))
     if writes and not first:
@@ -49,6 +53,18 @@ def share_checkpoints(folder: Path, device: torch.device) -> None:
                 write_atomically(folder / index["file"], content)
                 write_atomically(folder / name, json.dumps(index))
     dist.all_reduce(torch.zeros(1, device=device))  # nobody reads before all is written
+
+
+def make_whole(folder: Path) -> None:
+    """One file of each checkpoint in parts: the ranks of one machine that was killed have left them."""
+    for path in sorted(folder.glob("*.json")):
+        with contextlib.suppress(Refusal):  # a damaged index is as good as none
+            saved = read_json(path)
+            if isinstance(saved, dict) and "parts" in saved:
+                checkpoint = Checkpoint(folder, path.stem)
+                if (state := checkpoint.load()) is not None:
+                    checkpoint.save(saved["step"], state)
+                    checkpoint.wait()
 
 
 def checkpoints_in(folder: Path) -> dict[str, dict]:
