@@ -49,8 +49,8 @@ def fits(settings, place: Place, _) -> Iterator:
 
 def read_teacher(settings, place: Place, vocab_size: int):
     """The model of the folder; rank zero says first what it takes. One that does not fit is refused."""
+    from stages.files.weight_files import refuse_larger_than_memory, weight_files
     from stages.model.hub import load
-    from stages.model.weight_files import refuse_larger_than_memory, weight_files
     from stages.training.cost import expectation
 
     folder = teacher_folder(settings.teacher.path, place.root)

@@ -10,9 +10,9 @@ from test_student import SHAPE as STUDENT
 from test_teacher import SHAPE as TEACHER
 
 from stages.data.shards import read_card, write_card
+from stages.files.weight_files import weight_files
 from stages.model.generation import generate
 from stages.model.hub import load, new_model, save
-from stages.model.weight_files import weight_files
 from stages.run.entry import Place
 from stages.training.model_folder import complete_folder
 

@@ -20,8 +20,8 @@ from stages import prepare, pretrain
 from stages.data.fingerprints import refuse_changed, teacher_fingerprint
 from stages.data.shards import load_tokenizer, read_card
 from stages.data.teacher_folder import teacher_folder
+from stages.files import weight_files
 from stages.files.artifacts import Refusal, read_json, write_json
-from stages.model import weight_files
 from stages.model.hub import load, new_model, save
 from stages.prepare import train_tokenizer
 from stages.run.entry import Place

@@ -3,19 +3,20 @@
     folder = teacher_folder("models/mine", root)     # refused where it lacks what a teacher needs
     tokenizer = teacher_tokenizer(folder, None)
 
-Weights are not read here, and nothing in the folder is executed or unpickled.
+Of the weights only the headers are read here, and nothing in the folder is executed or unpickled.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stages.files.artifacts import Refusal, read_json
+from stages.files.weight_files import PICKLES, refuse_foreign, weight_files
 
 if TYPE_CHECKING:
     from stages.data.file_tokenizer import FileTokenizer
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+RESTORE = "copy the file to the folder again"
 
 
 def teacher_folder(path: str, root: Path) -> Path:
@@ -29,7 +30,8 @@ def teacher_folder(path: str, root: Path) -> Path:
         )
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
-        raise Refusal(f"teacher.path: {path} {what} (looked in {root.resolve()}): name the folder of a model")
+        hubs = "; models are not fetched from a hub" if not folder.exists() else ""
+        raise Refusal(f"teacher.path: {path} {what} (looked in {root.resolve()}): name the folder of a model{hubs}")
     for name in (CONFIG, TOKENIZER):
         if not (folder / name).is_file():
             raise Refusal(f"teacher.path: {path} has no {name}: save model and tokenizer there with save_pretrained")
@@ -38,7 +40,16 @@ def teacher_folder(path: str, root: Path) -> Path:
         cure = "save the model there with save_pretrained"
         why = f"{pickles[0]} may be a pickle, which is never read: {cure}" if pickles else cure
         raise Refusal(f"teacher.path: {path} has no *.safetensors: {why}")
+    refuse_foreign(config_of(folder), folder / CONFIG)
+    weight_files(folder, RESTORE)
     return folder
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / CONFIG, RESTORE)
+    if not isinstance(config, dict):
+        raise Refusal(f"{folder / CONFIG} is no mapping: {RESTORE}")
+    return config
 
 
 def teacher_files(folder: Path) -> list[tuple[str, Path]]:
@@ -48,8 +59,7 @@ def teacher_files(folder: Path) -> list[tuple[str, Path]]:
 
 def refuse_longer(sequence_tokens: int, folder: Path) -> None:
     """Sequences beyond the positions that the teacher was trained on."""
-    config = read_json(folder / CONFIG)
-    most = config.get("max_position_embeddings") if isinstance(config, dict) else None
+    most = config_of(folder).get("max_position_embeddings")
     if isinstance(most, int) and sequence_tokens > most:
         known = f"max_position_embeddings is {most} in {folder / CONFIG}"
         raise Refusal(f"sequence_tokens = {sequence_tokens}: {known}: set it to that or less")
@@ -59,8 +69,7 @@ def teacher_tokenizer(folder: Path, end_of_text: str | None) -> "FileTokenizer":
     """As it is; its vocabulary is that of the embedding, which may be padded."""
     from stages.data.hub_tokenizer import load_hub_tokenizer  # late: the stage `config` needs no tokenizer
 
-    config = read_json(folder / CONFIG)
-    vocab_size = config.get("vocab_size") if isinstance(config, dict) else None
+    vocab_size = config_of(folder).get("vocab_size")
     if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size < 1:
         raise Refusal(f"{folder / CONFIG}: vocab_size is {vocab_size!r}, expected a number of tokens")
     return load_hub_tokenizer(folder, vocab_size, end_of_text)

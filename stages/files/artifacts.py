@@ -66,16 +66,19 @@ def write_json(path: str | Path, value: Any) -> None:
     write_atomically(path, text + "\n")
 
 
-def read_json(path: str | Path) -> Any:
+AGAIN = "delete it and run dvc repro again"  # the cure for a damaged file that a stage wrote
+
+
+def read_json(path: str | Path, cure: str = AGAIN) -> Any:
     """The value in a JSON file; a missing or damaged file is refused by name."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise Refusal(f"{path} is missing: run the stage that writes it (dvc repro)") from None
     except OSError as error:
-        raise Refusal(f"{path} cannot be read ({error.strerror}): delete it and run dvc repro again") from None
+        raise Refusal(f"{path} cannot be read ({error.strerror}): {cure}") from None
     except (ValueError, RecursionError) as error:  # also an integer of thousands of digits, lists nested too deep
-        raise Refusal(f"{path} is not JSON ({error}): delete it and run dvc repro again") from None
+        raise Refusal(f"{path} is not JSON ({error}): {cure}") from None
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:

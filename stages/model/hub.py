@@ -21,17 +21,13 @@ import torch
 from torch import Tensor
 
 from stages.files.artifacts import Refusal, read_json, sha256_of, write_atomically, write_json
+from stages.files.weight_files import CONFIG, INDEX, WEIGHTS, refuse_foreign, refuse_larger_than_memory, weight_files
 from stages.model.families.deepseek_v3.model import DeepseekV3, DeepseekV3Shape
 from stages.model.families.hub_layout import EMBEDDING, HEAD
 from stages.model.families.qwen3.model import Qwen3, Qwen3Shape
 from stages.model.families.registry import family_of, shape_of
-from stages.model.weight_files import CONFIG, INDEX, WEIGHTS, refuse_larger_than_memory, weight_files
 
 NO_WEIGHT = ".rotary_emb.inv_freq"  # in old files, computed anew by everyone
-FOREIGN = {  # keys of a config.json that ask for more than its model type says
-    "auto_map": "it asks for code from its folder, and none is executed",
-    "quantization_config": "its weights are quantised: save the folder dequantised (transformers: dequantize())",
-}
 
 
 # ---- build -------------------------------------------------------------------------------------------------
@@ -153,9 +149,7 @@ def shape_from(config: Any, path: Path) -> Any:
             f"{path} is not the file that was saved (SHA-256 differs): run dvc repro again, "
             "or remove config_sha256 from it if you changed it on purpose"
         )
-    for key, cure in FOREIGN.items():
-        if config.get(key):
-            raise Refusal(f"{path}: {key} is set: {cure}")
+    refuse_foreign(config, path)
     shape = shape_of(config, path)
     check_shape(shape, str(path))
     return shape

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from stages.files.artifacts import Refusal, read_json
+from stages.files.weight_files import CONFIG, WeightFiles
 from stages.model.families.registry import family_of
 from stages.model.hub import shape_from
 from stages.model.layers import has_bfloat16
-from stages.model.weight_files import CONFIG, WeightFiles
 from stages.training.optimizers import COEFFICIENTS, parameters_by_kind
 
 FORWARD_AND_BACKWARD = 3  # forward passes

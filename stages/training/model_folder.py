@@ -10,8 +10,8 @@ from pathlib import Path
 from stages.data.hub_tokenizer import TOKENIZER_CONFIG, tokenizer_files
 from stages.data.shards import read_card
 from stages.files.artifacts import read_json, write_atomically
+from stages.files.weight_files import weight_files
 from stages.model.folders import FIGURES_LATER, MODEL_CARD
-from stages.model.weight_files import weight_files
 from stages.run.entry import Place
 
 SOFTMAX_TYPE = "offramp_softmax_moe"  # stages/model/families/deepseek_v3/hub.py, whose import would cost torch's

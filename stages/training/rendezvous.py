@@ -139,6 +139,8 @@ def run_ranks(job: Path, ranks: int, nodes: Nodes = ALONE) -> int:
             write_atomically(reason_file, f"{reason}; {more}")
         return 1
     except SignalException as stop:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # a second one must not cut the reason short
         if not reason_file.exists():  # no rank had a step to finish
             name = signal.Signals(stop.sigval).name
             write_atomically(reason_file, f"interrupted by {name}; {again} continues from the last checkpoint")

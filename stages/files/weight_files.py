@@ -15,12 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.files.artifacts import Refusal, read_json
+from stages.files.artifacts import AGAIN, Refusal, read_json
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 INDEX = "model.safetensors.index.json"  # of a model in several files: which one has which tensor
 BYTES_PER_PARAMETER = 4  # float32
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+FOREIGN = {  # keys of a config.json that ask for more than its model type says
+    "auto_map": "it asks for code from its folder, and none is executed",
+    "quantization_config": "its weights are quantised: save the folder dequantised (transformers: dequantize())",
+}
 LONGEST_HEADER = 1 << 30  # bytes; the format itself allows a tenth of that
 
 
@@ -37,19 +41,26 @@ class WeightFiles:
         return self.parameters * BYTES_PER_PARAMETER
 
 
-def weight_files(folder: Path) -> WeightFiles:
+def weight_files(folder: Path, cure: str = AGAIN) -> WeightFiles:
     """What the folder holds. No weight is read; a missing file, a pickle or a damaged header is refused by name."""
     if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
         names, weight_map = [WEIGHTS], {}
     else:
-        weight_map = _weight_map(folder / INDEX)
+        weight_map = _weight_map(folder / INDEX, cure)
         names = sorted(set(weight_map.values()))
     paths = [folder / name for name in names]
     for path in paths:
         if not path.is_file():
             raise Refusal(_missing(path))
-    parameters = sum(sum(map(math.prod, tensor_shapes(path).values())) for path in paths)
+    parameters = sum(sum(map(math.prod, tensor_shapes(path, cure).values())) for path in paths)
     return WeightFiles(paths, weight_map, parameters, max(path.stat().st_size for path in paths))
+
+
+def refuse_foreign(config: dict[str, Any], path: Path) -> None:
+    """A config.json that asks for what its model type alone does not say; `path` is for the message."""
+    for key, cure in FOREIGN.items():
+        if config.get(key):
+            raise Refusal(f"{path}: {key} is set: {cure}")
 
 
 def _missing(path: Path) -> str:
@@ -61,8 +72,8 @@ def _missing(path: Path) -> str:
     return f"{path} is missing: run the stage that writes it (dvc repro)"
 
 
-def _weight_map(path: Path) -> dict[str, str]:
-    index = read_json(path)
+def _weight_map(path: Path, cure: str) -> dict[str, str]:
+    index = read_json(path, cure)
     files = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
         raise Refusal(f"{path} has no weight_map of tensors to files: restore the file")
@@ -72,7 +83,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     return files
 
 
-def tensor_shapes(path: Path) -> dict[str, list[int]]:
+def tensor_shapes(path: Path, cure: str = AGAIN) -> dict[str, list[int]]:
     """The shape of each tensor of a safetensors file, from its header."""
     try:
         with path.open("rb") as file:
@@ -89,7 +100,7 @@ def tensor_shapes(path: Path) -> dict[str, list[int]]:
         return {name: part["shape"] for name, part in parts.items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise Refusal(f"{path} is damaged ({reason}): delete it and run dvc repro again") from None
+        raise Refusal(f"{path} is damaged ({reason}): {cure}") from None
 
 
 def available_bytes() -> int | None:
