@@ -197,6 +197,7 @@ def test_what_no_engine_can_take_is_one_line(word, words, reason):
         (["engine=slurm", "engine.node_rank=1"], "engine.node_rank = 1: slurm numbers its nodes itself"),
         (["engine=slurm", "trainer.ranks=3"], "engine.nodes = 2: must divide trainer.ranks (3)"),
         (["engine=slurm", "trainer.ranks=4", "engine.processes_per_node=3"], "engine.processes_per_node = 3: must be"),
+        (["+engine.environment.HF_TOKEN=abc"], "engine.environment.HF_TOKEN = ...: local does not read it"),
         (["engine.environment={A: b}"], "engine.environment: it has no key of that name yet: add one with +engine."),
     ],
 )

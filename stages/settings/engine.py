@@ -47,6 +47,10 @@ def engine_rules(settings):
     if engine.name == "torchrun" and engine.nodes > 1 and engine.master_address is None:
         example = "the address of node 0 that the others reach, such as engine.master_address=10.0.0.1"
         refuse("engine.master_address", None, f"must be {example}")
+    if engine.environment and engine.name in ("local", "torchrun"):
+        name = min(engine.environment)  # without its value, which may be a secret
+        rule = f"{engine.name} does not read it: put {name}=... before the command"
+        refuse(f"engine.environment.{name}", "...", rule)
     ranks, each = settings.trainer.ranks, engine.processes_per_node
     if ranks != "auto" and ranks % engine.nodes:
         refuse("engine.nodes", engine.nodes, f"must divide trainer.ranks ({ranks}): each node has as many ranks")
