@@ -47,6 +47,9 @@ class Finding:
 
 
 def main() -> int:
+    if sys.argv[1:]:
+        print("offramp: python -m stages.doctor takes no arguments; it looks at everything", file=sys.stderr)
+        return 2
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     sections: dict[str, Callable[[], Iterator[Finding]]] = {
         "The pipeline": lambda: pipeline(project["dependencies"]),

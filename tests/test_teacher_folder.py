@@ -95,6 +95,32 @@ def test_a_path_that_is_no_model_is_refused_in_one_line(root, damage, path, line
     assert str(refusal.value).startswith(line) and "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "line"),
+    [
+        ("auto_map", "config.json: auto_map is set: it asks for code from its folder, and none is executed"),
+        ("quantization_config", "config.json: quantization_config is set: its weights are quantised: save the folder"),
+    ],
+)
+def test_a_folder_that_cannot_be_read_is_refused_by_config_before_any_work(root, key, line):
+    path = root / "models/mine/config.json"
+    config = read_json(path)
+    write_json(path, config | {key: {"AutoModel": "model.py"}})
+    with pytest.raises(Refusal, match=line):
+        teacher_fingerprint(teacher(), root)
+    path.write_text("{")
+    with pytest.raises(Refusal, match="config.json is not JSON .*: copy the file to the folder again"):
+        teacher_fingerprint(teacher(), root)
+    write_json(path, config)
+    shard = root / "models/mine/model-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(Refusal, match="model-00001.safetensors is damaged .*: copy the file to the folder again"):
+        teacher_fingerprint(teacher(), root)
+    shard.unlink()
+    with pytest.raises(Refusal, match="model-00001.safetensors is missing, which .* names: copy it again"):
+        teacher_fingerprint(teacher(), root)
+
+
 def test_other_weights_or_another_tokenizer_are_another_teacher_and_a_readme_is_not(root):
     folder = root / "models/mine"
     before = teacher_fingerprint(teacher(), root)
@@ -104,7 +130,8 @@ def test_other_weights_or_another_tokenizer_are_another_teacher_and_a_readme_is_
     assert teacher_fingerprint(teacher(source="train", path=None), root) is None
     for name in ("model-00001.safetensors", "tokenizer.json", "config.json"):
         content = (folder / name).read_bytes()
-        (folder / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        changed = content[:-1] + bytes([content[-1] ^ 1]) if name.endswith("safetensors") else content + b"\n"
+        (folder / name).write_bytes(changed)
         assert teacher_fingerprint(teacher(), root) != before, name
         (folder / name).write_bytes(content)
     assert teacher_fingerprint(teacher(), root) == before

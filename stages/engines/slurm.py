@@ -87,7 +87,7 @@ def run(plan: LaunchPlan, told: Callable[[str], None]) -> str:
     number = re.match(r"\d+", waiting.stdout.readline())
     if number is None:
         said = _last(waiting.communicate()[1]) or f"code {waiting.returncode}"
-        raise Refusal(f"sbatch took no job: {said}")
+        raise Refusal(f"sbatch took no job ({said}): run this on a login node of a cluster that is up")
     told(f"job {number[0]} of SLURM, for {plan.nodes} nodes; its log is {log}")
     with _cancelled_by_signals(number[0]), _followed(log, start, told):
         errors = waiting.communicate()[1]
