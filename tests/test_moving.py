@@ -186,9 +186,9 @@ def test_a_run_stopped_under_one_strategy_goes_on_under_another_and_says_so_in_i
             write_data(root / "artifacts/data")
         steps = iter(range(1, 100))
         monkeypatch.setattr(Rank, "wish_to_stop", lambda _: INTERRUPTED if next(steps) == stop else 0.0)
-        monkeypatch.setattr(launching, "launcher", lambda _: ForkedRanks(ranks))
+        monkeypatch.setattr(launching, "placed", lambda *_: ForkedRanks(ranks))
         chosen = with_values(settings, "trainer", strategy=strategy, ranks=ranks, move=move)
-        sections = {*pretrain.SECTIONS, "callbacks", "logger"}
+        sections = {*pretrain.SECTIONS, "callbacks", "logger", "engine"}
         chosen = type(chosen).model_construct(sections, **dict(chosen))
         return launching.launch(pretrain.fits, chosen, Place(root, root), ["artifacts/data"], FollowedRun())
 

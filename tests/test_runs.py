@@ -257,7 +257,7 @@ def test_only_the_batches_of_the_stage_that_runs_must_be_shared_out_among_the_ra
     sheet.write_text(sheet.read_text() + "pretrain: {batch_sequences: 7}\ntrainer: {ranks: 2}\n")
     stage, tracking = repository / "stages/distill.py", repository / "stages/tracking/record.py"
     stage.write_text(stage.read_text().replace('("distill", "seed")', '("distill", "seed", "trainer")'))
-    read = '{"distill", "seed", "trainer", "callbacks", "logger"}'
+    read = '{"distill", "seed", "trainer", "callbacks", "logger", "engine"}'
     tracking.write_text(tracking.read_text().replace('{"distill", "seed"}', read))
     assert typed(repository).returncode == 0
     refused = typed(repository, "distill.batch_sequences=9")
@@ -312,7 +312,7 @@ def test_closed_standard_streams_cost_nothing(repository):
 
 
 @pytest.mark.parametrize(
-    ("word", "lengths"), [("scale=tiny,demo", [64, 256]), ("scale=glob(*,exclude=[gpu,node])", [256, 64])]
+    ("word", "lengths"), [("scale=tiny,demo", [64, 256]), ("scale=glob(*,exclude=[gpu,node,smollm])", [256, 64])]
 )
 def test_a_sweep_over_presets_is_composed_for_each_job(repository, word, lengths):
     assert typed(repository, "-m", word).returncode == 0

@@ -16,7 +16,6 @@ from stages.files.extras import extra
 from stages.formats.gguf_names import halves_from_pairs, names_of, pairs_from_halves, rotated_heads
 from stages.formats.gguf_tokenizer import add_tokenizer
 from stages.model import hub
-from stages.model.families.deepseek_v3.model import DeepseekV3Shape
 from stages.model.families.qwen3.model import Qwen3Shape
 from stages.model.families.registry import family_of
 
@@ -53,12 +52,10 @@ def write_gguf(folder: Path, path: Path, kind: str) -> None:
 
 def _architecture(model: Any, folder: Path) -> str:
     """llama.cpp's; Mistral is its llama."""
-    if not isinstance(model.shape, Qwen3Shape):
+    if not family_of(model.shape).dense_target:  # nor could llama.cpp load our teacher: it demands a q_lora_rank
         what = f"{folder}: no GGUF of the family {family_of(model.shape).name}"
-        if isinstance(model.shape, DeepseekV3Shape):
-            why = "llama.cpp's loader of deepseek2 demands a q_lora_rank, which this teacher has not"
-            raise Refusal(f"{what}: {why}; export the student")
-        raise Refusal(f"{what}: only models of our own dense class are written (Llama, Mistral, Qwen2, Qwen3)")
+        own = "only models of our own dense class are written (Llama, Mistral, Qwen2, Qwen3)"
+        raise Refusal(f"{what}: {own}; export the student")
     if model.shape.attention_bias:
         raise Refusal(f"{folder}: no GGUF of a {model.shape.kind} with attention_bias: llama.cpp has no place for it")
     if model.shape.kind == "qwen2" and (queries := model.shape.heads * model.shape.head_dim) != model.shape.width:

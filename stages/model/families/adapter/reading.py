@@ -14,7 +14,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor, nn
 
@@ -133,6 +132,8 @@ def read(folder: Path, shape: AdapterShape, recorded_sha256: str | None) -> nn.M
 
     Tensor by tensor into the model's own memory, which is all that it takes.
     """
+    import safetensors  # late: benchmarks run where it is missing
+
     model_type = json.loads(shape.config_json)["model_type"]
     transformers(f"{folder / CONFIG}: model_type {model_type!r}")
     header = headers(folder)
@@ -157,6 +158,8 @@ def read(folder: Path, shape: AdapterShape, recorded_sha256: str | None) -> nn.M
 
 def headers(folder: Path) -> Header:
     """Names, sizes and dtypes of all tensors, from the beginnings of the files."""
+    import safetensors  # late: benchmarks run where it is missing
+
     files = weight_files(folder)
     found: Header = {}
     for path in files.paths:
