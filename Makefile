@@ -43,19 +43,9 @@ env: .venv/.run .venv/.develop
 	@$(PIP) -e '.[onnx,int8]'
 	@touch $@
 
-.venv/.score: .venv/.develop
-	@echo "installing lm-evaluation-harness into .venv"
-	@$(PIP) -e '.[score]'
-	@touch $@
-
-.venv/.ray: .venv/.develop
-	@echo "installing Ray into .venv"
-	@$(PIP) -e '.[ray]'
-	@touch $@
-
-.venv/.slurm: .venv/.develop
-	@echo "installing Hydra's launcher for SLURM into .venv"
-	@$(PIP) -e '.[slurm]'
+.venv/.score .venv/.ray .venv/.slurm: .venv/.%: .venv/.develop
+	@echo "installing the packages of the extra $* into .venv"
+	@$(PIP) -e '.[$*]'
 	@touch $@
 
 # The engines' own parsers: their packages do not go together with the pinned ones.

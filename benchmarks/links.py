@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from benchmarks.nodes import Node, machines, why_not
+from benchmarks.nodes import Node, machines, results_of, why_not
 from stages.files.artifacts import write_atomically
 from stages.planning.chips import Chip
 from stages.planning.collectives import ring_all_reduce_seconds, ring_wire_bytes
@@ -152,14 +152,7 @@ def measure(ranks: int, megabits: float, sequences: int = SEQUENCES, steps: int 
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         nodes = stack.enter_context(machines(ranks, megabits)) if ranks > 1 else [Node("", "", "")]
         processes = [_started(rank, ranks, node, sequences, steps, folder) for rank, node in enumerate(nodes)]
-        try:
-            codes = [process.wait(timeout=600) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        if any(codes):
-            raise RuntimeError(f"a rank failed: exit codes {codes}; its error stands above")
-        found = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
+        found = results_of(processes, Path(folder))
     slowest = [max(of_ranks) for of_ranks in zip(*(each["step"]["seconds"] for each in found), strict=True)]
     reduces = [max(of_ranks) for of_ranks in zip(*(each["all_reduce"]["seconds"] for each in found), strict=True)]
     return Measured(

@@ -17,9 +17,10 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 BURST_BYTES = 131_072  # above the largest packet the kernel hands over whole (64 KiB), or each would be cut up
 QUEUE_BYTES = 2**24  # above what TCP keeps in flight, or the queue would drop packets and they would be sent twice
@@ -114,3 +115,15 @@ def _remove_orphans():
 
 def _run(*words):
     return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+
+
+def results_of(processes: Sequence[subprocess.Popen], folder: Path) -> list[dict[str, Any]]:
+    """What every rank has left in `<rank>.json` of the folder, once all have ended; a RuntimeError where one failed."""
+    try:
+        codes = [process.wait(timeout=600) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    if any(codes):
+        raise RuntimeError(f"a rank failed: exit codes {codes}; its error stands above")
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(len(processes))]

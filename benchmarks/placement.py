@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import mean, median
 
 from benchmarks.links import FLOAT32_BYTES, ROOT, payload_bytes_per_second, repeated
-from benchmarks.nodes import machines, why_not
+from benchmarks.nodes import machines, results_of, why_not
 from stages.files.artifacts import write_atomically
 from stages.planning.collectives import (
     flat_ring_bandwidth,
@@ -117,14 +117,7 @@ def measure(placement: str, megabits: float = MEGABITS, steps: int = STEPS) -> P
             code = f"from benchmarks.placement import work; work({rank}, {placement!r}, {steps}, {folder!r})"
             command = nodes[node].command(sys.executable, "-W", "ignore", "-c", code)
             running.append(subprocess.Popen(command, cwd=ROOT, env=environment))
-        try:
-            codes = [process.wait(timeout=600) for process in running]
-        finally:
-            for process in running:
-                process.kill()
-        if any(codes):
-            raise RuntimeError(f"a rank failed: exit codes {codes}; its error stands above")
-        found = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(len(at))]
+        found = results_of(running, Path(folder))
     first_ranks = [at.index(node) for node in range(NODES)]  # the ranks of a node read one counter
     slowest = [max(of_ranks) for of_ranks in zip(*(each["seconds"] for each in found), strict=True)]
     sent = mean(found[rank]["bytes"] for rank in first_ranks)

@@ -7,7 +7,7 @@ Shapes: R resamples, S seeds, G documents.
 """
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -86,7 +86,7 @@ class Comparison:
     by_seed: list[float]
     time: float | None  # seconds of training of the control with all that it was made from, over those of the model
     effect: float  # mean over documents and seeds of the paired difference, in its standard deviations (Cohen's d_z)
-    p: float  # two-sided, of the bootstrap
+    p: float  # two-sided, of the bootstrap; from `compared` corrected for the number of comparisons (Holm)
 
 
 class Corpus:
@@ -164,8 +164,8 @@ def holm(values: list[float]) -> list[float]:
     return corrected
 
 
-def outcome(comparison: Comparison, p: float) -> str:
-    if p >= 0.05:
+def outcome(comparison: Comparison) -> str:
+    if comparison.p >= 0.05:
         return "level"
     return "beaten" if comparison.effect > 0 else "control is better"
 
@@ -174,7 +174,7 @@ def comparisons_table(found: list[Comparison]) -> str:
     head = ["corpus", "model", "strongest control", "its time", "bits per byte better", "95% interval", "seeds"]
     lines = [f"| {' | '.join([*head, 'effect', 'p', 'outcome'])} |"]
     lines.append("| --- | --- | --- | ---: | ---: | --- | --- | ---: | ---: | --- |")
-    for comparison, p in zip(found, holm([one.p for one in found]), strict=True):
+    for comparison in found:
         cells = [
             comparison.corpus,
             words(comparison.model),
@@ -184,8 +184,8 @@ def comparisons_table(found: list[Comparison]) -> str:
             f"{signed_number(comparison.better.low)} to {signed_number(comparison.better.high)}",
             ", ".join(map(signed_number, comparison.by_seed)),
             number(comparison.effect),
-            f"{p:.2g}",
-            outcome(comparison, p),
+            f"{comparison.p:.2g}",
+            outcome(comparison),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -194,13 +194,12 @@ def comparisons_table(found: list[Comparison]) -> str:
 def summary(found: list[Comparison]) -> str:
     """A row for each model and kind of control, a column for each corpus: how much better, 95%, the outcome."""
     corpora = list(dict.fromkeys(one.corpus for one in found))
-    corrected = dict(zip(map(id, found), holm([one.p for one in found]), strict=True))
     lines = [f"| model, against its strongest control of | {' | '.join(corpora)} |"]
     lines.append("| --- |" + " --- |" * len(corpora))
     for model, equal in COMPARED:
         cells = [
             f"{signed_number(one.better.value)} ({signed_number(one.better.low)} to {signed_number(one.better.high)}),"
-            f" {outcome(one, corrected[id(one)])}"
+            f" {outcome(one)}"
             for one in found
             if (one.model, one.equal) == (model, equal)
         ]
@@ -210,7 +209,8 @@ def summary(found: list[Comparison]) -> str:
 
 def compared(runs: Runs) -> tuple[list[Corpus], list[Comparison]]:
     corpora = [Corpus(name, folders) for name, folders in runs.folders.items()]
-    return corpora, [corpus.comparison(*what) for corpus in corpora for what in COMPARED]
+    found = [corpus.comparison(*what) for corpus in corpora for what in COMPARED]
+    return corpora, [replace(one, p=p) for one, p in zip(found, holm([one.p for one in found]), strict=True)]
 
 
 def page(corpora: list[Corpus], found: list[Comparison]) -> str:
