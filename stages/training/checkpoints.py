@@ -83,6 +83,14 @@ class Checkpoint:
         if self._thread is not None:
             self._thread.join()
 
+    def make_whole(self, step: int) -> bool:
+        """Makes one file of the parts that the index names; False where one of them is damaged."""
+        state = self.load()
+        if state is not None:
+            self.save(step, state)
+            self.wait()
+        return state is not None
+
     def _write(self, step: int, state: Any) -> None:
         path = self.folder / f"{self.name}-{step}.pt"
         try:
@@ -182,11 +190,8 @@ def join_parts(index: Path) -> str:
     if "parts" in saved:
         busy = f"{index.parent} is in use: end the run that trains there, then run this again"
         with only_holder(index.parent / "lock", "checkpoints", busy):
-            state = checkpoint.load()
-            if state is None:
+            if not checkpoint.make_whole(saved["step"]):
                 raise Refusal(f"{index}: not converted; a run goes on without it, from the beginning of this model")
-            checkpoint.save(saved["step"], state)
-            checkpoint.wait()
             if checkpoint.failure:
                 raise Refusal(f"{index}: {checkpoint.failure}")
         saved = read_json(index)

@@ -61,7 +61,7 @@ def expectation(folder: Path, files: WeightFiles, sequence_tokens: int) -> str:
     are timed now, whose speed no forward pass exceeds."""
     try:
         flops = forward_flops(shape_from(read_json(folder / CONFIG), folder / CONFIG), 1, sequence_tokens)
-    except Refusal:  # of none of our classes: whoever loads it says whether that can be
+    except Refusal:  # of none of our classes: loading it will say whether the adapter can
         flops = 2.0 * files.parameters
     speeds = {"float32": flops_per_second(torch.float32)}
     if has_bfloat16("cpu"):

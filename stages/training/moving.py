@@ -72,7 +72,7 @@ def _left_in(folder: Path, run: str) -> Left | None:
 
 
 def _read(path: Path) -> dict:
-    """Nothing where it cannot be read: whoever goes on from it says so."""
+    """Nothing where it cannot be read: `Checkpoint.load` says so when a run continues from it."""
     with contextlib.suppress(Refusal, OSError):
         found = read_json(path)
         return found if isinstance(found, dict) else {}

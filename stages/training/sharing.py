@@ -61,10 +61,7 @@ def make_whole(folder: Path) -> None:
         with contextlib.suppress(Refusal):  # a damaged index is as good as none
             saved = read_json(path)
             if isinstance(saved, dict) and "parts" in saved:
-                checkpoint = Checkpoint(folder, path.stem)
-                if (state := checkpoint.load()) is not None:
-                    checkpoint.save(saved["step"], state)
-                    checkpoint.wait()
+                Checkpoint(folder, path.stem).make_whole(saved["step"])
 
 
 def checkpoints_in(folder: Path) -> dict[str, dict]:

@@ -13,7 +13,7 @@ and another where ranks differ after some steps:
 
     ranks_agree(step, steps, trainer) -> bool   # are all equal after this one of so many? else nothing is saved there
 
-To add one, add that file: its name is the word. Whoever has neither of the two holds the whole model and equal
+To add one, add that file: its name is the word. A strategy with neither of the two holds the whole model and equal
 gradients on every rank.
 """
 

@@ -97,7 +97,7 @@ class Mixture:
         found: list[Chosen] = []
         hook = self.experts.register_forward_pre_hook(lambda _, inputs: found.append(Chosen(inputs[2], inputs[1])))
         try:
-            self.block.forward(x_ND[None])  # not a call: whoever watches this block is asking
+            self.block.forward(x_ND[None])  # not a call: the hook that asks watches this block
         finally:
             hook.remove()
         return found[0]
