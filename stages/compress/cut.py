@@ -20,6 +20,7 @@ from torch import Tensor
 from stages.compress.pruning import NEURON_MULTIPLE, most_important, prune, pruned_shape
 from stages.compress.scores import importance
 from stages.files.artifacts import Refusal
+from stages.model.calibration import read_batches
 from stages.model.families.registry import FAMILIES, family_of
 from stages.model.hub import empty_model
 
@@ -56,10 +57,9 @@ def refuse_uncuttable(teacher: Any) -> None:
         )
 
 
-@torch.no_grad()
 def layer_influence(model: Any, batches: list[Tensor]) -> Tensor:
     """1 - cos of the residual stream before and after each block, mean over all tokens, float64 [L]."""
-    total_L, tokens = torch.zeros(len(model.blocks), dtype=torch.float64), 0
+    total_L = torch.zeros(len(model.blocks), dtype=torch.float64)
 
     def watch(layer: int) -> Any:
         def see(_, inputs, outputs):
@@ -68,18 +68,8 @@ def layer_influence(model: Any, batches: list[Tensor]) -> Tensor:
 
         return model.blocks[layer].register_forward_hook(see)
 
-    was_training = model.training
-    model.eval()
-    hooks = [watch(layer) for layer in range(len(model.blocks))]
-    try:
-        for tokens_BT1 in batches:
-            model.features(tokens_BT1[:, :-1].to(model.head.weight.device))
-            tokens += tokens_BT1[:, :-1].numel()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.train(was_training)
-    return total_L / max(tokens, 1)
+    read_batches(model, batches, [watch(layer) for layer in range(len(model.blocks))])
+    return total_L / max(sum(tokens_BT1[:, :-1].numel() for tokens_BT1 in batches), 1)
 
 
 def with_layers(model: Any, layers: list[int]) -> Any:

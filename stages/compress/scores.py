@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.files.artifacts import Refusal
+from stages.model.calibration import read_batches
 from stages.model.families.prunable import Prunable
 from stages.model.families.registry import family_of
 
@@ -113,13 +114,7 @@ def contribution(model: Any, places: list[Prunable], batches: list[Tensor]) -> l
 
         return place.module.register_forward_pre_hook(see)
 
-    hooks = [watch(place) for place in places]
-    try:
-        for tokens_BT1 in batches:
-            model.features(tokens_BT1[:, :-1].to(model.head.weight.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    read_batches(model, batches, [watch(place) for place in places])
     return [norms / tokens.clamp(min=1) for norms, tokens in (sums[place.name] for place in places)]
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from stages.compress.pruning import most_important
 from stages.compress.scores import importance
 from stages.files.artifacts import Refusal
+from stages.model.calibration import read_batches
 from stages.model.families.family import DenseNeurons, DenseSource, PlainHeads
 from stages.model.families.registry import family_of
 from stages.model.layers import RMSNorm
@@ -110,15 +111,7 @@ def _norm_inputs(teacher: Any, batches: list[Tensor]) -> dict[str, Tensor]:
         keep = seen.setdefault(name, []).append
         module = teacher.get_submodule(name)
         hooks.append(module.register_forward_pre_hook(lambda _, x, keep=keep: keep(x[0].flatten(0, 1))))
-    was_training = teacher.training
-    teacher.eval()
-    try:
-        for tokens_BT1 in batches:
-            teacher.features(tokens_BT1[:, :-1].to(teacher.head.weight.device))
-    finally:
-        teacher.train(was_training)
-        for hook in hooks:
-            hook.remove()
+    read_batches(teacher, batches, hooks)
     if not seen["norm"]:
         raise Refusal("distill.init = teacher: no calibration batch was given")
     return {name: torch.cat(parts).float() for name, parts in seen.items()}

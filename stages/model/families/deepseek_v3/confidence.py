@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stages.files.artifacts import Refusal
+from stages.model.calibration import read_batches
 from stages.model.experts import MoE, share_before
 
 ROUNDS, HALVINGS = 3, 40  # a layer's gates depend on the counts in those before it: found anew with the mass in force
@@ -59,16 +60,7 @@ def shares_before(model: Any, batches: list[Tensor]) -> Tensor:
         x_ND = inputs[0].reshape(-1, inputs[0].shape[-1])
         found.append(share_before(moe.gates(x_ND).weight_NK).cpu())
 
-    was_training = model.training
-    model.eval()
-    hooks = [moe.register_forward_pre_hook(see) for moe in mixtures(model)]
-    try:
-        for tokens_BT1 in batches:
-            model.features(tokens_BT1[:, :-1].to(model.head.weight.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.train(was_training)
+    read_batches(model, batches, [moe.register_forward_pre_hook(see) for moe in mixtures(model)])
     return torch.cat(found)
 
 
