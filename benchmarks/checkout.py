@@ -1,7 +1,7 @@
 """A copy of the working tree as a user has it, where benchmarks and tests run stages; the experiment of record stays
 untouched.
 
-    root = checkout(folder, scale="tiny")
+    root = prepared(folder, scale="tiny")           # with data; `checkout` gives one without
     stage(root, "prepare")                          # as DVC runs it: reads resolved.yaml, writes the outs
     stage(root, "pretrain", "pretrain.steps=12")    # with words, by hand
     events(root, "pretrain")                        # what tracking recorded of the last run
@@ -48,6 +48,14 @@ def checkout(folder: Path, scale: str = "", edits: dict[str, dict[str, str]] | N
     for words in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "copy"]):
         subprocess.run(["git", *words], cwd=folder, check=True)
     return folder
+
+
+def prepared(folder: Path, scale: str, edits: dict[str, dict[str, str]] | None = None) -> Path:
+    """A checkout with the data that training stages read."""
+    root = checkout(folder, scale, edits)
+    for name in ("config", "prepare"):
+        stage(root, name)
+    return root
 
 
 def outs_of(root: Path) -> dict[str, str]:

@@ -80,6 +80,16 @@ def machines(count: int, megabits: float = 0) -> Iterator[list[Node]]:
             _remove(name)
 
 
+@contextlib.contextmanager
+def of_any_kind(count: int) -> Iterator[list[Node]]:
+    """Network namespaces where they can be made, else agents on the loopback interface."""
+    if why_not():
+        yield loopback(count)
+        return
+    with machines(count) as nodes:
+        yield nodes
+
+
 def loopback(count: int) -> list[Node]:
     """As many nodes as agents of this machine can play, where no namespace can be made."""
     return [Node("", "127.0.0.1", "lo")] * count

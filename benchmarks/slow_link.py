@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.checkout import checkout, environment, stage
+from benchmarks.checkout import environment, prepared
 from benchmarks.nodes import Node, machines, why_not
 from benchmarks.table import ROOT
 from stages.files.artifacts import read_json, write_atomically
@@ -41,9 +41,7 @@ class Run:
 
 def checkouts(folder: Path, count: int) -> list[Path]:
     """One for each node: the same code, settings and data of scale tiny, in folders of their own."""
-    first = checkout(folder / "node-0", "tiny")
-    for name in ("config", "prepare"):
-        stage(first, name)
+    first = prepared(folder / "node-0", "tiny")
     return [first, *(Path(shutil.copytree(first, folder / f"node-{k}")) for k in range(1, count))]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.checkout import prepared
 from stages import pretrain as pretraining
 from stages.engines import engine
 from stages.engines import plan as planning
@@ -90,7 +91,9 @@ def test_an_engine_is_a_module_and_a_preset_of_one_name():
 @pytest.mark.parametrize("word", ["skypilot", "kubernetes"])
 def test_a_node_is_started_with_the_same_command_by_every_engine(word):
     for words in ([], *([["engine.options.kind=Job"]] if word == "kubernetes" else [])):
-        asked = node_arguments(rendered(word, "engine.nodes=3", "engine.gpus_per_node=2", *words))
+        document = rendered(word, "engine.nodes=3", "engine.gpus_per_node=2", *words)
+        asked = node_arguments(document)
+        assert document.count("--master-port") == 1
         assert (asked.nodes, asked.processes, asked.master_port, asked.join_seconds) == (3, 2, 29500, 600)
         assert asked.job == Path("/offramp/.runs/resume/pretrain-1a2b3c/job.json")
         assert asked.node_rank == 1
@@ -264,25 +267,18 @@ def test_an_engine_that_is_only_rendered_says_what_to_do_and_takes_the_result_th
         ("ray", "ray is not installed: .venv/bin/pip install -c constraints.txt -e '.\\[ray\\]'"),
     ],
 )
-def test_an_engine_that_is_not_installed_is_one_line(place, monkeypatch, word, reason):
+def test_an_engine_that_is_not_installed_is_one_line(place, monkeypatch, capsys, word, reason):
     monkeypatch.setenv("PATH", str(place.root))
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(Refusal, match=f"^{reason}"):
         launched(place, word)
+    assert not capsys.readouterr().out, "nothing has started"
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     """A copy of the project at scale tiny, with its data."""
-    folder = tmp_path_factory.mktemp("project")
-    for name in ("stages", "conf"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "dvc.yaml", folder)
-    (folder / "params.yaml").write_text((ROOT / "params.yaml").read_text().replace("scale: demo", "scale: tiny"))
-    for stage in ("config", "prepare"):
-        command = [sys.executable, "-m", f"stages.{stage}"]
-        subprocess.run(command, cwd=folder, env=UNTOLD | {"DVC_STAGE": stage}, check=True)
-    return folder
+    return prepared(tmp_path_factory.mktemp("tree") / "project", "tiny")
 
 
 def pretrain_in(folder, *words, before=(), **variables):

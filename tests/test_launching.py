@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.checkout import prepared
 from stages import pretrain as pretraining
 from stages.files.artifacts import ROOT, Refusal, sha256_of
 from stages.run.entry import Place
@@ -28,17 +29,8 @@ LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFF
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     """A copy of the code at `scale: tiny`, with its data and more steps than any test waits for."""
-    tree = tmp_path_factory.mktemp("tree")
-    for name in ("stages", "conf"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "dvc.yaml", tree)
-    sheet = (ROOT / "params.yaml").read_text()
-    (tree / "params.yaml").write_text(sheet.replace("scale: demo", "scale: tiny"))
-    tiny = tree / "conf/scale/tiny.yaml"
-    tiny.write_text(tiny.read_text().replace("pretrain: {steps: 20,", "pretrain: {steps: 100000,"))
-    for stage in ("config", "prepare"):
-        subprocess.run([sys.executable, "-m", f"stages.{stage}"], cwd=tree, env=environment(stage), check=True)
-    return tree
+    many = {"conf/scale/tiny.yaml": {"pretrain: {steps: 20,": "pretrain: {steps: 100000,"}}
+    return prepared(tmp_path_factory.mktemp("tree") / "project", "tiny", many)
 
 
 def environment(stage):

@@ -14,22 +14,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks.checkout import stage
-from benchmarks.nodes import PREFIX, loopback, machines, why_not
+from benchmarks.nodes import PREFIX, machines, of_any_kind, why_not
 from benchmarks.slow_link import checkouts, start
 from stages.files.artifacts import read_json, sha256_of
 
 SECONDS = 120
 TEACHER = "outputs/run/artifacts/teacher/model.safetensors"
 WORDS = ("pretrain.steps=12", "trainer.checkpoint_every_seconds=0", "hydra.run.dir=outputs/run")
-
-
-@contextlib.contextmanager
-def nodes_of_any_kind(count: int):
-    if why_not():
-        yield loopback(count)
-        return
-    with machines(count) as nodes:
-        yield nodes
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +53,7 @@ def test_a_node_that_was_killed_and_started_again_ends_on_the_bytes_of_one_machi
     of_one_machine = sha256_of(trees[0] / TEACHER)
     (trees[0] / TEACHER).unlink()
 
-    with nodes_of_any_kind(2) as nodes:
+    with of_any_kind(2) as nodes:
         running = start(trees, nodes, *WORDS)
         step = until_saved(trees[0], running)
         lose(trees[1])

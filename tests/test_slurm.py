@@ -1,4 +1,4 @@
-"""A training stage under a real SLURM, where root and Debian's packages are (tests/slurm_cluster.py):
+"""A training stage under a real SLURM, where root and Debian's packages are (benchmarks/slurm_cluster.py):
 
     make test-slurm
 
@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from slurm_cluster import Cluster, slurm, why_not
 
-from benchmarks.checkout import checkout, environment, stage
+from benchmarks.checkout import environment, prepared
+from benchmarks.slurm_cluster import Cluster, slurm, why_not
 from stages.files.artifacts import read_json, sha256_of
 
 pytestmark = [pytest.mark.nodes, pytest.mark.skipif(bool(why_not()), reason=f"no SLURM: {why_not()}")]
@@ -34,10 +34,7 @@ def cluster(tmp_path_factory, two_cores):
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory, two_cores) -> Path:
     """A checkout with its data, which all nodes see."""
-    tree = checkout(tmp_path_factory.mktemp("tree") / "project", "tiny")
-    for name in ("config", "prepare"):
-        stage(tree, name)
-    return tree
+    return prepared(tmp_path_factory.mktemp("tree") / "project", "tiny")
 
 
 @pytest.fixture(scope="module")

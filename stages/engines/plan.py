@@ -89,17 +89,16 @@ def rank_count(ranks: int | str, nodes: int, per_node: int | None, gpus_per_node
     return nodes * (gpus_per_node or math.ceil(2 / nodes))
 
 
-def node_options(plan: LaunchPlan) -> list[str]:
-    """Of stages/training/node.py, as far as they are the same on each node."""
+def node_options(plan: LaunchPlan, master_port: str | None = None) -> list[str]:
+    """Of stages/training/node.py, as far as they are the same on each node; the port is the plan's, or the engine's."""
     counts = ["--nodes", str(plan.nodes), "--processes", str(plan.processes_per_node)]
-    return [*counts, "--master-port", str(plan.master_port), "--join-seconds", f"{plan.join_seconds:g}"]
+    return [*counts, "--master-port", master_port or str(plan.master_port), "--join-seconds", f"{plan.join_seconds:g}"]
 
 
 def node_words(plan: LaunchPlan, node_rank: str, master_address: str, master_port: str | None = None) -> list[str]:
     """What every engine starts once on each node: the agent that starts the node's ranks."""
-    words = [plan.python, "-m", "stages.training.node", plan.job, *node_options(plan)]
-    words += ["--node-rank", node_rank, "--master-address", master_address]
-    return [*words, "--master-port", master_port] if master_port else words
+    words = [plan.python, "-m", "stages.training.node", plan.job, *node_options(plan, master_port)]
+    return [*words, "--node-rank", node_rank, "--master-address", master_address]
 
 
 def node_command(plan: LaunchPlan, node_rank: str, master_address: str, master_port: str | None = None) -> str:

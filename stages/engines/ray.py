@@ -52,6 +52,7 @@ def run(plan: LaunchPlan, told: Callable[[str], None]) -> str:
         scaling_config=train.ScalingConfig(**scaling(plan)),
         run_config=train.RunConfig(name=plan.name, storage_path=f"{plan.state}/ray"),
     )
+    told(f"Ray Train starts {plan.nodes} workers, each with {plan.processes_per_node} of the ranks")
     try:
         trainer.fit()
     except Exception as error:  # whatever Ray makes of the end of a worker

@@ -42,8 +42,6 @@ def launch(build_fits: Callable, settings, place, inputs: list[str], run) -> tup
         conditions = ranks.conditions(settings.trainer.model_dump())
         refuse_uneven_batches(settings, conditions["ranks"])
         plain = plain_settings(settings)
-        if not engine.dry_run:
-            _announce(stage, plain, conditions)
         few_steps = settings.trainer.fast_dev_run
         tracked, trial = divided(plain)[0], ["fast_dev_run", few_steps] if few_steps else []
         anywhere = [without_place(tracked), *trial]
@@ -64,6 +62,8 @@ def launch(build_fits: Callable, settings, place, inputs: list[str], run) -> tup
             job_file = job.write()
             if engine.dry_run:
                 rehearse(settings, stage, job_file, place.root, conditions["ranks"])
+            if not away:  # an engine says what it has started, once it has
+                _announce(stage, plain, conditions)
             with _record_steps(state.folder / "steps.jsonl", run) as speeds:
                 code = ranks.run(job_file)
             if code != 0:
