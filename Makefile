@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: env repro test test-forms test-lm-eval test-engines test-nodes test-slurm chaos claims bench recipe serve smollm ui lint audit
+.PHONY: env repro test test-forms test-lm-eval test-engines test-deepspeed test-nodes test-slurm chaos claims bench recipe serve smollm ui lint audit
 .DELETE_ON_ERROR:
 
 env: .venv/.run .venv/.develop
@@ -43,7 +43,7 @@ env: .venv/.run .venv/.develop
 	@$(PIP) -e '.[onnx,int8]'
 	@touch $@
 
-.venv/.score .venv/.ray .venv/.slurm: .venv/.%: .venv/.develop
+.venv/.score .venv/.ray .venv/.slurm .venv/.deepspeed: .venv/.%: .venv/.develop
 	@echo "installing the packages of the extra $* into .venv"
 	@$(PIP) -e '.[$*]'
 	@touch $@
@@ -90,6 +90,9 @@ test-lm-eval: .venv/.score  # what make test skips where the extra score is not 
 
 test-engines: .venv/.ray .engines/.parsers  # what make test skips: each document by its engine's own parser; Ray
 	python -m pytest tests/test_engines.py tests/test_engine_parsers.py
+
+test-deepspeed: .venv/.deepspeed  # what make test skips: ZeRO on CPUs, with Lightning's check for CUDA lifted
+	python -m pytest tests/test_deepspeed.py
 
 test-nodes: .venv/.develop  # several machines, as network namespaces of this one: root and iproute2
 	python -m pytest -m nodes tests/test_nodes.py tests/test_placement.py

@@ -247,7 +247,10 @@ def test_a_launcher_and_a_strategy_are_added_with_a_file_and_chosen_by_its_name(
     assert (tree / "outputs/tried/artifacts/teacher/model.safetensors").exists()
 
 
-@pytest.mark.parametrize(("key", "words"), [("launcher", "torchrun"), ("strategy", "ddp, fsdp2, hsdp, local_sgd")])
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [("launcher", "torchrun"), ("strategy", "ddp, deepspeed_stage_2, deepspeed_stage_3, fsdp2, hsdp, local_sgd")],
+)
 def test_a_launcher_or_strategy_that_is_not_there_is_refused_with_those_that_are(key, words):
     done = by_hand(ROOT, f"trainer.{key}=slurm")
     assert done.returncode == 1

@@ -31,11 +31,19 @@ PLACES = {  # strategy, ranks, ranks of a machine
     "fsdp2 4": ("fsdp2", 4, 4),
     "hsdp 2x2": ("hsdp", 4, 2),
 }
-MORE_PLACES = {"hsdp 2x1": ("hsdp", 2, 1)}
+MORE_PLACES = {
+    "hsdp 2x1": ("hsdp", 2, 1),
+    "zero 2": ("deepspeed_stage_2", 2, 2),  # tests/test_deepspeed.py
+    "zero 3": ("deepspeed_stage_3", 2, 2),
+}
 
 
 @pytest.fixture(scope="module")
 def settings(tiny_settings):
+    return few_steps(tiny_settings)
+
+
+def few_steps(tiny_settings):
     settings = with_values(tiny_settings, "pretrain", steps=STEPS, validate_every_steps=STEPS, validation_sequences=5)
     settings = with_values(settings, "teacher", layers=2).model_copy(update={"sequence_tokens": 32})
     settings = with_values(settings, "optimizer", name="adamw")
@@ -49,10 +57,12 @@ def root(tmp_path_factory) -> Path:
     return root
 
 
-def train(root: Path, settings, place: str, states: list[Path], stop: int | None = None, first=lambda: None) -> list:
+def train(
+    root: Path, settings, place: str, states: list[Path], stop: int | None = None, first=lambda: None, work=None
+) -> list:
     """What the teacher's fit gives on rank zero of this place, for one state after another.
 
-    `stop` it after a step; `first` is called in each rank before.
+    `stop` it after a step; `first` is called in each rank before; `work(rank, settings)` is done in the fit's place.
     """
     strategy, ranks, of_machine = (PLACES | MORE_PLACES)[place]
     settings = with_values(settings, "trainer", strategy=strategy)
@@ -60,16 +70,19 @@ def train(root: Path, settings, place: str, states: list[Path], stop: int | None
     def in_rank(_):
         warnings.filterwarnings("ignore")
         first()
-        return [_fit(root, settings, state, stop) for state in states]
+        return [_fit(root, settings, state, stop, work) for state in states]
 
     for state in states:
         state.mkdir(parents=True, exist_ok=True)
     return in_ranks(ranks, root / "ranks", in_rank, of_machine)[0]
 
 
-def _fit(root: Path, settings, state: Path, stop: int | None) -> dict | str:
-    job = Job("pretrain", name_of(pretrain.fits), settings, Place(root, state), state, "cpu", "32-true")
+def _fit(root: Path, settings, state: Path, stop: int | None, work) -> dict | str:
+    precision = settings.trainer.precision.replace("auto", "32-true")
+    job = Job("pretrain", name_of(pretrain.fits), settings, Place(root, state), state, "cpu", precision)
     rank = Rank(job)
+    if work:
+        return work(rank, settings)
     (fit,) = pretrain.fits(settings, job.place, None)
     steps = iter(range(1, STEPS + 1))
     if stop:

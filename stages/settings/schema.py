@@ -29,7 +29,7 @@ from stages.settings.lightning import Observers
 from stages.settings.models import Student, Teacher, distill_rules, pretrain_rules, teacher_rules
 from stages.settings.plan import Plan, plan_rules
 from stages.settings.reading import picked, refuse, refuse_first, refuse_unknown, shown
-from stages.settings.trainer import Optimizer, Trainer
+from stages.settings.trainer import CUDA_ONLY, DEEPSPEED, Optimizer, Trainer
 
 OWN_FILES = "in params.yaml corpus: {source: files, paths: [texts/*.txt]}, or corpus=files 'corpus.paths=[texts/*.txt]'"
 
@@ -294,6 +294,12 @@ def _trainer_rules(settings):
         if getattr(settings.trainer, key) not in words:
             rule = f"must be one of {', '.join(words)}; to add one, add a file to stages/training/{folder}"
             refuse(f"trainer.{key}", getattr(settings.trainer, key), rule)
+    if settings.trainer.strategy in DEEPSPEED:
+        if settings.trainer.accelerator == "cpu":
+            refuse("trainer.strategy", settings.trainer.strategy, CUDA_ONLY)
+        if settings.optimizer.name == "muon":
+            why = "DeepSpeed gives a rank a piece of one long vector, and Muon takes matrices"
+            refuse("optimizer.name", "muon", f"{why}: set it to adamw, or trainer.strategy to fsdp2, which has both")
 
 
 def _evaluate_rules(settings):

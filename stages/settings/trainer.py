@@ -7,6 +7,9 @@ from pydantic import Field
 from stages.settings.bounds import Count, Momentum, Positive, Section, Share, Word
 from stages.settings.lightning import Batches, Duration, FewSteps
 
+DEEPSPEED = ("deepspeed_stage_2", "deepspeed_stage_3")  # of the words of trainer.strategy
+CUDA_ONLY = "Lightning runs DeepSpeed on CUDA devices only: choose fsdp2, which shares the same out on CPUs, too"
+
 
 class Optimizer(Section):
     name: Literal["muon", "adamw"]

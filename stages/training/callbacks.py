@@ -93,7 +93,7 @@ class RecordSteps(AfterStep):
         validate = progress.step % fit.validate_every_steps == 0 or progress.step == fit.steps
         if validate:
             with trainer.precision_plugin.forward_context():
-                figures["validation_bits_per_byte"] = rank.validate(module.model, fit)
+                figures["validation_bits_per_byte"] = module.validate()
         if progress.step % rank.log_every_steps == 0 or validate:
             row = {"step": progress.step, "loss": round(figures["loss"], 5)}
             row["validation_bits_per_byte"] = round(figures["validation_bits_per_byte"], 5) if validate else None
@@ -134,6 +134,10 @@ class ExactResume(AfterStep):
         if module.stop > 0:
             self._save_and_stop(module)
         module.saves.after_step(module, module.wishes)
+
+    def on_train_end(self, trainer, module) -> None:
+        if module.progress.step == module.fit.steps:  # while the strategy still has the parts of all ranks
+            module.final = module.saves.save_whole(module)
 
     def _save_and_stop(self, module) -> None:
         progress, fit = module.progress, module.fit

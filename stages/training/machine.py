@@ -8,6 +8,7 @@ from stages.engines.plan import rank_count
 from stages.files.artifacts import Refusal
 from stages.model.layers import can_compile, has_bfloat16
 from stages.run.provenance import cores, device_conditions
+from stages.settings.trainer import CUDA_ONLY, DEEPSPEED
 
 
 def conditions(trainer: dict, nodes: int = 1, ranks_per_node: int | None = None) -> dict:
@@ -18,6 +19,8 @@ def conditions(trainer: dict, nodes: int = 1, ranks_per_node: int | None = None)
     asked = SimpleNamespace(**trainer)
     accelerator = chosen_accelerator(asked.accelerator)
     gpus = torch.cuda.device_count() if accelerator == "gpu" else 0
+    if asked.strategy in DEEPSPEED and accelerator != "gpu":
+        raise Refusal(f"trainer.strategy = {asked.strategy}: no CUDA device is here, and {CUDA_ONLY}")
     ranks = rank_count(asked.ranks, nodes, ranks_per_node, gpus)
     here = ranks // nodes
     if accelerator == "gpu" and here > gpus:
@@ -30,7 +33,8 @@ def conditions(trainer: dict, nodes: int = 1, ranks_per_node: int | None = None)
         "precision": chosen_precision(asked.precision, accelerator),
         "deterministic": asked.deterministic,
     }
-    return found | ({"compiled": can_compile()} if accelerator == "gpu" else {})
+    compiles = accelerator == "gpu" and asked.strategy not in DEEPSPEED
+    return found | ({"compiled": can_compile()} if compiles else {})
 
 
 def chosen_accelerator(accelerator: str) -> str:

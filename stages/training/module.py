@@ -2,6 +2,7 @@
 
 import math
 from collections import deque
+from functools import partial
 
 import lightning
 import torch
@@ -10,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import IterableDataset
 
 from stages.training.checkpoints import Checkpoint
-from stages.training.fit import Fit
+from stages.training.fit import Fit, validation_nats
 from stages.training.moving import is_same_place
 from stages.training.optimizers import MuonAdamW, learning_rate_factor, make_optimizer
 from stages.training.order import MODULUS, order_of
@@ -81,8 +82,9 @@ class Progress:
             restore_optimizer(optimizer, self._optimizer)
             self._optimizer = None
 
-    def state(self, model, optimizer) -> dict:
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    def state(self, model: dict, optimizer: dict) -> dict:
+        """With the states of model and optimizer."""
+        state = {"model": model, "optimizer": optimizer}
         state |= {"step": self.step, "curve": self.curve, "recent_loads": self.recent_loads}
         return state | {"order": self.order, "places": self.places}
 
@@ -100,6 +102,7 @@ class Training(lightning.LightningModule):
         self.saves = (SharedSaves if shards(rank.strategy) else Saves)(progress, rank)
         self.teacher = getattr(fit.objective, "teacher", None)  # a submodule, so that Lightning moves it to the device
         self.outcomes: list[tuple[dict[str, Tensor], list[Tensor]]] = []  # of the batches of this step
+        self.final: dict | None = None  # on rank zero the whole state after the last step
 
     def configure_model(self) -> None:
         """Shares the model out where the strategy does; the optimizer is made of what is there then."""
@@ -114,8 +117,10 @@ class Training(lightning.LightningModule):
         def factor(step):
             return learning_rate_factor(step, steps, recipe.warmup_share, recipe.decay_share)
 
-        schedule = LambdaLR(self.optimizer, factor, last_epoch=self.progress.step - 1)  # it starts with a step
-        return {"optimizer": self.optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        taken_over = getattr(self.rank.strategy, "for_engine", None)
+        optimizer = taken_over(self.optimizer) if taken_over else self.optimizer
+        schedule = LambdaLR(optimizer, factor, last_epoch=self.progress.step - 1)  # it starts with a step
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, tokens_BT1: Tensor, _) -> Tensor:
         rank = self.rank
@@ -138,6 +143,14 @@ class Training(lightning.LightningModule):
     def optimizer_step(self, epoch, batch_index, optimizer, optimizer_closure=None) -> None:
         with self.trainer.precision_plugin.forward_context():  # Muon works in the dtype of autocast
             optimizer.step(closure=optimizer_closure)
+
+    def validate(self) -> float:
+        """Bits per byte of the validation split; a collective."""
+        in_engine = getattr(self.rank.strategy, "validation_nats", None)
+        return self.rank.validate(self.model, self.fit, partial(in_engine, self) if in_engine else None)
+
+    def validation_nats(self, batches: list[Tensor]) -> Tensor:
+        return validation_nats(self.model, batches)
 
     def rehearse(self) -> None:
         """A pass whose gradients are thrown away, for a strategy whose first pass sums in another order."""

@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -62,7 +63,7 @@ from stages.training.fit import (
 from stages.training.machine import chosen_accelerator, chosen_precision
 from stages.training.module import Batches, Progress, Training
 from stages.training.moving import certificate
-from stages.training.strategies import shards, strategy
+from stages.training.strategies import has_engine, shards, strategy
 
 INTERRUPTED, TIME_IS_OVER = 1.0, 0.5  # wishes to stop, which the ranks add up
 
@@ -115,16 +116,20 @@ class Rank:
         found |= {"threads_per_rank": torch.get_num_threads(), "precision": self.precision}
         return found | {"python": platform.python_version(), "torch": str(torch.__version__)}
 
-    def validate(self, model, fit: Fit) -> float:
-        """Bits per byte of windows from all over the validation split, shared out among the ranks."""
+    def validate(self, model, fit: Fit, nats_of: Callable[[list[torch.Tensor]], torch.Tensor] | None = None) -> float:
+        """Bits per byte of windows from all over the validation split, shared out among the ranks.
+
+        `nats_of` batches is the model's `validation_nats`, where nothing else is said.
+        """
+        nats_of = nats_of or partial(validation_nats, model)
         most = min(fit.validation_sequences, self.validation_windows.count)
         tokens_BT1 = self.validation_windows.spread(limited(most, self.world_size, self.limit_val_batches))
         own_BT1, B = tokens_BT1[self.rank :: self.world_size], VALIDATION_BATCH
         batches = [own_BT1[i : i + B] for i in range(0, len(own_BT1), B)]
-        nats = validation_nats(model, batches)
+        nats = nats_of(batches)
         if shards(self.strategy):  # every rank gathers the weights for each pass: those with fewer batches, too
             most_batches = math.ceil(math.ceil(len(tokens_BT1) / self.world_size) / B)
-            validation_nats(model, [tokens_BT1[:1]] * (most_batches - len(batches)))
+            nats_of([tokens_BT1[:1]] * (most_batches - len(batches)))
         nats = nats.to(model.head.weight.device, torch.float32)
         dist.all_reduce(nats)
         targets = tokens_BT1[:, 1:].numel()
@@ -148,8 +153,7 @@ def run_fit(fit: Fit, rank: Rank) -> dict:
         print(f"{fit.name}: continues after step {progress.step} of {fit.steps}", flush=True)
     continued_from, started = progress.step, time.monotonic()
     if progress.step < fit.steps:
-        training = train(fit, rank, progress)
-        state = training.saves.save_whole(training)
+        state = train(fit, rank, progress).final
         if shards(rank.strategy):  # rank zero has the whole model again, and the others its shape
             fit.model = models.empty_model(fit.model.shape)
             if state is not None:
@@ -199,7 +203,7 @@ def train(fit: Fit, rank: Rank, progress: Progress) -> Training:
     batches = Batches(fit, rank, progress.step)
     training = Training(fit, rank, progress, batches)
     policy = checkpointing_policy(fit, rank, training)  # before blocks are compiled, which hides what they do
-    if rank.accelerator == "gpu":
+    if rank.accelerator == "gpu" and not has_engine(rank.strategy):
         torch.compiler.reset()  # else the shapes of the fit before count towards how many a block is compiled for
         for model in filter(None, (fit.model, training.teacher)):
             compile_blocks(model)

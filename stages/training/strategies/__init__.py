@@ -13,6 +13,13 @@ and another where ranks differ after some steps:
 
     ranks_agree(step, steps, trainer) -> bool   # are all equal after this one of so many? else nothing is saved there
 
+and four where an engine takes model and optimizer over (stages/training/zero.py):
+
+    shard_model                                         # as above
+    for_engine(optimizer) -> torch.optim.Optimizer      # what it takes over; `training.optimizer` stays as it is
+    validation_nats(training, batches) -> Tensor        # as stages/training/fit.py has it, in the engine's forward pass
+    whole_state(training, keep) -> tuple[dict, dict]    # the states of model and optimizer; tensors only where `keep`
+
 To add one, add that file: its name is the word. A strategy with neither of the two holds the whole model and equal
 gradients on every rank.
 """
@@ -29,6 +36,11 @@ def strategy(word: str) -> ModuleType:
 def ranks_agree(chosen: ModuleType, step: int, steps: int, trainer) -> bool:
     """Are all ranks equal after this step, of so many? Always, where the strategy does not say otherwise."""
     return not hasattr(chosen, "ranks_agree") or chosen.ranks_agree(step, steps, trainer)
+
+
+def has_engine(chosen: ModuleType) -> bool:
+    """Does something else than Lightning hold the weights and make the steps?"""
+    return hasattr(chosen, "whole_state")
 
 
 def shards(chosen: ModuleType) -> bool:
