@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: env repro test test-forms test-lm-eval test-engines test-deepspeed test-nodes test-slurm chaos claims bench recipe serve smollm ui lint audit
+.PHONY: env repro test test-forms test-lm-eval test-engines test-deepspeed test-nodes test-slurm chaos claims bench bench-engines recipe serve smollm ui lint audit
 .DELETE_ON_ERROR:
 
 env: .venv/.run .venv/.develop
@@ -78,6 +78,9 @@ claims: .venv/.develop
 
 bench: .venv/.develop
 	python -m benchmarks
+
+bench-engines: .venv/.ray .engines/.parsers  # one stage on every engine that can run here, and whether bytes are equal
+	python -m benchmarks.engines
 
 recipe: .venv/.develop
 	python -m benchmarks.recipe

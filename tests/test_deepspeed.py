@@ -125,6 +125,27 @@ def test_batches_add_up_and_a_gradient_is_clipped_as_under_ddp(root, settings, p
 
 
 @needs_deepspeed
+@pytest.mark.parametrize("place", ZERO)
+def test_a_gradient_that_is_not_finite_is_refused_though_deepspeed_would_leave_the_step_out(root, settings, place):
+    (said,) = train(root, settings, place, [root / place / "broken"], first=with_infinite_gradients)
+    assert said.startswith("teacher: not finite at step 0: loss 5.5") and "gradient norm nan" in said
+
+
+def with_infinite_gradients() -> None:
+    from stages.training.module import Training
+
+    on_cpus()
+    step = Training.training_step
+
+    def breaks(training, *batch):
+        loss = step(training, *batch)
+        loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
+
+    Training.training_step = breaks
+
+
+@needs_deepspeed
 def test_two_students_of_one_teacher_which_stays_whole(root, settings):
     bits = {}
     for place in ("ddp 2", *ZERO):

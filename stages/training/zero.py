@@ -7,10 +7,11 @@ moments of one.
 
 Weights stay float32, and bfloat16 is autocast's, as under the other strategies: DeepSpeed's own bfloat16 would round
 the routers' biases. A distillation's teacher stays whole on each rank. Weights are one flat vector here: AdamW alone.
-Lightning runs DeepSpeed on CUDA only; tests/deepspeed_ranks.py lifts that.
+Lightning runs DeepSpeed on CUDA only; tests/test_deepspeed.py lifts that.
 """
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -56,7 +57,10 @@ class ZeRO(DeepSpeedStrategy):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().optimizer_step(*args, **kwargs)
-        norm = self.deepspeed_engine.get_global_grad_norm()  # None before the last of the batches that are added up
+        engine = self.deepspeed_engine
+        norm = engine.get_global_grad_norm()  # None before the last of the batches that are added up
+        if engine.optimizer.overflow:  # then it leaves the step out, and the norm is -1, or that of a step before
+            norm = math.nan
         if norm is not None:
             self.lightning_module.gradient_norm = torch.as_tensor(norm, dtype=torch.float32, device=self.root_device)
         return loss
