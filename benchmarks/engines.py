@@ -110,7 +110,7 @@ def _pretrain(engine: str, out: str, *words: str) -> list[str]:
     return [sys.executable, "-m", "stages.pretrain", engine, *WORDS, *words, f"hydra.run.dir={out}"]
 
 
-def _finished(command: Sequence[str], tree: Path, variables: Mapping[str, str] | None = None) -> None:
+def _finished(command: Sequence[str], tree: Path, variables: dict[str, str] | None = None) -> None:
     theirs = environment(MLFLOW_TRACKING_URI="http://127.0.0.1:9") | (variables or {})  # nothing listens there
     pipe, both = subprocess.PIPE, subprocess.STDOUT
     done = subprocess.run(command, cwd=tree, env=theirs, text=True, stdout=pipe, stderr=both, timeout=SECONDS)

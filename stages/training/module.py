@@ -3,6 +3,7 @@
 import math
 from collections import deque
 from functools import partial
+from typing import Any
 
 import lightning
 import torch
@@ -84,7 +85,7 @@ class Progress:
 
     def state(self, model: dict, optimizer: dict) -> dict:
         """With the states of model and optimizer."""
-        state = {"model": model, "optimizer": optimizer}
+        state: dict[str, Any] = {"model": model, "optimizer": optimizer}
         state |= {"step": self.step, "curve": self.curve, "recent_loads": self.recent_loads}
         return state | {"order": self.order, "places": self.places}
 
