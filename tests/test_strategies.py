@@ -35,6 +35,8 @@ MORE_PLACES = {
     "hsdp 2x1": ("hsdp", 2, 1),
     "zero 2": ("deepspeed_stage_2", 2, 2),  # tests/test_deepspeed.py
     "zero 3": ("deepspeed_stage_3", 2, 2),
+    "zero 2 of 3": ("deepspeed_stage_2", 3, 3),
+    "zero 3 of 3": ("deepspeed_stage_3", 3, 3),
 }
 
 
