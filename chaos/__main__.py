@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.table import ROOT
-from chaos import damage, disks, kills, locks, mlflow_faults, moves, nonfinite
+from chaos import damage, disks, jobs, kills, locks, mlflow_faults, moves, nodes, nonfinite
 from chaos.bench import Bench, run
 from chaos.page import page, table
 
@@ -28,7 +28,8 @@ SHARES = {
     kills.ctrl_c: 0.16,
 }  # of --kills
 CASES: list[Callable] = [
-    *SHARES, kills.rank_killed, moves.moved,
+    *SHARES, kills.rank_killed, moves.moved, nodes.node_lost, nodes.port_taken, nodes.half_a_checkpoint,
+    jobs.queue_full, jobs.time_limit, jobs.job_left_behind,
     disks.disk_full_checkpoint, disks.disk_full_out, disks.read_only, disks.cache_full,
     *damage.CASES, locks.stale_lock, locks.two_at_once, locks.same_work_at_once,
     nonfinite.nan_weights, nonfinite.nonfinite_gradients,
@@ -57,7 +58,7 @@ def main() -> int:
         print(f"\n{table(rows, bench.folder)}")
         if not options.only:
             (ROOT / "docs").mkdir(exist_ok=True)
-            (ROOT / "docs/faults.md").write_text(page(bench, rows, time.monotonic() - began))
+            (ROOT / "docs/faults.md").write_text(page(bench, rows, options.kills, time.monotonic() - began))
     return any(row.failure for row in rows)
 
 

@@ -1,10 +1,11 @@
 """A pipeline that ran undisturbed, the copies of it that get broken, and the result of one kind of fault."""
 
+import contextlib
 import random
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -106,6 +107,16 @@ def remove_results(tree: Path, *stages: str) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     (tree / "dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False))
     shutil.rmtree(tree / ".dvc/cache/runs", ignore_errors=True)
+
+
+@contextlib.contextmanager
+def in_sheet(tree: Path, line: str) -> Iterator[None]:
+    """With this line more in params.yaml."""
+    sheet = tree / "params.yaml"
+    before = sheet.read_text()
+    sheet.write_text(f"{before}\n{line}\n")
+    yield
+    sheet.write_text(before)
 
 
 def training(tree: Path) -> subprocess.Popen:

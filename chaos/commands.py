@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.checkout import DVC, environment
+from stages.files.artifacts import read_json
 
 REPRO = (*DVC, "repro")
 RWLOCK = ".dvc/tmp/rwlock"
@@ -107,8 +109,19 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen, tree: P
         time.sleep(0.05)
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
 def checkpoint_of(tree: Path, fit: str = "teacher") -> Path | None:
     return next(tree.glob(f".runs/resume/*/{fit}.json"), None)
+
+
+def is_in_parts(tree: Path) -> bool:
+    """Is the latest checkpoint one that the ranks have shared out?"""
+    index = checkpoint_of(tree)
+    return index is not None and "parts" in read_json(index)
 
 
 NOT_PROGRESS = (

@@ -7,19 +7,23 @@ from functools import partial
 from glob import glob
 from pathlib import Path
 
-from chaos.bench import Bench, Row, remove_results, training
+from chaos.bench import Bench, Row, in_sheet, remove_results, training
 from chaos.commands import (
     HANG_SECONDS,
     NO_SERVER,
     REPRO,
+    checkpoint_of,
+    is_in_parts,
     kill_everything,
     line_with,
     output_of,
     refuses,
     stage_command,
     start,
+    succeeds,
     wait_for,
 )
+from stages.files.artifacts import read_json, sha256_of
 
 
 def truncate(path: Path, rng: random.Random) -> None:
@@ -105,6 +109,29 @@ def damaged_checkpoint(bench: Bench, row: Row) -> None:
             row.survived += 1
 
 
+def half_uploaded(bench: Bench, row: Row) -> None:
+    """a checkpoint in parts (fsdp2) comes back with one part by half, or without it; then dvc repro"""
+    tree = bench.copy("half-uploaded")
+    with in_sheet(tree, "trainer: {strategy: fsdp2}"):
+        remove_results(tree, "pretrain")
+        succeeds(tree, *REPRO, "pretrain")
+        undisturbed = sha256_of(tree / "artifacts/teacher")
+        for change in (truncate, lambda path, _: path.unlink()):
+            shutil.rmtree(tree / ".runs/resume")
+            remove_results(tree, "pretrain")
+            process = start(tree, *REPRO, "pretrain")
+            wait_for(lambda: is_in_parts(tree), process, tree)
+            kill_everything(tree)
+            row.tried += 1
+            index = checkpoint_of(tree)
+            change(index.with_name(read_json(index)["parts"][1]["file"]), bench.random("half-uploaded"))
+            row.message = line_with("is damaged .* its work is done again", succeeds(tree, *REPRO, "pretrain"))
+            assert sha256_of(tree / "artifacts/teacher") == undisturbed
+            row.compared += 1
+            row.survived += 1
+    bench.finish(tree, row)
+
+
 def damaged_progress(bench: Bench, row: Row) -> None:
     """what evaluate and prepare saved of unfinished work, the same; then dvc repro"""
     for stage, part in (("evaluate", "sums"), ("prepare", "tokenizer.json")):
@@ -156,6 +183,6 @@ def out_removed(bench: Bench, row: Row, paths: tuple = OUTS) -> None:
 
 CASES = (
     damaged_shard, damaged_test_shard, damaged_tokenizer, damaged_card, damaged_weights, damaged_config,
-    damaged_metrics, damaged_curve, damaged_scores, damaged_checkpoint, damaged_progress, damaged_lock,
-    damaged_settings, out_removed,
+    damaged_metrics, damaged_curve, damaged_scores, damaged_checkpoint, half_uploaded, damaged_progress,
+    damaged_lock, damaged_settings, out_removed,
 )  # fmt: skip

@@ -19,6 +19,7 @@ from chaos.commands import (
     MIRROR_SECONDS,
     NO_SERVER,
     REPRO,
+    free_port,
     line_with,
     output_of,
     stage_command,
@@ -120,9 +121,7 @@ def mlflow_server(folder: Path, port: int) -> Iterator[subprocess.Popen]:
 
 def mlflow_dies(bench: Bench, row: Row) -> None:
     """a real MLflow server is killed while it receives a run, and comes back later"""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     uri, store = f"http://127.0.0.1:{port}", bench.folder / "mlflow-server"
     tree = bench.copy("mlflow-dies")
     with mlflow_server(store, port) as server:

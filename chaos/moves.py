@@ -4,8 +4,8 @@ import csv
 import time
 from pathlib import Path
 
-from chaos.bench import Bench, Row, remove_results, training
-from chaos.commands import REPRO, checkpoint_of, last_saved, line_with, start, succeeds, wait_for, wait_until_idle
+from chaos.bench import Bench, Row, in_sheet, remove_results, training
+from chaos.commands import REPRO, is_in_parts, last_saved, line_with, start, succeeds, wait_for, wait_until_idle
 from chaos.kills import kill_group
 from stages.files.artifacts import read_json
 
@@ -18,12 +18,11 @@ def moved(bench: Bench, row: Row) -> None:
     tree = bench.copy("moved")
     process = training(tree)
     _kill(tree, process, row)
-    sheet = (tree / "params.yaml").read_text()
-    (tree / "params.yaml").write_text(f"{sheet}\ntrainer: {{strategy: fsdp2, move: true}}\n")
-    process = start(tree, *REPRO, "pretrain")
-    wait_for(lambda: _is_in_parts(tree), process, tree)
-    _kill(tree, process, row)
-    told = succeeds(tree, *REPRO, "pretrain")
+    with in_sheet(tree, "trainer: {strategy: fsdp2, move: true}"):
+        process = start(tree, *REPRO, "pretrain")
+        wait_for(lambda: is_in_parts(tree), process, tree)
+        _kill(tree, process, row)
+        told = succeeds(tree, *REPRO, "pretrain")
     row.message = line_with("continues after step", told)
     found = read_json(tree / "measurements/pretrain.json")["moved"]["teacher"]
     assert [place["strategy"] for place in found["places"].values()] == ["ddp", "fsdp2"], found
@@ -32,7 +31,6 @@ def moved(bench: Bench, row: Row) -> None:
     farthest = max(abs(one - other) for one, other in zip(*curves, strict=True))
     assert farthest < LOSS, f"the loss of the moved run is {farthest:.4f} nats off"
     row.message += f"; largest difference of loss to a run that stayed: {farthest:.5f}"
-    (tree / "params.yaml").write_text(sheet)
     remove_results(tree, "pretrain")
     bench.finish(tree, row)  # what has moved leaves nothing behind in the old place
     row.survived = row.tried
@@ -44,11 +42,6 @@ def _kill(tree: Path, process, row: Row) -> None:
     kill_group(tree, process)
     process.wait()
     wait_until_idle(tree, END_SECONDS, mirrors=False)
-
-
-def _is_in_parts(tree: Path) -> bool:
-    index = checkpoint_of(tree)
-    return index is not None and "parts" in read_json(index)
 
 
 def _losses(root: Path) -> list[float]:

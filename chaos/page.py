@@ -21,14 +21,15 @@ def table(rows: list[Row], folder: Path) -> str:
     return "\n".join(lines)
 
 
-def page(bench: Bench, rows: list[Row], seconds: float) -> str:
+def page(bench: Bench, rows: list[Row], kills_asked: int, seconds: float) -> str:
     box = machine()
     tools = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "dvc", "mlflow"))
     kills = sum(row.tried for row in rows if row.lost)
     remedies = sum(row.repaired for row in rows)
     return f"""# Fault test
 
-Written by `make chaos` (`python -m chaos --seed {bench.seed}`); `make test` runs a short form.
+Written by `make chaos` (here `python -m chaos --seed {bench.seed} --kills {kills_asked}`); `make test` runs a short
+form.
 
 The tiny pipeline is broken in {len(rows)} ways, {kills} times by killing it. After each fault, `dvc repro` goes on, and
 every out, by SHA-256, and `dvc.lock` are compared with those of a run that nothing disturbed. A case fails where a

@@ -28,6 +28,7 @@ def main(overrides=()):
         write_json(ROOT / INPUTS, inputs_of(known))
         remove_recorded(ROOT)
         return
+    from stages.engines.plan import refuse_secrets  # late, as the others here
     from stages.settings.compose import compose, explain, offer_sheet  # late: pydantic and Hydra take most of the stage
     from stages.settings.editor import json_schema
     from stages.settings.schema import as_yaml, validate
@@ -49,6 +50,7 @@ def main(overrides=()):
         usage = "python -m stages.config [--help | --cfg job | --schema | --explain key] [key=value ...]"
         raise Refusal(f"{' '.join(overrides)}: usage: {usage}")
     settings = validate(compose(overrides))
+    refuse_secrets(settings.engine.environment, settings.engine.options)
     plain = settings.model_dump(mode="json")  # so that 4 and 4.0 are one setting
     if "DVC_STAGE" not in os.environ:
         print(as_yaml(plain), end="")

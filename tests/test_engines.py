@@ -1,9 +1,11 @@
 """Engines: one launch plan, the document that each makes of it, and a stage that waits for what ranks elsewhere did."""
 
+import hashlib
 import json
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +15,8 @@ import pytest
 import yaml
 
 from benchmarks.checkout import prepared
+from chaos.scheduler import stand_in
+from stages import config
 from stages import pretrain as pretraining
 from stages.engines import engine
 from stages.engines import plan as planning
@@ -188,6 +192,50 @@ def test_what_no_engine_can_take_is_one_line(word, words, reason):
     assert str(refusal.value).startswith(reason) and "\n" not in str(refusal.value)
 
 
+SECRETS = {
+    "AWS_SECRET_ACCESS_KEY": "plain/looking+1",
+    "HF_TOKEN": "plainlooking-2",
+    "MLFLOW_TRACKING_PASSWORD": "plainlooking-3",
+}
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_no_credential_of_the_environment_is_in_a_document_or_in_what_is_left_beside_it(
+    place, monkeypatch, capsys, word
+):
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:plainlooking-4@127.0.0.1:9")
+    if word in PLACED:
+        with pytest.raises(NothingKept):
+            launched(place, word, "engine.dry_run=true", "+engine.environment.NOTE=plain")
+        written = capsys.readouterr().out
+        assert word == "ray" or "NOTE" in written, "what was asked for"
+    else:
+        written = rendered(word)
+    written += "".join(path.read_text() for path in place.root.rglob("*") if path.is_file())
+    assert not [value for value in (*SECRETS.values(), "plainlooking-4") if value in written]
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["+engine.environment.HF_TOKEN=abc"], "engine.environment.HF_TOKEN: has a secret's name"),
+        (["+engine.environment.NOTE='${oc.env:HF_TOKEN}'"], "engine.environment.NOTE: holds a password or token"),
+        (['engine.options.setup="export X=hf_abcdefghijklmnopqrs"'], "engine.options.setup: holds a password or token"),
+        (['engine.options.setup="git clone https://me:pw@host/x"'], "engine.options.setup: holds a password or token"),
+    ],
+)
+def test_a_credential_that_is_typed_is_refused_before_anything_is_written(tree, monkeypatch, words, reason):
+    monkeypatch.setenv("HF_TOKEN", SECRETS["HF_TOKEN"])
+    done = pretrain_in(tree, "engine=slurm", *words, "hydra.run.dir=outputs/secret", HF_TOKEN=SECRETS["HF_TOKEN"])
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and line.startswith(f"offramp: {reason}")
+    assert not (tree / "outputs/secret").exists() and not list(tree.glob(".runs/resume/pretrain-*"))
+    with pytest.raises(Refusal, match=f"^{reason}"):
+        config.main(["engine=slurm", *words])
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
@@ -323,45 +371,10 @@ def test_an_engine_is_added_by_one_module_and_its_preset(tree):
     shutil.rmtree(job.parent)
 
 
-SCHEDULER = {  # what the script of a job meets, on one machine: two tasks side by side, as srun starts them
-    "sbatch": """#!{python}
-import os, re, subprocess, sys
-script = open(sys.argv[-1]).read()
-asked = dict(re.findall(r"^#SBATCH --([\\w-]+)=(.*)$", script, re.M))
-print(7, flush=True)
-log = open(asked["output"], "a")
-env = os.environ | {{"SLURM_JOB_NODELIST": "here[0-1]", "SLURM_NNODES": asked["nodes"]}}
-sys.exit(subprocess.run(["bash", sys.argv[-1]], cwd=asked["chdir"], env=env, stdout=log, stderr=log).returncode)
-""",
-    "srun": """#!{python}
-import os, subprocess, sys, time
-cores = sorted(os.sched_getaffinity(0))
-tasks = []
-for node in range(int(os.environ["SLURM_NNODES"])):
-    alone = ["taskset", "-c", str(cores[node % len(cores)])]
-    tasks.append(subprocess.Popen([*alone, *sys.argv[2:]], env=os.environ | {{"SLURM_NODEID": str(node)}}))
-assert sys.argv[1] == "--kill-on-bad-exit=1"
-while any(task.poll() is None for task in tasks):
-    if any(task.poll() for task in tasks):
-        for task in tasks:
-            task.kill()
-    time.sleep(0.1)
-sys.exit(1 if any(task.returncode for task in tasks) else 0)
-""",
-    "scontrol": """#!{python}
-import sys
-print("127.0.0.1\\n127.0.0.1" if "hostnames" in sys.argv else "JobState=FAILED")
-""",
-}
-
-
 @BY_CORE
 def test_a_job_of_slurm_trains_on_two_nodes_and_gives_the_bytes_of_one_machine(tree, tmp_path, bytes_of_one_machine):
     """sbatch, srun and scontrol stand in; what they start is the real script. make test-slurm has the real ones."""
-    for name, text in SCHEDULER.items():
-        (tmp_path / name).write_text(text.format(python=sys.executable))
-        (tmp_path / name).chmod(0o755)
-    path = f"{tmp_path}:{os.environ['PATH']}"
+    path = stand_in(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
         words = ["engine=slurm", f"engine.master_port={port}", "hydra.run.dir=outputs/here"]
@@ -374,6 +387,26 @@ def test_a_job_of_slurm_trains_on_two_nodes_and_gives_the_bytes_of_one_machine(t
     assert (tree / "outputs/here/artifacts/teacher/model.safetensors").read_bytes() == bytes_of_one_machine
     assert json.loads((tree / "outputs/here/measurements/pretrain.json").read_text())["ranks"] == 2
     assert not list(tree.glob(".runs/resume/pretrain-*/job.json")), "the outs are the state now"
+
+
+CROWDED = """#!/bin/bash
+echo $$ > {pid}
+echo 'sbatch: error: Slurm temporarily unable to accept job, sleeping and retrying' >&2
+exec sleep 600
+"""
+
+
+def test_ctrl_c_while_sbatch_waits_for_room_leaves_no_job_behind(tree, tmp_path):
+    (tmp_path / "sbatch").write_text(CROWDED.format(pid=tmp_path / "pid"))
+    (tmp_path / "sbatch").chmod(0o755)
+    command = [sys.executable, "-m", "stages.pretrain", "engine=slurm", "hydra.run.dir=outputs/crowded"]
+    theirs, pipe = UNTOLD | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}, subprocess.PIPE
+    stage = subprocess.Popen(command, cwd=tree, env=theirs, stdout=pipe, stderr=pipe, text=True)
+    assert any("sleeping and retrying" in line for line in stage.stdout), "shown while it waits"
+    stage.send_signal(signal.SIGINT)
+    told = stage.communicate(timeout=120)[1]
+    assert stage.returncode == 130 and "offramp: interrupted; the same command continues" in told, told
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
 
 
 @BY_CORE
@@ -397,6 +430,8 @@ def test_a_node_that_waits_in_vain_and_a_port_that_is_taken_are_one_line():
             meet(Nodes(2, 0, "127.0.0.1", port, 0.3))
         with pytest.raises(Refusal, match=f"^no node 0 answers on 127.0.0.1:{port}"):  # what answers is no store
             meet(Nodes(2, 1, "127.0.0.1", port, 0.3))
+    with pytest.raises(Refusal, match=f"^node 0 cannot listen on 192.0.2.1:{port} .*: engine.master_address is to be"):
+        meet(Nodes(2, 0, "192.0.2.1", port, 0.3))
     with pytest.raises(Refusal, match=f"^no node 0 answers on 127.0.0.1:{port}: start it with"):
         meet(Nodes(2, 1, "127.0.0.1", port, 0.3))
     with pytest.raises(Refusal, match=f"^not all 2 nodes have come to 127.0.0.1:{port}: start the same command on"):
@@ -435,15 +470,22 @@ print(json.dumps(told))
 """
 
 
+def saved(folder, name, step, content):
+    (folder / f"{name}-{step}.pt").write_bytes(content)
+    index = {"file": f"{name}-{step}.pt", "sha256": hashlib.sha256(content).hexdigest(), "step": step}
+    write_json(folder / f"{name}.json", index)
+
+
 def test_machines_with_a_folder_each_go_on_from_what_node_0_has_saved_and_other_work_is_refused_on_both(tmp_path):
     ours, theirs = tmp_path / "pretrain-1a", tmp_path / "pretrain-1a-node1"
     for folder in (ours, theirs):
         folder.mkdir()
-    content = os.urandom(1000)
-    (ours / "teacher-5.pt").write_bytes(content)
-    write_json(ours / "teacher.json", {"file": "teacher-5.pt", "sha256": "ab", "step": 5})
-    (theirs / "student-9.pt").write_bytes(b"of a run that node 0 knows nothing of")
-    write_json(theirs / "student.json", {"file": "student-9.pt", "sha256": "cd", "step": 9})
+    content, unknown = os.urandom(1000), b"of a run that node 0 knows nothing of"
+    saved(ours, "teacher", 5, content)
+    saved(theirs, "student", 9, unknown)
+    for folder in (ours, theirs):
+        saved(folder, "control", 7, content)
+    (theirs / "control-7.pt").write_bytes(content[:500])  # it came by half
     write_json(theirs / "job.json", {"stage": "pretrain"})
     run = [sys.executable, "-c", SHARE]
     ranks = [
@@ -453,7 +495,8 @@ def test_machines_with_a_folder_each_go_on_from_what_node_0_has_saved_and_other_
     told = [json.loads(rank.communicate(timeout=120)[0]) for rank in ranks]
     assert told[0] == told[1] and len(told[0]) == 1
     assert told[0][0].startswith("the nodes do not have the same code, settings, data or kind of machine")
-    assert (theirs / "teacher-5.pt").read_bytes() == content
+    assert (theirs / "teacher-5.pt").read_bytes() == (theirs / "control-7.pt").read_bytes() == content
     assert json.loads((theirs / "teacher.json").read_text())["step"] == 5
     assert not (theirs / "student.json").exists() and (theirs / "job.json").exists()
-    assert sorted(path.name for path in ours.iterdir()) == ["teacher-5.pt", "teacher.json"]
+    kept = ["control-7.pt", "control.json", "teacher-5.pt", "teacher.json"]
+    assert sorted(path.name for path in ours.iterdir()) == kept

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.checkout import stage
-from benchmarks.nodes import PREFIX, machines, of_any_kind, why_not
+from benchmarks.nodes import PREFIX, Node, machines, of_any_kind, why_not
 from benchmarks.slow_link import checkouts, start
 from stages.files.artifacts import read_json, sha256_of
 
@@ -39,6 +39,12 @@ def until_saved(tree: Path, running: list[subprocess.Popen]) -> int:
     raise AssertionError("no checkpoint")
 
 
+def listening(node: Node) -> set[str]:
+    """The addresses on which anything on this node takes connections."""
+    shown = subprocess.run(node.command("ss", "-ltnH"), capture_output=True, text=True, check=True).stdout
+    return {line.split()[3].rpartition(":")[0] for line in shown.splitlines()}
+
+
 def lose(tree: Path) -> None:
     """Kills all processes that work in a node's checkout, at once."""
     for folder in Path("/proc").glob("[0-9]*/cwd"):
@@ -56,6 +62,8 @@ def test_a_node_that_was_killed_and_started_again_ends_on_the_bytes_of_one_machi
     with of_any_kind(2) as nodes:
         running = start(trees, nodes, *WORDS)
         step = until_saved(trees[0], running)
+        for node in filter(lambda node: node.name, nodes):  # all that listens in a namespace is ours
+            assert listening(node) == {node.address}
         lose(trees[1])
         said = running[0].communicate(timeout=SECONDS)[0]
         running[1].communicate()

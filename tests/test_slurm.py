@@ -7,6 +7,7 @@ Each test trains one model, tiny, and holds its bytes against those of this mach
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import time
@@ -89,6 +90,25 @@ def test_a_preempted_job_is_requeued_and_continues_to_the_same_bytes(tree, clust
     assert "teacher: continues after step" in said
     assert "Restarts=1" in cluster.says("scontrol", "show", "job")
     assert sha256_of(tree / "outputs/preempted" / TEACHER) == of_one_machine
+
+
+def test_a_job_that_its_time_limit_ended_is_continued_by_the_same_command_to_the_same_bytes(
+    tree, cluster, of_one_machine
+):
+    words = (*IN_TWO_NODES, "engine.time_limit=00:00:10:00", "trainer.checkpoint_every_seconds=0")
+    running = pretrain(tree, cluster, "limited", *words)
+    assert until(lambda: saved_step(tree), "no checkpoint", running) < STEPS
+    (number,) = cluster.says("squeue", "--noheader", "--format=%i").split()
+    cluster.says("scontrol", "update", f"JobId={number}", "EndTime=now")  # as if the ten minutes were over
+    said = running.communicate(timeout=SECONDS)[0]
+    assert running.returncode == 1 and "Traceback" not in said, said
+    assert f"pretrain: job {number} of SLURM ended (TIMEOUT)" in said
+    stopped = re.search(r"offramp: teacher: interrupted after (step \d+ of \d+)", said)
+    assert stopped, said
+    running = pretrain(tree, cluster, "limited", *words)
+    said = running.communicate(timeout=SECONDS)[0]
+    assert running.returncode == 0 and f"teacher: continues after {stopped[1]}" in said, said
+    assert sha256_of(tree / "outputs/limited" / TEACHER) == of_one_machine
 
 
 @pytest.mark.skipif(importlib.util.find_spec("submitit") is None, reason="pip install -e '.[slurm]'")

@@ -3,6 +3,7 @@
 import math
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from stages.files.artifacts import Refusal
 from stages.settings.engine import Engine
 from stages.settings.lightning import duration_seconds
 from stages.settings.reading import refuse_first
-from stages.tracking.redaction import is_secret
+from stages.tracking.redaction import holds_secret, is_secret
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,7 @@ class LaunchPlan:
 
 def plan_of(settings: Engine, stage: str, job: Path, root: Path, ranks: int) -> LaunchPlan:
     """The plan of a job that stands in a state folder below `root`."""
-    for name in settings.environment:
-        if is_secret(name):
-            advice = "keep it in the engine's own store of secrets, or in the environment of the nodes"
-            raise Refusal(f"engine.environment.{name}: has a secret's name, and what is rendered is kept: {advice}")
+    refuse_secrets(settings.environment, settings.options)
     project = settings.project or str(root)
     return LaunchPlan(
         name=f"offramp-{stage}-{job.parent.name.rpartition('-')[2][:8]}",
@@ -66,6 +64,17 @@ def plan_of(settings: Engine, stage: str, job: Path, root: Path, ranks: int) -> 
         join_seconds=settings.join_seconds,
         options=options_of(settings),
     )
+
+
+def refuse_secrets(environment: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """What an engine is given is kept: in its document, in job.json, in the record of the run."""
+    advice = "keep it in the engine's own store of secrets, or in the environment of the nodes"
+    given = [("environment", *pair) for pair in environment.items()] + [("options", *pair) for pair in options.items()]
+    for section, name, value in given:
+        named = section == "environment" and is_secret(name)
+        if named or holds_secret(str(value)):
+            why = "has a secret's name" if named else "holds a password or token"
+            raise Refusal(f"engine.{section}.{name}: {why}, and what is rendered is kept: {advice}")
 
 
 def options_of(settings: Engine) -> Any:

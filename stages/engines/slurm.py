@@ -24,6 +24,11 @@ LOG = "slurm.log"
 LOOK_SECONDS = 1.0  # between two looks at the log
 PREEMPTED = """scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]'"""
 STOPS = (signal.SIGTERM, signal.SIGINT)
+ADVICE = {  # by what SLURM says; else what was asked for is at fault
+    r"SubmitJob|[Qq]ueue full|temporarily un": "the queue is full: when one of your jobs has ended, run this again",
+    r"contact|connect|configuration source": "run this on a login node of a cluster that is up",
+    "": "engine.nodes, engine.time_limit, engine.options and what a node is asked for are to be what the cluster has",
+}
 MISSING = (
     "sbatch is not installed here: run this on a login node of the cluster, or print the script with"
     " engine.dry_run=true and take it there"
@@ -78,38 +83,60 @@ def run(plan: LaunchPlan, told: Callable[[str], None]) -> str:
     sbatch = shutil.which("sbatch")
     if sbatch is None:
         raise Refusal(MISSING)
-    script, log = Path(plan.state) / "job.sbatch", Path(plan.state) / LOG
+    script, log, errors = (Path(plan.state) / name for name in ("job.sbatch", LOG, "sbatch.log"))
     write_atomically(script, render(plan))
     start = log.stat().st_size if log.exists() else 0
-    command, pipe = [sbatch, "--parsable", "--wait", str(script)], subprocess.PIPE
-    waiting = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
-    assert waiting.stdout and waiting.stderr
-    number = re.match(r"\d+", waiting.stdout.readline())
+    command = [sbatch, "--parsable", "--wait", str(script)]
+    with errors.open("wb") as said:
+        waiting = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, start_new_session=True)
+    with _followed(errors, 0, told):  # where the queue is full, sbatch says so and tries again
+        number = _number(waiting)
     if number is None:
-        said = _last(waiting.communicate()[1]) or f"code {waiting.returncode}"
-        raise Refusal(f"sbatch took no job ({said}): run this on a login node of a cluster that is up")
-    told(f"job {number[0]} of SLURM, for {plan.nodes} nodes; its log is {log}")
-    with _cancelled_by_signals(number[0]), _followed(log, start, told):
-        errors = waiting.communicate()[1]
+        waiting.wait()
+        raise Refusal(_not_taken(_words(errors) or f"code {waiting.returncode}"))
+    told(f"job {number} of SLURM, for {plan.nodes} nodes; its log is {log}")
+    with _on_signals(lambda *_: _cancel(number)), _followed(log, start, told):  # whose ranks then save their state
+        waiting.wait()
     if waiting.returncode == 0:
         return ""
-    state = _state(number[0]) or _last(errors) or f"code {waiting.returncode}"
-    return f"job {number[0]} of SLURM ended ({state}); the same command continues from the last checkpoint"
+    state = _state(number) or _words(errors) or f"code {waiting.returncode}"
+    return f"job {number} of SLURM ended ({state}); the same command continues from the last checkpoint"
 
 
-def _last(said: str) -> str:
-    """The last line, on which a program says what ended it."""
-    return said.strip().rpartition("\n")[2]
+def _number(waiting: subprocess.Popen[str]) -> str | None:
+    """Of the job, once SLURM has taken it; None where it has not. A signal before that leaves no job behind."""
+    assert waiting.stdout
+    try:
+        with _on_signals(signal.default_int_handler):
+            said = waiting.stdout.readline()
+    except KeyboardInterrupt:
+        waiting.terminate()
+        if found := re.match(r"\d+", waiting.communicate()[0]):
+            _cancel(found[0])
+        raise
+    found = re.match(r"\d+", said)
+    return found and found[0]
+
+
+def _not_taken(said: str) -> str:
+    advice = next(advice for pattern, advice in ADVICE.items() if re.search(pattern, said))
+    return f"sbatch took no job ({said}): {advice}"
+
+
+def _words(errors: Path) -> str:
+    """What sbatch says, in a line."""
+    lines = errors.read_text(errors="replace").splitlines()
+    return "; ".join(re.sub(r"^sbatch: (error|fatal): ", "", line) for line in lines)
+
+
+def _cancel(number: str) -> None:
+    subprocess.run(["scancel", number], capture_output=True)
 
 
 @contextlib.contextmanager
-def _cancelled_by_signals(number: str) -> Iterator[None]:
-    """SIGTERM and Ctrl-C cancel the job, whose ranks then save their state; its end is still waited for."""
-
-    def cancel(*_):
-        subprocess.run(["scancel", number], capture_output=True)
-
-    before = {stop: signal.signal(stop, cancel) for stop in STOPS}
+def _on_signals(answer: Callable) -> Iterator[None]:
+    """SIGTERM and Ctrl-C are answered with this."""
+    before = {stop: signal.signal(stop, answer) for stop in STOPS}
     try:
         yield
     finally:

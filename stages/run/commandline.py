@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from stages.engines.plan import refuse_secrets
 from stages.files.artifacts import ROOT, Refusal
 from stages.settings.compose import one_line_errors, preset_groups, preset_of
 from stages.settings.reading import refuse_unknown
@@ -65,6 +66,7 @@ def refuse_arguments(arguments: list[str], stage: str, sections: tuple[str, ...]
         for words in itertools.product(*choices):
             cfg = compose("config", [*words, "hydra.job.num=0", "hydra.job.id=0"], return_hydra_config=True)
             HydraConfig.instance().set_config(cfg)
+            _refuse_secrets(cfg.engine)
             _refuse_folders(cfg.hydra)
 
 
@@ -97,6 +99,14 @@ def _complete_modules(words: list[str]) -> None:
     if found := re.match(r"\S+ +-m +", line):
         os.environ["COMP_LINE"] = f"python {line[found.end() :]}"
         os.environ["COMP_POINT"] = str(len(os.environ["COMP_LINE"]))
+
+
+def _refuse_secrets(engine):
+    """Before Hydra writes what was typed."""
+    from omegaconf import OmegaConf
+
+    parts = (engine.get("environment"), engine.get("options"))
+    refuse_secrets(*({} if not OmegaConf.is_dict(part) else dict(part) for part in parts))
 
 
 def _refuse_folders(hydra_cfg):

@@ -31,6 +31,12 @@ def is_secret(variable: str) -> bool:
     return bool(_SECRET_VARIABLE.search(variable))
 
 
+def holds_secret(text: str) -> bool:
+    """Is a secret of the environment in it, a known kind of token, or a password in a URI?"""
+    passwords = [found for found in _URI_PASSWORD.findall(text) if "$" not in found]  # a variable of a shell is a name
+    return bool(passwords or _TOKEN.search(text) or any(secret in text for secret in _secrets_of_the_environment()))
+
+
 def _secrets_of_the_environment():
     """Values of variables with a secret's name, and passwords in the URIs of any variable; longest first."""
     values = {value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name)}

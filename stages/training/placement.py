@@ -68,7 +68,9 @@ class Away:
         plan = plan_of(self.settings.engine, self.stage, job, self.root, ranks)
         why = chosen.run(plan, lambda line: print(line, flush=True))
         reason = job.parent / "error.txt"
-        if why and not reason.exists():
+        if why and reason.exists():  # the ranks have theirs, which the stage ends with
+            print(f"{self.stage}: {why}", flush=True)
+        elif why:
             write_atomically(reason, why)
         return 1 if why else 0
 

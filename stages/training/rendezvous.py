@@ -7,6 +7,7 @@ write what the ranks read.
 """
 
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -53,6 +54,8 @@ def meet(nodes: Nodes) -> TCPStore:
             listener = socket.create_server((nodes.address, nodes.port))
         except OSError as error:
             fix = "choose another engine.master_port, the same on every node, or end who has it"
+            if error.errno == errno.EADDRNOTAVAIL:
+                fix = "engine.master_address is to be an address of this machine, as it is node 0"
             raise Refusal(f"node 0 cannot listen on {where} ({os.strerror(error.errno or 0)}): {fix}") from None
         address, port = listener.getsockname()
         store = TCPStore(address, port, 1, is_master=True, timeout=timeout, master_listen_fd=listener.detach())

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from stages.files.artifacts import Refusal, read_json, write_atomically
+from stages.files.artifacts import Refusal, read_json, sha256_of, write_atomically
 from stages.training.checkpoints import Checkpoint
 from stages.training.job import Job
 
@@ -38,7 +38,7 @@ def share_checkpoints(folder: Path, device: torch.device) -> None:
     first, writes = dist.get_rank() == 0, os.environ["LOCAL_RANK"] == "0"
     if first:
         make_whole(folder)
-    here = checkpoints_in(folder)
+    here = checkpoints_in(folder) if writes else {}
     known = json.loads(_sent(json.dumps(here).encode() if first else None, device))
     if writes and not first:
         for name in here.keys() - known.keys():
@@ -65,12 +65,16 @@ def make_whole(folder: Path) -> None:
 
 
 def checkpoints_in(folder: Path) -> dict[str, dict]:
-    """The indexes of whole checkpoints (stages/training/checkpoints.py), by their file's name."""
+    """The indexes of whole checkpoints (stages/training/checkpoints.py), by their file's name.
+
+    A file that is not as it was written, such as one that was copied by half, does not count: the ranks of that machine
+    would begin again while those of the others go on.
+    """
     found = {}
     for path in sorted(folder.glob("*.json")):
         try:
             index = json.loads(path.read_text())
-            if {"file", "sha256", "step"} <= index.keys() and (folder / index["file"]).exists():
+            if {"file", "sha256", "step"} <= index.keys() and sha256_of(folder / index["file"]) == index["sha256"]:
                 found[path.name] = index
         except (OSError, ValueError, AttributeError, TypeError):
             continue  # a damaged one is as good as none
