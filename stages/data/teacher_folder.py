@@ -65,6 +65,20 @@ def refuse_longer(sequence_tokens: int, folder: Path) -> None:
         raise Refusal(f"sequence_tokens = {sequence_tokens}: {known}: set it to that or less")
 
 
+def refuse_untrimmable(teacher: Any, folder: Path) -> None:
+    """`teacher` is the section of that name. A vocabulary is trimmed by the merges of byte pair encoding."""
+    if not teacher.trim_vocabulary:
+        return
+    content = read_json(folder / TOKENIZER, RESTORE)
+    model = content.get("model") if isinstance(content, dict) else None
+    kind = model.get("type") or "BPE" if isinstance(model, dict) else "unknown"
+    if kind != "BPE":
+        raise Refusal(
+            f"teacher.trim_vocabulary = true: the model of {folder / TOKENIZER} is {kind}; only BPE, whose merges say"
+            " what a token is joined from, is trimmed: set it to false"
+        )
+
+
 def teacher_tokenizer(folder: Path, end_of_text: str | None) -> "FileTokenizer":
     """As it is; its vocabulary is that of the embedding, which may be padded."""
     from stages.data.hub_tokenizer import load_hub_tokenizer  # late: the stage `config` needs no tokenizer
