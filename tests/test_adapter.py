@@ -26,13 +26,13 @@ from stages.model.families.adapter import family as adapter_family
 from stages.model.families.adapter import reading
 from stages.model.families.adapter.family import AdapterFamily
 from stages.model.families.adapter.model import AdapterModel, LogitMap, moe_of
-from stages.model.families.adapter.shape import KNOWN
 from stages.model.families.qwen3.model import Qwen3Shape
 from stages.model.generation import generate
 from stages.model.hub import load, new_model, save
 from stages.model.layers import rope_table
 from stages.model.losses import DistillationLoss, next_token
 from stages.model.vocabulary import restored, with_rows
+from stages.settings.model_types import KNOWN
 from stages.sparsify import mean_count
 from stages.training.fit import Distillation, NextToken, validation_nats
 

@@ -13,8 +13,8 @@ from stages.files.artifacts import read_json, write_atomically
 from stages.files.weight_files import weight_files
 from stages.model.folders import FIGURES_LATER, MODEL_CARD
 from stages.run.entry import Place
+from stages.settings.model_types import SOFTMAX_TYPE
 
-SOFTMAX_TYPE = "offramp_softmax_moe"  # stages/model/families/deepseek_v3/hub.py, whose import would cost torch's
 STRUCTURE = {  # what a reader looks for first in config.json, where the family has it
     "vocab_size": "vocabulary",
     "hidden_size": "width",
