@@ -19,7 +19,7 @@ from test_teacher_folder import rank_of
 from stages import config, export, prepare, pretrain
 from stages.compress.cut import cut_student
 from stages.data.hub_tokenizer import load_hub_tokenizer
-from stages.data.shards import SPLITS, Tokens, Windows, load_tokenizer, read_card, write_card
+from stages.data.shards import SPLITS, Tokens, Windows, byte_alphabet, load_tokenizer, read_card, write_card
 from stages.data.vocabulary import KEPT, closed, read_kept, trimmed
 from stages.files.artifacts import ROOT, Refusal, read_json
 from stages.formats.whole_vocabulary import WholeVocabulary
@@ -61,6 +61,27 @@ def test_a_corpus_is_split_as_before_and_no_other_text_is_lost(read, corpus, oth
     assert smaller.vocab_size == len(kept) == len(smaller.ids) and kept[smaller.end_of_text] == whole.end_of_text
     special = {added["content"] for added in whole.content["added_tokens"] if added["special"]}
     assert special <= smaller.ids.keys() and kept == sorted(kept)
+
+
+@given(
+    joins=st.lists(st.tuples(st.integers(0, 11), st.integers(0, 11)), min_size=6, max_size=24),
+    corpus=st.lists(st.text("ab", min_size=2, max_size=8), min_size=1, max_size=3),
+    whole_words=st.booleans(),
+)
+def test_so_is_it_with_any_merges_also_several_that_lead_to_one_token(tmp_path_factory, joins, corpus, whole_words):
+    content = json.loads(json.dumps(KINDS["gpt2"]))
+    tokens, merges, vocab = [*"ab"], [], {token: id for id, token in enumerate(["<|endoftext|>", *byte_alphabet()])}
+    for pair in ([tokens[at % len(tokens)] for at in join] for join in joins):
+        if pair not in merges and len(joined := "".join(pair)) < 5:  # few, so that many have several ways
+            merges.append(pair)
+            tokens += [joined] if joined not in tokens else []
+            vocab.setdefault(joined, len(vocab))
+    content["model"] |= {"vocab": vocab, "merges": merges, "ignore_merges": whole_words}
+    content["added_tokens"] = content["added_tokens"][:1]
+    whole = load_hub_tokenizer(written(tmp_path_factory.getbasetemp() / "any", content), len(vocab))
+    before = whole.encode_batch(corpus)
+    smaller = trimmed(whole, kept := closed(whole, {id for ids in before for id in ids}))
+    assert [[kept[id] for id in ids] for ids in smaller.encode_batch(corpus)] == before
 
 
 def test_what_no_text_uses_leaves_with_its_merges_and_what_a_token_is_joined_from_stays(read):

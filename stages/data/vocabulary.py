@@ -2,7 +2,7 @@
 
     kept = closed(tokenizer, used)             # ids: those in use, all that they are joined from, bytes, special tokens
     smaller = trimmed(tokenizer, kept)         # ids 0, 1, ... in the old order
-    write_kept(folder, kept)                   # returns its part of the card
+    part = write_kept(folder, kept, tokenizer) # of the card; `read_kept` reads it
 
 Byte pair encoding applies, of all merges that fit, the one that stands first. A text whose tokens are all kept is split
 as before: every merge on the way to them is kept, so at each step the smaller tokenizer has some of the merges that
