@@ -14,6 +14,7 @@ import os
 import sys
 
 from stages.data.fingerprints import INPUTS, corpus_fingerprint, read_inputs, teacher_fingerprint
+from stages.data.teacher_folder import refuse_uncuttable, refuse_untrimmable, teacher_folder
 from stages.files.artifacts import ROOT, Refusal, write_atomically, write_json
 from stages.files.resuming import remove_recorded
 from stages.files.streams import disk_refusals, fill_closed_streams, whole_output
@@ -63,6 +64,8 @@ def main(overrides=()):
         by_hand = f"python -m stages.pretrain engine.{key}={str(getattr(settings.engine, key)).lower()}"
         raise Refusal(f"engine.{key}: it would leave DVC no outs: run it by hand, such as {by_hand}")
     inputs = inputs_of(settings)
+    if settings.teacher.source == "folder":
+        refuse_uncuttable(settings.distill.init, teacher_folder(settings.teacher.path, ROOT))
     tracked, untracked = divided(plain)
     write_atomically(ROOT / "resolved.yaml", HEADER + as_yaml(tracked | {SECTION: untracked}))
     write_json(ROOT / INPUTS, inputs)
@@ -74,8 +77,10 @@ def main(overrides=()):
 def inputs_of(settings):
     """Fingerprints of what the sections `corpus` and `teacher` name."""
     found = {"corpus": corpus_fingerprint(settings.corpus, ROOT, read_inputs(ROOT))}
-    teacher = teacher_fingerprint(settings.teacher, ROOT)
-    return found | ({"teacher": teacher} if teacher else {})
+    if (teacher := teacher_fingerprint(settings.teacher, ROOT)) is None:
+        return found
+    refuse_untrimmable(settings.teacher, teacher_folder(settings.teacher.path, ROOT))
+    return found | {"teacher": teacher}
 
 
 if __name__ == "__main__":

@@ -5,15 +5,17 @@
 
 hf is the Hugging Face folder with the test figures in its card, gguf is for llama.cpp, onnx is a graph that scores,
 int8 is for transformers with torchao; gguf and int8 are of dense models. All but hf need extras. Each form's size, bits
-per byte, greedy continuations and speed stand beside the model's own, measured in the same run.
+per byte, greedy continuations and speed stand beside the model's own, measured in the same run. Where the vocabulary
+was trimmed, export.vocabulary=whole brings back the teacher's (stages/formats/whole_vocabulary.py).
 """
 
 import math
 import statistics
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import eq
 from pathlib import Path
@@ -23,18 +25,22 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
+from stages.data.fingerprints import teacher_fingerprint
 from stages.data.hub_tokenizer import GENERATION_CONFIG, TOKENIZER_CONFIG
 from stages.data.shards import TOKENIZER, Tokens, Windows, read_card
+from stages.data.teacher_folder import teacher_folder
 from stages.files.artifacts import Refusal, read_json, rounded, write_json
 from stages.files.extras import extra
 from stages.formats.hugging_face import write_hugging_face
+from stages.formats.whole_vocabulary import WholeVocabulary
 from stages.model import hub
 from stages.model.folders import MODEL_CARD, folder_of
 from stages.model.generation import generate
 from stages.run.entry import Place, run_stage
 from stages.run.provenance import cores
+from stages.settings.models import TEACHER_FOLDER
 
-SECTIONS = ("export", "sequence_tokens")
+SECTIONS = ("export", "sequence_tokens", *TEACHER_FOLDER)
 PROMPT_TOKENS = 32
 BATCH_SEQUENCES = 8
 EXTRAS = {
@@ -94,13 +100,20 @@ def main(settings, place: Place, run) -> dict:
     yardstick = read_yardstick(place, settings.sequence_tokens, e)
     evaluation = place.read("artifacts/evaluation.json")
     known = read_json(evaluation) if evaluation.exists() else None
+    whole = whole_vocabulary(settings.teacher, place) if e.vocabulary == "whole" else None
     found: dict[str, dict[str, Form]] = {}
     for folder in folders:
         refuse_unfit(folder, yardstick.tokenizer_sha256)
-        found[folder.name] = {}
-        for form, measured in forms(folder, place.write(f"export/{folder.name}"), e, yardstick, known):
-            print(f"export: {folder.name} as {form}: {measured.bytes:,} bytes", flush=True)
-            found[folder.name][form] = measured
+        found[folder.name], out = {}, place.write(f"export/{folder.name}")
+        with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+            source, measured_by = folder, yardstick
+            if whole is not None:
+                source, measured_by = Path(scratch) / folder.name, in_whole_ids(yardstick, whole)
+                if not can_have(whole.write, folder, source, settings.sequence_tokens):
+                    continue
+            for form, measured in forms(source, out, e, measured_by, known):
+                print(f"export: {folder.name} as {form}: {measured.bytes:,} bytes", flush=True)
+                found[folder.name][form] = measured
     print(table(found, len(yardstick.prompts)))
     report(found, place, run)
     return {}
@@ -121,6 +134,27 @@ def read_yardstick(place: Place, sequence_tokens: int, e: Any) -> Yardstick:
     prompts = [row[: min(PROMPT_TOKENS, sequence_tokens)].tolist() for row in windows_WT1[: e.prompts]]
     tokenizer_sha256 = read_card(place.read("artifacts/data"))["tokenizer_sha256"]
     return Yardstick(windows_WT1, tokens.bytes_per_token, prompts, e.new_tokens, tokens.end_of_text, tokenizer_sha256)
+
+
+def whole_vocabulary(teacher: Any, place: Place) -> WholeVocabulary:
+    """`teacher` is the section of that name, whose folder must be the one that the data was made with."""
+    data = place.read("artifacts/data")
+    files = teacher_fingerprint(teacher, place.root)
+    if files is None or files != read_card(data).get("teacher"):
+        raise Refusal(
+            "export.vocabulary = whole: it needs the teacher's folder as artifacts/data was made with it"
+            f" (teacher.source = {teacher.source}, teacher.path = {teacher.path})"
+        )
+    return WholeVocabulary(data, teacher_folder(teacher.path, place.root))
+
+
+def in_whole_ids(yardstick: Yardstick, whole: WholeVocabulary) -> Yardstick:
+    return replace(
+        yardstick,
+        windows_WT1=whole.ids(yardstick.windows_WT1),
+        prompts=[[whole.kept[id] for id in prompt] for prompt in yardstick.prompts],
+        end_of_text=whole.kept[yardstick.end_of_text],
+    )
 
 
 def forms(folder: Path, out: Path, e: Any, yardstick: Yardstick, known: dict | None) -> Iterator[tuple[str, Form]]:

@@ -44,13 +44,15 @@ from stages.data.splits import (
     split_documents,
     with_followers,
 )
-from stages.data.teacher_folder import refuse_longer, teacher_folder, teacher_tokenizer
+from stages.data.teacher_folder import refuse_longer, refuse_untrimmable, teacher_folder, teacher_tokenizer
+from stages.data.vocabulary import KEPT, closed, trimmed, write_kept
 from stages.files.artifacts import Refusal, link_or_copy, rounded, sha256_of, write_atomically, write_json
 from stages.files.resuming import Interruption, ResumeState, resume_key
 from stages.run.entry import run_stage
+from stages.settings.models import TEACHER_FOLDER
 from stages.tracking.identity import machine
 
-SECTIONS = ("corpus", "prepare", "sequence_tokens", "teacher.source", "teacher.path", "teacher.end_of_text")
+SECTIONS = ("corpus", "prepare", "sequence_tokens", *TEACHER_FOLDER)
 DATA = "data"  # of the resume state: the folder that becomes artifacts/data
 BATCH_BYTES = 1 << 22  # of text, tokenized at once
 
@@ -59,7 +61,9 @@ def main(settings, place, run):
     knobs, watch = settings.prepare, Stopwatch()
     corpus = Corpus(**settings.corpus.model_dump(), root=place.root)
     if settings.teacher.source == "folder":
-        refuse_longer(settings.sequence_tokens, teacher_folder(settings.teacher.path, place.root))
+        teacher_is_at = teacher_folder(settings.teacher.path, place.root)
+        refuse_longer(settings.sequence_tokens, teacher_is_at)
+        refuse_untrimmable(settings.teacher, teacher_is_at)
     folder = empty_folder(place.write("artifacts/data"))
 
     # The source is read once. Its texts wait in a file without a name, which a killed process cannot leave. A
@@ -88,9 +92,12 @@ def main(settings, place, run):
         teacher = teacher_fingerprint(settings.teacher, place.root)
         with ResumeState(place.root, "prepare", state_key(knobs, settings.teacher, teacher, splits)) as state:
             with watch.phase("train_tokenizer"):
+                whole = None
                 if teacher:
-                    folder_of_teacher = teacher_folder(settings.teacher.path, place.root)
-                    tokenizer = teacher_tokenizer(folder_of_teacher, settings.teacher.end_of_text)
+                    tokenizer = teacher_tokenizer(teacher_is_at, settings.teacher.end_of_text)
+                    if settings.teacher.trim_vocabulary:
+                        whole, kept = tokenizer, kept_ids(tokenizer, spool, splits, state, interruption)
+                        tokenizer = trimmed(whole, kept)
                 else:
                     tokenizer = tokenizer_of(knobs, texts(spool, splits["train"]), state)
 
@@ -117,6 +124,8 @@ def main(settings, place, run):
             }
             if teacher:
                 card["teacher"] = teacher  # so that other weights behind the same path reach `pretrain`
+            if whole:
+                card["trimmed"] = write_kept(folder, kept, whole)
             if near is not None:
                 with watch.phase("compare_splits"):
                     card["near_duplicates"] = {
@@ -131,8 +140,7 @@ def main(settings, place, run):
 
             metrics = metrics_of(card, splits)
             write_json(place.write("metrics/prepare.json"), rounded(metrics))
-            measured = measurements_of(watch, corpus.bytes, parts)
-            write_json(place.write("measurements/prepare.json"), rounded(measured))
+            write_json(place.write("measurements/prepare.json"), rounded(measurements_of(watch, corpus.bytes, parts)))
     run.metrics(metrics)
     run.artifact(folder / "CORPUS.md")
     print(f"prepare: {summary(card, unused, knobs.max_documents)}", file=sys.stderr)
@@ -143,7 +151,7 @@ def main(settings, place, run):
 def empty_folder(folder):
     """The folder without a former run's files, card first: what a kill leaves is never taken for whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    for pattern in ("card.json", "CORPUS.md", TOKENIZER, "*-?????.bin", "*-documents.npy", ".*.partial"):
+    for pattern in ("card.json", "CORPUS.md", TOKENIZER, KEPT, "*-?????.bin", "*-documents.npy", ".*.partial"):
         for path in folder.glob(pattern):
             path.unlink()
     return folder
@@ -272,7 +280,7 @@ def state_key(knobs, teacher, files, splits):
     digest = hashlib.sha256()
     for documents in splits.values():
         digest.update(b"".join(document.digest for document in documents) + b"\n")
-    own = [teacher.end_of_text, files] if files else []
+    own = [teacher.end_of_text, files, teacher.trim_vocabulary] if files else []
     return resume_key("prepare", [knobs.model_dump(), *own, digest.hexdigest()])
 
 
@@ -287,6 +295,15 @@ def tokenizer_of(knobs, training_texts, state):
     tokenizer = train_tokenizer(knobs.tokenizer, knobs.vocab_size, training_texts)
     state.save(TOKENIZER, tokenizer.to_json().encode())
     return tokenizer
+
+
+def kept_ids(tokenizer, spool, splits, state, interruption):
+    """The ids of a teacher's tokens that the texts of all splits need; an interrupted run may have found them."""
+    if (kept := state.load(KEPT)) is None:
+        encoded = (encode(tokenizer, spool, splits[split], split, interruption) for split in SPLITS)
+        used = {id for documents in encoded for ids, _ in documents for id in ids}
+        state.save(KEPT, kept := json.dumps(closed(tokenizer, used)).encode())
+    return json.loads(kept)
 
 
 def encode_split(tokenizer, spool, documents, split, knobs, state, interruption):

@@ -26,12 +26,13 @@ from stages.model.families.adapter import family as adapter_family
 from stages.model.families.adapter import reading
 from stages.model.families.adapter.family import AdapterFamily
 from stages.model.families.adapter.model import AdapterModel, LogitMap, moe_of
-from stages.model.families.adapter.shape import KNOWN
 from stages.model.families.qwen3.model import Qwen3Shape
 from stages.model.generation import generate
 from stages.model.hub import load, new_model, save
 from stages.model.layers import rope_table
 from stages.model.losses import DistillationLoss, next_token
+from stages.model.vocabulary import restored, with_rows
+from stages.settings.model_types import KNOWN
 from stages.sparsify import mean_count
 from stages.training.fit import Distillation, NextToken, validation_nats
 
@@ -138,6 +139,20 @@ def copy_of(folder, tmp_path):
 def logits(model, tokens_BT=TOKENS_BT1[:, :-1]):
     found = model(tokens_BT)
     return getattr(found, "logits", found)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rows_of_the_vocabulary_leave_and_come_back(name, taken, tmp_path):
+    transformers, whole, kept = pytest.importorskip("transformers"), taken(name), torch.arange(3, 60, 2)
+    some, tokens_BT = with_rows(whole, kept.tolist()), TOKENS_BT1[:, :-1] % len(kept)
+    torch.testing.assert_close(logits(some, tokens_BT), logits(whole, kept[tokens_BT])[..., kept])
+    assert torch.equal(logits(restored(some, whole, kept.tolist())), logits(whole))
+    save(some, tmp_path, end_of_text=5)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["vocab_size"], config["eos_token_id"], config["bos_token_id"]) == (len(kept), 5, None)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(theirs, tokens_BT), logits(load(tmp_path), tokens_BT))
+
 
 
 @pytest.mark.parametrize("name", CONFIGS)

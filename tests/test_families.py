@@ -26,6 +26,7 @@ from stages.model.features import Features
 from stages.model.generation import generate
 from stages.model.hub import load, new_model, save
 from stages.model.layers import LayerCache, initialise
+from stages.settings import model_types
 from stages.settings.schema import SparsifyScore
 from stages.training.callbacks import BalanceExperts
 from stages.training.fit import NextToken
@@ -233,3 +234,10 @@ def test_no_module_outside_the_families_asks_which_family_a_model_belongs_to():
             asked = [ast.unparse(call) for call in calls if ast.unparse(call.func) in ("isinstance", "hasattr", "type")]
             asking += [(path.name, call) for call in asked if any(word in call for word in words)]
     assert not asking
+
+
+def test_the_words_that_config_knows_a_teachers_folder_by_are_those_of_the_families():
+    known = {*model_types.KNOWN, model_types.SOFTMAX_TYPE, model_types.CONFIDENCE_TYPE}
+    assert known == {word for family in registry.FAMILIES for word in family.model_types}
+    cuttable = [family for family in registry.FAMILIES if family.dense_target]
+    assert model_types.DENSE == tuple(word for family in cuttable for word in family.model_types)

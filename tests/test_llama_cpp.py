@@ -21,6 +21,7 @@ from stages.compress.pruning import prune
 from stages.compress.scores import importance
 from stages.data.hub_tokenizer import load_hub_tokenizer, tokenizer_files
 from stages.data.shards import BytesTokenizer
+from stages.data.vocabulary import closed, trimmed
 from stages.files.artifacts import ROOT, Refusal, read_json
 from stages.formats.gguf_file import KINDS, load_gguf, write_gguf
 from stages.formats.gguf_import import folder_from_gguf
@@ -127,6 +128,19 @@ def test_a_tokenizer_that_writes_spaces_as_pieces_has_the_same_tokens_there(kind
             ids = tokenizer.encode(text)
             assert server.tokens(text) == ids == load_hub_tokenizer(again, ROWS).encode(text), text
         assert server.greedy(ids, 16)[0] == generate(model, ids, 16, end_of_text=tokenizer.end_of_text)
+
+
+@pytest.mark.parametrize("kind", ["smollm", "llama2"])
+def test_a_trimmed_tokenizer_has_the_same_tokens_there(kind, tmp_path):
+    whole = load_hub_tokenizer(written(tmp_path / "m", TOKENIZERS[kind]), ROWS)
+    tokenizer = trimmed(whole, closed(whole, whole.encode("def  12 re fi")))
+    assert len(tokenizer.content["model"]["merges"]) < len(whole.content["model"]["merges"])
+    save(new_model(replace(STUDENT, vocab_size=tokenizer.vocab_size, kind="llama"), 1), tmp_path / "m", 2)
+    (tmp_path / "m/tokenizer.json").write_text(tokenizer.to_json())
+    write_gguf(tmp_path / "m", tmp_path / "model.gguf", "f32")
+    with llama_cpp()(tmp_path / "model.gguf", 1, 64) as server:
+        for text in [*TEXTS, " def first  re on", "fir 12üü"]:
+            assert server.tokens(text) == tokenizer.encode(text), text
 
 
 def test_a_model_over_plain_bytes_has_the_same_tokens_there(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -121,6 +122,25 @@ def test_a_folder_that_cannot_be_read_is_refused_by_config_before_any_work(root,
     shard.unlink()
     with pytest.raises(Refusal, match="model-00001.safetensors is missing, which .* names: copy it again"):
         teacher_fingerprint(teacher(), root)
+
+
+def test_config_refuses_an_unknown_family_and_a_mixture_that_no_student_can_be_cut_out_of(root):
+    edits = {"seed: 1 ": "teacher: {source: folder, path: models/mine}\nseed: 1 ", "init: teacher ": "init: pruned "}
+    tree = checkout(root / "tree", edits={"params.yaml": edits})
+    path = Path(shutil.copytree(root / "models", tree / "models")) / "mine/config.json"
+    config = read_json(path)
+    for kind, line in (
+        ("mamba", "config.json: model_type 'mamba' is not supported, only deepseek_v2, "),
+        ("mixtral", "distill.init = pruned: .*config.json is of a Mixtral; a student is cut only out of a dense model"),
+    ):
+        write_json(path, config | {"model_type": kind})
+        with pytest.raises(subprocess.CalledProcessError) as failed:
+            run_stage(tree, "config")
+        told = failed.value.stderr.decode()
+        assert re.search(line, told) and told.count("\n") == 1 and not (tree / "resolved.yaml").exists()
+    write_json(path, config)
+    run_stage(tree, "config")
+    assert (tree / "resolved.yaml").exists()
 
 
 def test_other_weights_or_another_tokenizer_are_another_teacher_and_a_readme_is_not(root):

@@ -46,6 +46,8 @@ def corpus_card(card, knobs):
     filled = f" So that each split has enough, {count:,} went to the one next to theirs." if count else ""
     given = card["tokenizer"] == FileTokenizer.kind
     origin = "the teacher's own, from text that is not known here" if given else "from the training split only"
+    if trimmed := card.get("trimmed"):
+        origin += f"; {trimmed['vocab_size'] - card['vocab_size']:,} others of it, in no text here, were left out"
     end = "a token " if given else f"`{END_OF_TEXT}` "
     return "\n".join(
         [

@@ -37,29 +37,34 @@ class FileTokenizer:
 
     kind = "file"
 
-    def __init__(self, path: Path, vocab_size: int, end_of_text: str | int | None = None):
-        """`end_of_text` is the token that ends a text, or its id; None: the first of `ENDS_OF_TEXT` that there is."""
+    def __init__(
+        self, path: Path, vocab_size: int, end_of_text: str | int | None = None, content: dict[str, Any] | None = None
+    ):
+        """`end_of_text` is the token that ends a text, or its id; None: the first of `ENDS_OF_TEXT` that there is.
+
+        `content` stands for that of the file, whose path is then for messages alone.
+        """
         from tokenizers import Tokenizer
 
-        content = _read(path)
+        content = _read(path) if content is None else content
         refuse_lossy(content, path)
-        self._path, self.vocab_size = path, vocab_size
-        self._content = _cleaned(content, vocab_size)
-        bare, self._prefix = _without_prefix(self._content)
+        self.path, self.vocab_size = path, vocab_size
+        self.content = _cleaned(content, vocab_size)
+        bare, self._prefix = _without_prefix(self.content)
         self._tokenizer = Tokenizer.from_str(json.dumps(bare))
         self._tokenizer.encode_special_tokens = True  # not kept in tokenizer.json, hence set at each load
         self.prefix_bytes = len(self._prefix)
-        ids = self._tokenizer.get_vocab()
+        self.ids = ids = self._tokenizer.get_vocab()
         if (most := max(ids.values(), default=-1)) >= vocab_size:
             raise Refusal(
                 f"{path} has ids up to {most:,}, the model's embedding {vocab_size:,} rows: they do not belong together"
             )
         self.end_of_text = _end_of_text(ids, end_of_text, path)
         self._spaced = not _is_byte_level(bare)
-        self._byte_ids = [ids.get(token) for token in (byte_tokens() if self._spaced else byte_alphabet())]
-        if lacking := [byte for byte, id in enumerate(self._byte_ids) if id is None and byte not in RARE_BYTES]:
+        self.byte_ids = [ids.get(token) for token in (byte_tokens() if self._spaced else byte_alphabet())]
+        if lacking := [byte for byte, id in enumerate(self.byte_ids) if id is None and byte not in RARE_BYTES]:
             raise Refusal(f"{path} has no token for the byte 0x{lacking[0]:02X}: a text that has it would be lost")
-        added = {token["content"]: token for token in self._content["added_tokens"]}
+        added = {token["content"]: token for token in self.content["added_tokens"]}
         self._bytes = self._bytes_of_ids(ids, added)
         # Unigram looks for its pieces anywhere in a text, also for those that are special
         unigram = bare["model"].get("type") == "Unigram"
@@ -98,8 +103,8 @@ class FileTokenizer:
         return self._tokenizer.encode(piece, add_special_tokens=False).ids
 
     def _id_of_byte(self, byte: int) -> int:
-        if (id := self._byte_ids[byte]) is None:
-            raise Refusal(f"{self._path} has no token for the byte 0x{byte:02X}: leave it out")
+        if (id := self.byte_ids[byte]) is None:
+            raise Refusal(f"{self.path} has no token for the byte 0x{byte:02X}: leave it out")
         return id
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -113,7 +118,7 @@ class FileTokenizer:
             if back != wanted:
                 at = next((i for i, (a, b) in enumerate(zip(back, wanted, strict=False)) if a != b), len(back))
                 raise Refusal(
-                    f"{self._path} loses text: {wanted[max(0, at - 20) : at + 20]!r} comes back as"
+                    f"{self.path} loses text: {wanted[max(0, at - 20) : at + 20]!r} comes back as"
                     f" {back[max(0, at - 20) : at + 20]!r}; leave the text that has it out, or take another teacher"
                 )
         return found
@@ -130,7 +135,7 @@ class FileTokenizer:
 
     def to_json(self) -> str:
         """What to keep: read again, or by transformers, it gives the same ids."""
-        return json.dumps(self._content, ensure_ascii=False, indent=1) + "\n"
+        return json.dumps(self.content, ensure_ascii=False, indent=1) + "\n"
 
 
 def byte_tokens() -> list[str]:

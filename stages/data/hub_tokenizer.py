@@ -30,9 +30,13 @@ def tokenizer_files(data: Path, sequence_tokens: int) -> dict[str, str]:
     tokenizer is refused.
     """
     tokenizer = load_tokenizer(data)
-    whole = _bytes_as_bpe() if tokenizer.kind == "bytes" else (data / TOKENIZER).read_text(encoding="utf-8")
-    end = read_card(data)["end_of_text"]
+    content = _bytes_as_bpe() if tokenizer.kind == "bytes" else (data / TOKENIZER).read_text(encoding="utf-8")
     token = tokenizer.end_token() if isinstance(tokenizer, FileTokenizer) else END_OF_TEXT
+    return files_of(content, token, read_card(data)["end_of_text"], sequence_tokens)
+
+
+def files_of(content: str, token: str, end: int, sequence_tokens: int) -> dict[str, str]:
+    """As `tokenizer_files`, of a tokenizer.json that is in no data folder; `token`, whose id is `end`, ends a text."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": token,
@@ -45,7 +49,7 @@ def tokenizer_files(data: Path, sequence_tokens: int) -> dict[str, str]:
     } | ({} if token == END_OF_TEXT else {OWN_END: token})
     generation = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": end}
     generation |= {"do_sample": False, "max_new_tokens": NEW_TOKENS}
-    return {TOKENIZER: whole, TOKENIZER_CONFIG: _json(config), GENERATION_CONFIG: _json(generation)}
+    return {TOKENIZER: content, TOKENIZER_CONFIG: _json(config), GENERATION_CONFIG: _json(generation)}
 
 
 def _json(value: dict) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.files.artifacts import ROOT, Refusal, read_json, write_json
 from stages.files.weight_files import PICKLES, refuse_foreign, weight_files
+from stages.settings.model_types import CONFIDENCE_TYPE, DENSE, KNOWN, SOFTMAX_TYPE
 
 if TYPE_CHECKING:
     from stages.data.file_tokenizer import FileTokenizer
@@ -40,7 +41,10 @@ def teacher_folder(path: str, root: Path) -> Path:
         cure = "save the model there with save_pretrained"
         why = f"{pickles[0]} may be a pickle, which is never read: {cure}" if pickles else cure
         raise Refusal(f"teacher.path: {path} has no *.safetensors: {why}")
-    refuse_foreign(config_of(folder), folder / CONFIG)
+    config = config_of(folder)
+    refuse_foreign(config, folder / CONFIG)
+    if (kind := config.get("model_type")) not in (*KNOWN, SOFTMAX_TYPE, CONFIDENCE_TYPE):
+        raise Refusal(f"{folder / CONFIG}: model_type {kind!r} is not supported, only {', '.join(KNOWN)}")
     weight_files(folder, RESTORE)
     return folder
 
@@ -83,6 +87,30 @@ def refuse_longer(sequence_tokens: int, folder: Path) -> None:
     if isinstance(most, int) and sequence_tokens > most:
         known = f"max_position_embeddings is {most} in {folder / CONFIG}"
         raise Refusal(f"sequence_tokens = {sequence_tokens}: {known}: set it to that or less")
+
+
+def refuse_uncuttable(init: str, folder: Path) -> None:
+    """`init` is `distill.init`. What else makes a dense teacher one that cannot be cut is known when it is read."""
+    kind = config_of(folder)["model_type"]
+    if init == "pruned" and kind not in DENSE:
+        raise Refusal(
+            f"distill.init = pruned: {folder / CONFIG} is of a {KNOWN.get(kind, kind)}; a student is cut only out of a"
+            f" dense model ({', '.join(KNOWN[word] for word in DENSE)}): set distill.init to teacher or random"
+        )
+
+
+def refuse_untrimmable(teacher: Any, folder: Path) -> None:
+    """`teacher` is the section of that name. A vocabulary is trimmed by the merges of byte pair encoding."""
+    if not teacher.trim_vocabulary:
+        return
+    content = read_json(folder / TOKENIZER, RESTORE)
+    model = content.get("model") if isinstance(content, dict) else None
+    kind = model.get("type") or "BPE" if isinstance(model, dict) else "unknown"
+    if kind != "BPE":
+        raise Refusal(
+            f"teacher.trim_vocabulary = true: the model of {folder / TOKENIZER} is {kind}; only BPE, whose merges say"
+            " what a token is joined from, is trimmed: set it to false"
+        )
 
 
 def teacher_tokenizer(folder: Path, end_of_text: str | None) -> "FileTokenizer":

@@ -8,6 +8,7 @@ from typing import Any
 
 from stages.data.hub_tokenizer import load_hub_tokenizer
 from stages.data.shards import TOKENIZER
+from stages.data.vocabulary import merges_of
 from stages.files.artifacts import Refusal, read_json
 from stages.files.extras import extra
 from stages.formats.pre_tokenizers import name_of
@@ -26,7 +27,7 @@ def add_tokenizer(writer: Any, folder: Path, vocab_size: int) -> None:
     pre, spaced = name_of(content), _joins_spaces(content)
     if pre is None and not spaced:
         raise Refusal(f"{path}: no GGUF of it: its word pattern has no name in stages/formats/pre_tokenizers.py")
-    merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in content["model"]["merges"]]
+    merges = merges_of(content["model"])
     ids = content["model"]["vocab"] | {added["content"]: added["id"] for added in content["added_tokens"]}
     kinds = {token: kind.BYTE if spaced and _BYTE.fullmatch(token) else kind.NORMAL for token in ids}
     for added in content["added_tokens"]:

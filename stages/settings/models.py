@@ -16,11 +16,14 @@ from stages.settings.bounds import (
 )
 from stages.settings.reading import refuse
 
+TEACHER_FOLDER = ("teacher.source", "teacher.path", "teacher.end_of_text", "teacher.trim_vocabulary")
+
 
 class Teacher(Section):
     source: Literal["train", "folder"]
     path: Word | None  # of a Hugging Face folder
     end_of_text: Blank | None  # the token of its tokenizer that ends a document; None: found by its name
+    trim_vocabulary: bool  # to the tokens that the corpus is made of
     layers: Count  # from here on: of the one that is trained here
     dense_layers: Natural
     width: Count
@@ -59,8 +62,8 @@ def teacher_rules(settings: Any) -> None:
     if teacher.source == "folder" and teacher.path is None:
         rule = "must name the folder of a model when teacher.source is folder: teacher: {source: folder, path: ...}"
         refuse("teacher.path", None, rule)
-    for key in ("path", "end_of_text"):
-        if teacher.source == "train" and (value := getattr(teacher, key)) is not None:
+    for key in ("path", "end_of_text", "trim_vocabulary"):
+        if teacher.source == "train" and (value := getattr(teacher, key)) not in (None, False):
             rule = "only source folder reads it, and teacher.source is train: choose teacher=folder"
             refuse(f"teacher.{key}", value, rule)
 

@@ -26,7 +26,7 @@ from stages.settings.bounds import (
 )
 from stages.settings.engine import Engine, engine_rules
 from stages.settings.lightning import Observers
-from stages.settings.models import Student, Teacher, distill_rules, pretrain_rules, teacher_rules
+from stages.settings.models import TEACHER_FOLDER, Student, Teacher, distill_rules, pretrain_rules, teacher_rules
 from stages.settings.plan import Plan, plan_rules
 from stages.settings.reading import picked, refuse, refuse_first, refuse_unknown, shown
 from stages.settings.trainer import CUDA_ONLY, DEEPSPEED, Optimizer, Trainer
@@ -146,6 +146,7 @@ class Profile(Section):
 class Export(Section):
     models: Annotated[tuple[Word, ...], Some]  # names under artifacts/, or folders
     formats: Annotated[tuple[Literal["hf", "gguf", "onnx", "int8"], ...], Some]
+    vocabulary: Literal["trimmed", "whole"]  # where teacher.trim_vocabulary left rows out
     gguf_kinds: Annotated[tuple[Literal["f32", "f16", "q8_0"], ...], Some]
     prompts: Count
     new_tokens: Annotated[int, Field(ge=3, le=MOST)]  # after each prompt; the first two are not timed
@@ -339,7 +340,7 @@ BATCHES = {
 }
 
 RULES = (
-    (("teacher.source", "teacher.path", "teacher.end_of_text"), teacher_rules),
+    (TEACHER_FOLDER, teacher_rules),
     (("teacher.source", "pretrain"), pretrain_rules),
     (("teacher.source", "distill"), distill_rules),
     (("teacher",), _shape_rules("teacher", shapes.deepseek_v3)),

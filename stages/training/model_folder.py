@@ -13,8 +13,8 @@ from stages.files.artifacts import read_json, write_atomically
 from stages.files.weight_files import weight_files
 from stages.model.folders import FIGURES_LATER, MODEL_CARD
 from stages.run.entry import Place
+from stages.settings.model_types import SOFTMAX_TYPE
 
-SOFTMAX_TYPE = "offramp_softmax_moe"  # stages/model/families/deepseek_v3/hub.py, whose import would cost torch's
 STRUCTURE = {  # what a reader looks for first in config.json, where the family has it
     "vocab_size": "vocabulary",
     "hidden_size": "width",
@@ -93,6 +93,7 @@ def model_card(
         "- A base model: it continues text. It has no chat template, follows no instructions and was not made safe.",
         *_reading(config["max_position_embeddings"], bool(lineage and "teacher" in data)),
         f"- `{end_of_text}` ends a text. A prompt that spells it is read as text, as `split_special_tokens` says.",
+        *_vocabulary(data),
         *_loading(config),
         "",
         "## Licences",
@@ -118,6 +119,15 @@ def _reading(tokens: int, from_folder: bool) -> list[str]:
                 "  test text was among them is not known."]  # fmt: skip
     return [f"- It has read one corpus, at most {tokens} tokens at a time. Longer texts and",
             "  other kinds of text are beyond it."]  # fmt: skip
+
+
+def _vocabulary(data: dict) -> list[str]:
+    if "trimmed" in data:
+        whole = data["trimmed"]["vocab_size"]
+        return [f"- Its vocabulary is {data['vocab_size']:,} of the teacher's {whole:,} tokens: those that its text is",
+                "  made of. Other text falls into smaller pieces. Tokens that are not there take no probability, so",
+                "  its bits per byte compare with those of models of the same vocabulary only."]  # fmt: skip
+    return []
 
 
 def _loading(config: dict) -> list[str]:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from stages.model.families import dense_neurons
 from stages.model.families.adapter.model import AdapterModel, moe_of
 from stages.model.families.adapter.places import head_dim
-from stages.model.families.adapter.shape import KNOWN
 from stages.model.families.family import DenseNeurons, PlainHeads
+from stages.settings.model_types import KNOWN
 
 
 class Source:

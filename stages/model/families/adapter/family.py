@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from stages.model.families.adapter import dense, places, reading
 from stages.model.families.adapter.model import AdapterModel, moe_of
-from stages.model.families.adapter.shape import KNOWN, AdapterShape, config_of, shape_of
+from stages.model.families.adapter.shape import AdapterShape, config_of, shape_of
 from stages.model.families.family import DenseSource, Routing
 from stages.model.families.prunable import Prunable
+from stages.settings.model_types import KNOWN
 
 
 class AdapterFamily:

@@ -14,8 +14,9 @@ from torch import nn
 from stages.files.artifacts import Refusal
 from stages.model.families import prunable as parts
 from stages.model.families.adapter.model import AdapterModel, Mixture, moe_of
-from stages.model.families.adapter.shape import KNOWN, AdapterShape
+from stages.model.families.adapter.shape import AdapterShape
 from stages.model.families.prunable import Cut, Prunable
+from stages.settings.model_types import KNOWN
 
 EXPERT_COUNTS = ("n_routed_experts", "num_local_experts", "num_experts")  # names in config.json, by family
 LATENT_ROWS = ("q_proj", "q_b_proj", "kv_b_proj")

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from stages.files.artifacts import Refusal, sha256_of
 from stages.files.weight_files import CONFIG, INDEX, WEIGHTS, tensor_shapes, weight_files
-from stages.model.families.adapter.shape import KNOWN, AdapterShape, config_of
+from stages.model.families.adapter.shape import AdapterShape, config_of
+from stages.settings.model_types import KNOWN
 
 GATE_UP = "experts.gate_up_proj"  # [E, 2F, D], gate rows first; one by one, and gate apart from up, in most files
 GROUPED = 8  # widths of which transformers' grouped kernel takes multiples

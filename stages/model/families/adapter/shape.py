@@ -1,6 +1,7 @@
 """The shape of a model that transformers computes: its config.json, read and written without transformers.
 
-Only the families of `KNOWN` are taken. Their classes are transformers' own: nothing in a folder is executed.
+Only the families of stages/settings/model_types.py are taken. Their classes are transformers' own: nothing in a folder
+is executed.
 """
 
 from __future__ import annotations
@@ -12,27 +13,6 @@ from typing import Any
 
 from stages.files.artifacts import Refusal
 
-# model_type in config.json -> the name in messages and tables
-KNOWN = {
-    "deepseek_v2": "DeepSeek-V2",
-    "deepseek_v3": "DeepSeek-V3",
-    "qwen2_moe": "Qwen2-MoE",
-    "qwen3_moe": "Qwen3-MoE",
-    "mixtral": "Mixtral",
-    "olmoe": "OLMoE",
-    "glm4_moe": "GLM-4-MoE",
-    "granitemoe": "GraniteMoE",
-    "gpt_oss": "GPT-OSS",
-    "gemma2": "Gemma 2",
-    "gemma3_text": "Gemma 3 (text)",
-    "olmo2": "OLMo-2",
-    "smollm3": "SmolLM3",
-    "granite": "Granite",
-    "llama": "Llama",
-    "mistral": "Mistral",
-    "qwen2": "Qwen2",
-    "qwen3": "Qwen3",
-}
 MARK = "offramp_adapter"  # in a folder that we wrote: read by the adapter again, though an own class has its type
 FIELDS = {  # ours -> the name in config.json, the same in all these families
     "vocab_size": "vocab_size",

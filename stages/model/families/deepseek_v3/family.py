@@ -17,13 +17,14 @@ from stages.model.families.family import DenseSource, Routing
 from stages.model.families.prunable import Prunable
 from stages.model.layers import initialise
 from stages.settings import shapes
+from stages.settings.model_types import CONFIDENCE_TYPE, SOFTMAX_TYPE
 
 MAY_BE_ZERO = ("dense_layers", "shared_experts", "nope_head_dim", "mean_experts_per_token")
 
 
 class DeepseekV3Family:
     name = "deepseek_v3"
-    model_types: tuple[str, ...] = (hub.MODEL_TYPE, hub.SOFTMAX_TYPE, hub.CONFIDENCE_TYPE)
+    model_types: tuple[str, ...] = (hub.MODEL_TYPE, SOFTMAX_TYPE, CONFIDENCE_TYPE)
     shape_type: type = DeepseekV3Shape
     dense_source: DenseSource | None = dense.Source()
     dense_target = False

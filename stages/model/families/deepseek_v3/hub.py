@@ -18,10 +18,9 @@ from stages.model.experts import MoE
 from stages.model.families import hub_layout
 from stages.model.families.deepseek_v3.model import DeepseekV3, DeepseekV3Shape
 from stages.model.layers import SwiGLU
+from stages.settings.model_types import CONFIDENCE_TYPE, SOFTMAX_TYPE
 
 MODEL_TYPE = "deepseek_v3"
-SOFTMAX_TYPE = "offramp_softmax_moe"  # no such type in transformers, on purpose
-CONFIDENCE_TYPE = "offramp_confidence_moe"  # nor this
 
 _FIELDS = hub_layout.COMMON_FIELDS | {
     "dense_layers": "first_k_dense_replace",
