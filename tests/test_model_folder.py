@@ -32,6 +32,19 @@ def completed(root, shape, source="stdlib"):
     return root / "artifacts/student"
 
 
+@pytest.mark.parametrize("parents", [(), ("student",)], ids=["from nothing", "made from it"])
+def test_beside_a_teacher_from_a_folder_a_card_says_what_was_read_here_and_whose_licence_holds(parents, tmp_path):
+    folder = completed(tmp_path, replace(STUDENT, **WIDE | {"sequence_tokens": 512}))
+    data = tmp_path / "artifacts/data"
+    card = {key: value for key, value in read_card(data).items() if key != "sha256"}
+    write_card(data, card | {"teacher": {"files": 3, "sha256": "0" * 64}})
+    complete_folder(Place(tmp_path, tmp_path), "student", "Made for a test.", parents, FIGURES, 64)
+    said = card_of(folder)
+    assert ("that one's licence" in said) == bool(parents)
+    assert ("training texts are not known here" in said) == bool(parents)
+    assert ("at most 64 tokens at a time" in said and "| context in training, tokens | 64 |" in said) != bool(parents)
+
+
 def card_of(folder):
     return (folder / "README.md").read_text()
 

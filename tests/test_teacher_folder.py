@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_student import SHAPE as QWEN3
+from test_teacher import SHAPE as MIXTURE
 
 from benchmarks.checkout import checkout, environment
 from benchmarks.checkout import stage as run_stage
@@ -29,6 +30,7 @@ from stages.settings.compose import compose
 from stages.settings.reading import picked
 from stages.settings.schema import validate
 from stages.tracking.record import Run
+from stages.training.fit import validation_nats
 
 TEXTS = [f"Document {number} says {number * number}, and {'again ' * (number % 5)}so on.\n" * 8 for number in range(90)]
 PADDED = 320  # rows of the embedding; the tokenizer has 300 tokens
@@ -277,3 +279,19 @@ def test_the_stage_writes_the_outs_of_a_trained_teacher_and_says_what_is_not_kno
     card = (out / "artifacts/teacher/README.md").read_text()
     assert "a llama, read from a folder of its user's and not trained here" in card
     assert teacher_fingerprint(teacher(), root)["sha256"] in card
+
+
+def test_the_loads_of_experts_are_counted_on_the_validation_split_where_nothing_is_trained(monkeypatch):
+    from stages.training import rank
+
+    model = new_model(MIXTURE, seed=1)
+    batches = [torch.randint(MIXTURE.vocab_size, (2, 9), generator=torch.Generator().manual_seed(n)) for n in range(3)]
+    loads: list = []
+    validation_nats(model, batches, loads)
+    monkeypatch.setattr(rank.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(rank.dist, "all_gather_object", lambda found, own: found.__setitem__(slice(None), [own, []]))
+    (load_LE,) = rank.of_all_ranks(loads)  # the second rank had no windows
+    assert [len(load_E) for load_E in load_LE] == [MIXTURE.experts] * (MIXTURE.layers - MIXTURE.dense_layers)
+    assert {sum(load_E) for load_E in load_LE} == {3 * 2 * 8 * MIXTURE.experts_per_token}
+    validation_nats(new_model(LLAMA, seed=1), batches, none := [])
+    assert none == [[], [], []] and rank.of_all_ranks(none) == []
