@@ -40,7 +40,7 @@ env: .venv/.run .venv/.develop
 
 .venv/.forms: .venv/.develop .venv/.gguf
 	@echo "installing the packages of ONNX and int8 into .venv"
-	@$(PIP) -e '.[onnx,int8]'
+	@$(PIP) -e '.[onnx,genai,int8]'
 	@touch $@
 
 .venv/.score .venv/.ray .venv/.slurm: .venv/.%: .venv/.develop
@@ -82,7 +82,7 @@ bench: .venv/.develop
 recipe: .venv/.develop
 	python -m benchmarks.recipe
 
-test-forms: .venv/.forms  # what make test skips where the extras gguf, onnx and int8 are not installed
+test-forms: .venv/.forms  # what make test skips where the extras gguf, onnx, genai and int8 are not installed
 	python -m pytest tests/test_export.py tests/test_llama_cpp.py tests/test_gguf_import.py
 
 test-lm-eval: .venv/.score  # what make test skips where the extra score is not installed

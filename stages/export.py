@@ -4,7 +4,8 @@
     python -m stages.export export.formats=[gguf] export.models=[student] hydra.run.dir=exports/mine
 
 hf is the Hugging Face folder with the test figures in its card, gguf is for llama.cpp, onnx is a graph that scores,
-int8 is for transformers with torchao; gguf and int8 are of dense models. All but hf need extras. Each form's size, bits
+onnx_genai one that ONNX Runtime GenAI writes with, int8 is for transformers with torchao; gguf, onnx_genai and int8 are
+of dense models. All but hf need extras. Each form's size, bits
 per byte, greedy continuations and speed stand beside the model's own, measured in the same run.
 """
 
@@ -40,6 +41,7 @@ BATCH_SEQUENCES = 8
 EXTRAS = {
     "gguf": ("gguf", "gguf", "xllamacpp"),
     "onnx": ("onnx", "onnx", "onnxscript", "onnxruntime", "transformers"),
+    "onnx_genai": ("genai", "onnxruntime_genai", "onnx_ir", "transformers"),
     "int8": ("int8", "torchao", "transformers"),
 }
 
@@ -146,12 +148,20 @@ def forms(folder: Path, out: Path, e: Any, yardstick: Yardstick, known: dict | N
         path = out / f"{name}.onnx"
         if can_have(write_onnx, folder, path):
             yield "onnx", measure(path, OnnxModel(path, cores()).logits, model, yardstick, own, None)
+    if "onnx_genai" in e.formats:
+        from stages.formats.onnx_genai import GenAiModel, write_onnx_genai
+
+        if can_have(write_onnx_genai, folder, out / "onnx_genai"):
+            graph = GenAiModel(out / "onnx_genai")
+            written = written_by_greedy(graph, yardstick)
+            yield "onnx_genai", measure(out / "onnx_genai", graph.logits, model, yardstick, own, written)
     if "int8" in e.formats:
         from stages.formats.int8_folder import Int8Model, write_int8
 
         if can_have(write_int8, folder, out / "int8"):
             small = Int8Model(out / "int8")
-            yield "int8", measure(out / "int8", small.logits, model, yardstick, own, written_by_int8(small, yardstick))
+            written = written_by_greedy(small, yardstick)
+            yield "int8", measure(out / "int8", small.logits, model, yardstick, own, written)
 
 
 def can_have(write: Callable, *what: Any) -> bool:
@@ -231,12 +241,13 @@ def written_by_llama_cpp(path: Path, yardstick: Yardstick) -> Written:
     return Written([ids for ids, _ in answers], statistics.median(speed for _, speed in answers))
 
 
-def written_by_int8(model: Any, yardstick: Yardstick) -> Written:
+def written_by_greedy(model: Any, yardstick: Yardstick) -> Written:
+    """By a model whose method `greedy` gives a continuation, and its seconds after the second token."""
     answers = [model.greedy(prompt, yardstick.new_tokens) for prompt in yardstick.prompts]
     end = yardstick.end_of_text
     texts = [ids[: ids.index(end)] if end in ids else ids for ids, _ in answers]
-    tokens = (yardstick.new_tokens - 2) * len(answers)
-    return Written(texts, tokens / sum(seconds for _, seconds in answers))
+    tokens = sum(max(len(ids) - 2, 0) for ids, _ in answers)
+    return Written(texts, tokens / max(sum(seconds for _, seconds in answers), 1e-9))  # one may end at once
 
 
 # ---- telling
