@@ -3,6 +3,7 @@ PYTHON ?= python3
 PORT ?= 5000
 MODEL ?= student
 SERVE_PORT ?= 8080
+SERVE_KIND ?= f16
 SMOLLM := models/smollm2-135m-instruct
 SMOLLM_SHA256 := bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 FETCHED := models/.fetched
@@ -101,7 +102,7 @@ test-slurm: .venv/.slurm  # a real SLURM of three network namespaces
 	python -m pytest -m nodes tests/test_slurm.py
 
 serve: .venv/.gguf
-	python -m stages.serve --model $(MODEL) --port $(SERVE_PORT)
+	python -m stages.serve --model $(MODEL) --kind $(SERVE_KIND) --port $(SERVE_PORT)
 
 smollm: $(SMOLLM)/config.json  # a real teacher, Apache-2.0: docs/own_models.md; 100 MB are fetched, once
 	@echo "$(SMOLLM) is there. In params.yaml: scale: smollm, and distill.init: pruned"
