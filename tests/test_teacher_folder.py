@@ -82,7 +82,8 @@ def teacher(**changes) -> SimpleNamespace:
     [
         ("none", "models/other", "teacher.path: models/other does not exist (looked in "),
         ("none", "models/mine/config.json", "teacher.path: models/mine/config.json is a file (looked in "),
-        ("none", "models/mine.gguf", "teacher.path = models/mine.gguf: a GGUF file becomes a folder first: pyth"),
+        ("none", "models/none.gguf", "teacher.path: models/none.gguf does not exist (looked in "),
+        ("none", "models/mine.gguf", "teacher.path = models/mine.gguf: "),
         ("config.json", "models/mine", "teacher.path: models/mine has no config.json: save model and tokenizer"),
         ("tokenizer.json", "models/mine", "teacher.path: models/mine has no tokenizer.json: save model and tokenizer"),
         ("*.safetensors", "models/mine", "teacher.path: models/mine has no *.safetensors: pytorch_model.bin may be"),
@@ -90,11 +91,44 @@ def teacher(**changes) -> SimpleNamespace:
 )
 def test_a_path_that_is_no_model_is_refused_in_one_line(root, damage, path, line):
     (root / "models/mine/pytorch_model.bin").write_bytes(b"a pickle")
+    (root / "models/mine.gguf").write_bytes(b"beside a folder that was not made of it")
     for file in (root / "models/mine").glob(damage):
         file.unlink()
     with pytest.raises(Refusal) as refusal:
         teacher_folder(path, root)
     assert str(refusal.value).startswith(line) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("mine-Q4_K_M.gguf", "name the GGUF file itself: teacher.path: models/mine/mine-Q4_K_M.gguf"),
+        ("adapter_config.json", r"has no config.json: it holds an adapter of a model \(LoRA\): merge the two"),
+    ],
+)
+def test_a_folder_of_another_kind_says_what_to_do_with_it(root, file, line):
+    for path in (root / "models/mine").iterdir():
+        path.unlink()
+    (root / "models/mine" / file).write_text("{}")
+    with pytest.raises(Refusal, match=line):
+        teacher_folder("models/mine", root)
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        (lambda part: part[:8], r"model.layers.0.mlp.down_proj.weight is \[8, \d+\], config.json says \[32, \d+\]"),
+        (lambda part: part * torch.nan, "model.layers.0.mlp.down_proj.weight holds a non-finite number"),
+    ],
+    ids=["another shape", "not finite"],
+)
+def test_a_wrong_tensor_is_named_with_its_own_file_and_what_to_do(root, changed, line):
+    folder, name = root / "models/mine", "model.layers.0.mlp.down_proj.weight"
+    file = folder / read_json(folder / "model.safetensors.index.json")["weight_map"][name]
+    tensors = load_file(file)
+    save_file(tensors | {name: changed(tensors[name]).clone()}, file, metadata={"format": "pt"})
+    with pytest.raises(Refusal, match=rf"{file}: {line}: copy the folder again"):
+        load(folder)
 
 
 @pytest.mark.parametrize(
