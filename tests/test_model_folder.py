@@ -95,3 +95,14 @@ def test_a_softmax_teacher_says_that_transformers_cannot_read_it(tmp_path):
     assert "only Offramp's own code reads it" in card_of(completed(tmp_path, shape))
     state = load(tmp_path / "artifacts/student").state_dict()
     assert weight_files(tmp_path / "artifacts/student").parameters == sum(part.numel() for part in state.values())
+
+
+def test_the_card_of_a_family_that_transformers_computes_names_its_experts(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=BPE.vocab_size, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=2, max_position_embeddings=64,
+    )  # fmt: skip
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral")
+    card = card_of(completed(tmp_path, load(tmp_path / "mixtral").shape))
+    assert "| routed experts | 3 |" in card and "| experts per token | 2 |" in card

@@ -23,7 +23,9 @@ STRUCTURE = {  # what a reader looks for first in config.json, where the family 
     "num_attention_heads": "attention heads",
     "num_key_value_heads": "key/value heads",
     "intermediate_size": "MLP width",
-    "n_routed_experts": "routed experts",
+    "n_routed_experts": "routed experts",  # DeepSeek, GLM
+    "num_local_experts": "routed experts",  # Mixtral, GraniteMoE, GPT-OSS
+    "num_experts": "routed experts",  # Qwen, OLMoE
     "num_experts_per_tok": "experts per token",
     "moe_intermediate_size": "expert width",
     "max_position_embeddings": CONTEXT,
