@@ -3,6 +3,7 @@ PYTHON ?= python3
 PORT ?= 5000
 MODEL ?= student
 SERVE_PORT ?= 8080
+SERVE_KIND ?= f16
 SMOLLM := models/smollm2-135m-instruct
 SMOLLM_SHA256 := bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 FETCHED := models/.fetched
@@ -40,7 +41,7 @@ env: .venv/.run .venv/.develop
 
 .venv/.forms: .venv/.develop .venv/.gguf
 	@echo "installing the packages of ONNX and int8 into .venv"
-	@$(PIP) -e '.[onnx,int8]'
+	@$(PIP) -e '.[onnx,genai,int8]'
 	@touch $@
 
 .venv/.score .venv/.ray .venv/.slurm .venv/.deepspeed: .venv/.%: .venv/.develop
@@ -85,7 +86,7 @@ bench-engines: .venv/.ray .engines/.parsers  # one stage on every engine that ca
 recipe: .venv/.develop
 	python -m benchmarks.recipe
 
-test-forms: .venv/.forms  # what make test skips where the extras gguf, onnx and int8 are not installed
+test-forms: .venv/.forms  # what make test skips where the extras gguf, onnx, genai and int8 are not installed
 	python -m pytest tests/test_export.py tests/test_llama_cpp.py tests/test_gguf_import.py
 
 test-lm-eval: .venv/.score  # what make test skips where the extra score is not installed
@@ -107,7 +108,7 @@ test-slurm: .venv/.slurm  # a real SLURM of three network namespaces
 	python -m pytest -m nodes tests/test_slurm.py
 
 serve: .venv/.gguf
-	python -m stages.serve --model $(MODEL) --port $(SERVE_PORT)
+	python -m stages.serve --model $(MODEL) --kind $(SERVE_KIND) --port $(SERVE_PORT)
 
 smollm: $(SMOLLM)/config.json  # a real teacher, Apache-2.0: docs/own_models.md; 100 MB are fetched, once
 	@echo "$(SMOLLM) is there. In params.yaml: scale: smollm, and distill.init: pruned"

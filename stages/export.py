@@ -4,9 +4,10 @@
     python -m stages.export export.formats=[gguf] export.models=[student] hydra.run.dir=exports/mine
 
 hf is the Hugging Face folder with the test figures in its card, gguf is for llama.cpp, onnx is a graph that scores,
-int8 is for transformers with torchao; gguf and int8 are of dense models. All but hf need extras. Each form's size, bits
-per byte, greedy continuations and speed stand beside the model's own, measured in the same run. Where the vocabulary
-was trimmed, export.vocabulary=whole brings back the teacher's (stages/formats/whole_vocabulary.py).
+onnx_genai one that ONNX Runtime GenAI writes with, int8 is for transformers with torchao; gguf, onnx_genai and int8 are
+of dense models. All but hf need extras. Each form's size, bits per byte, greedy continuations and speed stand beside
+the model's own, measured in the same run. Where the vocabulary was trimmed, export.vocabulary=whole brings back the
+teacher's (stages/formats/whole_vocabulary.py).
 """
 
 import math
@@ -46,6 +47,7 @@ BATCH_SEQUENCES = 8
 EXTRAS = {
     "gguf": ("gguf", "gguf", "xllamacpp"),
     "onnx": ("onnx", "onnx", "onnxscript", "onnxruntime", "transformers"),
+    "onnx_genai": ("genai", "onnxruntime_genai", "onnx_ir", "transformers"),
     "int8": ("int8", "torchao", "transformers"),
 }
 
@@ -159,7 +161,7 @@ def in_whole_ids(yardstick: Yardstick, whole: WholeVocabulary) -> Yardstick:
 
 def forms(folder: Path, out: Path, e: Any, yardstick: Yardstick, known: dict | None) -> Iterator[tuple[str, Form]]:
     """Each form, written and measured; one that this model cannot have is named and left out."""
-    model, name = hub.load(folder), folder.name
+    model, name, told = hub.load(folder), folder.name, set[str]()
     own = written_by(model, yardstick)
     out.mkdir(parents=True, exist_ok=True)
     if "hf" in e.formats:
@@ -171,29 +173,39 @@ def forms(folder: Path, out: Path, e: Any, yardstick: Yardstick, known: dict | N
 
         for kind in e.gguf_kinds:
             path = out / f"{name}-{kind}.gguf"
-            if can_have(write_gguf, folder, path, kind):
+            if can_have(told, write_gguf, folder, path, kind):
                 written = written_by_llama_cpp(path, yardstick)
                 yield f"gguf {kind}", measure(path, load_gguf(folder, path), model, yardstick, own, written, False)
     if "onnx" in e.formats:
         from stages.formats.onnx_graph import OnnxModel, write_onnx
 
         path = out / f"{name}.onnx"
-        if can_have(write_onnx, folder, path):
+        if can_have(told, write_onnx, folder, path):
             yield "onnx", measure(path, OnnxModel(path, cores()).logits, model, yardstick, own, None)
+    if "onnx_genai" in e.formats:
+        from stages.formats.onnx_genai import GenAiModel, write_onnx_genai
+
+        if can_have(told, write_onnx_genai, folder, out / "onnx_genai"):
+            graph = GenAiModel(out / "onnx_genai")
+            written = written_by_greedy(graph, yardstick)
+            yield "onnx_genai", measure(out / "onnx_genai", graph.logits, model, yardstick, own, written)
     if "int8" in e.formats:
         from stages.formats.int8_folder import Int8Model, write_int8
 
-        if can_have(write_int8, folder, out / "int8"):
+        if can_have(told, write_int8, folder, out / "int8"):
             small = Int8Model(out / "int8")
-            yield "int8", measure(out / "int8", small.logits, model, yardstick, own, written_by_int8(small, yardstick))
+            written = written_by_greedy(small, yardstick)
+            yield "int8", measure(out / "int8", small.logits, model, yardstick, own, written)
 
 
-def can_have(write: Callable, *what: Any) -> bool:
-    """Writes a form; where the model has none of that kind, says why."""
+def can_have(told: set[str], write: Callable, *what: Any) -> bool:
+    """Writes a form; where the model has none of that kind, says why, once (`told`)."""
     try:
         write(*what)
     except Refusal as refusal:
-        print(f"export: left out: {refusal}", flush=True)
+        if str(refusal) not in told:
+            print(f"export: left out: {refusal}", flush=True)
+        told.add(str(refusal))
         return False
     return True
 
@@ -265,12 +277,13 @@ def written_by_llama_cpp(path: Path, yardstick: Yardstick) -> Written:
     return Written([ids for ids, _ in answers], statistics.median(speed for _, speed in answers))
 
 
-def written_by_int8(model: Any, yardstick: Yardstick) -> Written:
+def written_by_greedy(model: Any, yardstick: Yardstick) -> Written:
+    """By a model whose method `greedy` gives a continuation, and its seconds after the second token."""
     answers = [model.greedy(prompt, yardstick.new_tokens) for prompt in yardstick.prompts]
     end = yardstick.end_of_text
     texts = [ids[: ids.index(end)] if end in ids else ids for ids, _ in answers]
-    tokens = (yardstick.new_tokens - 2) * len(answers)
-    return Written(texts, tokens / sum(seconds for _, seconds in answers))
+    tokens = sum(max(len(ids) - 2, 0) for ids, _ in answers)
+    return Written(texts, tokens / max(sum(seconds for _, seconds in answers), 1e-9))  # one may end at once
 
 
 # ---- telling

@@ -82,7 +82,7 @@ def test_gguf_files_are_read_by_llama_cpp_and_a_model_without_one_is_left_out(ro
     teacher = tmp_path / "other"
     completed(teacher, replace(TEACHER, **WIDE))
     assert exported(teacher, tmp_path / "out", tiny_settings, formats=("gguf",)) == {"student": {}}
-    assert capsys.readouterr().out.count("left out: ") == 3
+    assert capsys.readouterr().out.count("left out: ") == 1
 
 
 SHORT = {"student": replace(STUDENT, layers=1, **WIDE), "teacher": replace(TEACHER, layers=2, dense_layers=1, **WIDE)}
@@ -142,13 +142,48 @@ def test_int8_writes_the_likeliest_tokens_by_its_own_logits(root, tmp_path):
         ids = [*ids, token]
 
 
-@pytest.mark.parametrize(("form", "module"), [("gguf", "gguf"), ("gguf", "xllamacpp"), ("onnx", "onnxruntime"),
-                                              ("int8", "torchao")])  # fmt: skip
+RELATIVES = {"qwen3": {}, "tied llama": {"kind": "llama", "tied": True}, "mistral": {"kind": "mistral"}}
+
+
+@pytest.mark.parametrize("changes", RELATIVES.values(), ids=RELATIVES)
+def test_onnx_runtime_genai_writes_the_models_greedy_text(changes, tiny_settings, tmp_path):
+    for module in ("onnxruntime_genai", "onnx_ir"):
+        pytest.importorskip(module, reason="the extra genai is not installed")
+    completed(tmp_path / "root", replace(STUDENT, **WIDE, **WIDTHS, **changes))
+    found = exported(tmp_path / "root", tmp_path / "out", tiny_settings, formats=("onnx_genai",))["student"]
+    figures = found["onnx_genai"]
+    assert figures["equal_continuations"] == 2 and figures["largest_logit_difference"] < 1e-4
+    folder = tmp_path / "out/export/student/onnx_genai"
+    assert figures["bytes"] == sum(file.stat().st_size for file in folder.iterdir())
+    assert [path.name for path in folder.parent.iterdir()] == ["onnx_genai"], "nothing of the builder's is left"
+
+
+def test_what_has_no_graph_for_genai_is_left_out_and_a_builder_that_fails_is_one_line(tmp_path, monkeypatch):
+    for module in ("onnxruntime_genai", "onnx_ir"):
+        pytest.importorskip(module, reason="the extra genai is not installed")
+    from stages.formats import onnx_genai
+
+    teacher = completed(tmp_path / "teacher", replace(TEACHER, **WIDE))
+    with pytest.raises(Refusal, match="no graph for ONNX Runtime GenAI of the family deepseek_v3: only models of"):
+        onnx_genai.write_onnx_genai(teacher, tmp_path / "out/a")
+    student = completed(tmp_path / "student", replace(STUDENT, **WIDE, **WIDTHS))
+    monkeypatch.setattr(onnx_genai, "BUILDER", "onnxruntime_genai.models.no_such_builder")
+    with pytest.raises(Refusal, match="the builder of ONNX Runtime GenAI does not take it .*no_such_builder"):
+        onnx_genai.write_onnx_genai(student, tmp_path / "out/a")
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir()), "nothing half-written"
+
+
+EXTRA = {"onnx_genai": "genai"}
+FORMS = [("gguf", "gguf"), ("gguf", "xllamacpp"), ("onnx", "onnxruntime"), ("onnx_genai", "onnxruntime_genai"),
+         ("int8", "torchao")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "module"), FORMS)
 def test_a_missing_extra_is_one_line_before_any_file(root, tiny_settings, tmp_path, monkeypatch, form, module):
-    for others in ("gguf", "xllamacpp", "onnx", "onnxscript", "onnxruntime", "torchao"):
+    for others in ("gguf", "xllamacpp", "onnx", "onnxscript", "onnxruntime", "onnxruntime_genai", "onnx_ir", "torchao"):
         monkeypatch.setitem(sys.modules, others, sys)  # anything that is there
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(Refusal, match=rf"{module} is not installed: .*'\.\[{form}\]'"):
+    with pytest.raises(Refusal, match=rf"{module} is not installed: .*'\.\[{EXTRA.get(form, form)}\]'"):
         exported(root, tmp_path / "out", tiny_settings, formats=("hf", form))
     assert not (tmp_path / "out").exists()
 

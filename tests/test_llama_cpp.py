@@ -73,6 +73,20 @@ def test_the_file_holds_every_tensor_and_the_tokenizer(student, kind, tmp_path):
     assert fields["tokenizer.ggml.tokens"].contents()[:3] == [BPE._tokenizer.id_to_token(id) for id in range(3)]
 
 
+def test_a_matrix_that_q8_0_cannot_cut_is_f16_and_llama_cpp_reads_both(tmp_path):
+    folder = completed(tmp_path, replace(STUDENT, mlp_width=40))  # as pruning to a budget leaves it
+    decided(folder)
+    write_gguf(folder, tmp_path / "student.gguf", "q8_0")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "student.gguf").tensors}
+    assert (kinds["blk.0.ffn_down.weight"], kinds["blk.0.ffn_up.weight"]) == ("F16", "Q8_0")
+    model = load_gguf(folder, tmp_path / "student.gguf")
+    with llama_cpp()(tmp_path / "student.gguf", 1, 64) as server:
+        for text in TEXTS:
+            ids = BPE.encode(text)
+            # one token: llama.cpp rounds activations to eight bits too
+            assert server.greedy(ids, 1)[0] == generate(model, ids, 1, end_of_text=BPE.end_of_text), text
+
+
 @pytest.mark.parametrize("pruned", [False, True], ids=["student", "sparse student"])
 @pytest.mark.parametrize("kind", ["f32", "f16"])
 def test_llama_cpp_splits_texts_and_continues_them_as_we_do(student, kind, pruned, tmp_path):
@@ -163,8 +177,8 @@ def test_what_has_no_gguf_is_refused(tmp_path, student):
     save(new_model(TEACHER, 1), tmp_path / "teacher")
     with pytest.raises(Refusal, match="no GGUF of the family deepseek_v3"):
         write_gguf(tmp_path / "teacher", tmp_path / "a.gguf", "f32")
-    narrow = completed(tmp_path, replace(STUDENT, mlp_width=40))
-    with pytest.raises(Refusal, match="has rows of 40, q8_0 needs a multiple of 32"):
+    narrow = completed(tmp_path, replace(STUDENT, width=40))
+    with pytest.raises(Refusal, match="is 40 wide, q8_0 needs a multiple of 32: f16"):
         write_gguf(narrow, tmp_path / "a.gguf", "q8_0")
     content = read_json(student / "tokenizer.json")
     shutil.copytree(student, tmp_path / "copy")

@@ -32,6 +32,19 @@ def completed(root, shape, source="stdlib"):
     return root / "artifacts/student"
 
 
+@pytest.mark.parametrize("parents", [(), ("student",)], ids=["from nothing", "made from it"])
+def test_beside_a_teacher_from_a_folder_a_card_says_what_was_read_here_and_whose_licence_holds(parents, tmp_path):
+    folder = completed(tmp_path, replace(STUDENT, **WIDE | {"sequence_tokens": 512}))
+    data = tmp_path / "artifacts/data"
+    card = {key: value for key, value in read_card(data).items() if key != "sha256"}
+    write_card(data, card | {"teacher": {"files": 3, "sha256": "0" * 64}})
+    complete_folder(Place(tmp_path, tmp_path), "student", "Made for a test.", parents, FIGURES, 64)
+    said = card_of(folder)
+    assert ("that one's licence" in said) == bool(parents)
+    assert ("training texts are not known here" in said) == bool(parents)
+    assert ("at most 64 tokens at a time" in said and "| context in training, tokens | 64 |" in said) != bool(parents)
+
+
 def card_of(folder):
     return (folder / "README.md").read_text()
 
@@ -82,3 +95,14 @@ def test_a_softmax_teacher_says_that_transformers_cannot_read_it(tmp_path):
     assert "only Offramp's own code reads it" in card_of(completed(tmp_path, shape))
     state = load(tmp_path / "artifacts/student").state_dict()
     assert weight_files(tmp_path / "artifacts/student").parameters == sum(part.numel() for part in state.values())
+
+
+def test_the_card_of_a_family_that_transformers_computes_names_its_experts(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=BPE.vocab_size, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=2, max_position_embeddings=64,
+    )  # fmt: skip
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral")
+    card = card_of(completed(tmp_path, load(tmp_path / "mixtral").shape))
+    assert "| routed experts | 3 |" in card and "| experts per token | 2 |" in card

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.data.splits import FEWEST, Document, moved, refuse_few, refuse_short, split_documents
+from stages.data.splits import FEWEST, Document, choose, moved, refuse_few, refuse_short, split_documents
 from stages.files.artifacts import Refusal
 from stages.settings.compose import compose
 from stages.settings.schema import validate
@@ -41,6 +41,16 @@ def test_each_split_has_enough_no_document_is_lost_or_twice_and_enough_is_left_a
         assert splits != plain and moved(splits, val, test) > 0
     shuffled = random.Random(seed).sample(documents, count)
     assert split_documents(shuffled, val, test) == splits
+
+
+@given(st.integers(4, 120), st.integers(0, 10**6), st.integers(1, 150))
+def test_a_limit_on_documents_leaves_none_out_of_a_corpus_that_has_no_more(count, seed, most):
+    splits = split_documents(documents_of(count, seed), *SHARES)
+    chosen = choose(splits, most, *SHARES)
+    if count <= most:
+        assert chosen == splits
+    else:
+        assert all(chosen[name] == splits[name][: len(chosen[name])] and chosen[name] for name in splits)
 
 
 @pytest.mark.parametrize("count", [4, 10, 56])

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_student import SHAPE as QWEN3
+from test_teacher import SHAPE as MIXTURE
 
 from benchmarks.checkout import checkout, environment
 from benchmarks.checkout import stage as run_stage
@@ -30,6 +31,7 @@ from stages.settings.compose import compose
 from stages.settings.reading import picked
 from stages.settings.schema import validate
 from stages.tracking.record import Run
+from stages.training.fit import validation_nats
 
 TEXTS = [f"Document {number} says {number * number}, and {'again ' * (number % 5)}so on.\n" * 8 for number in range(90)]
 PADDED = 320  # rows of the embedding; the tokenizer has 300 tokens
@@ -96,6 +98,38 @@ def test_a_path_that_is_no_model_is_refused_in_one_line(root, damage, path, line
     with pytest.raises(Refusal) as refusal:
         teacher_folder(path, root)
     assert str(refusal.value).startswith(line) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("mine-Q4_K_M.gguf", "name the GGUF file itself: teacher.path: models/mine/mine-Q4_K_M.gguf"),
+        ("adapter_config.json", r"has no config.json: it holds an adapter of a model \(LoRA\): merge the two"),
+    ],
+)
+def test_a_folder_of_another_kind_says_what_to_do_with_it(root, file, line):
+    for path in (root / "models/mine").iterdir():
+        path.unlink()
+    (root / "models/mine" / file).write_text("{}")
+    with pytest.raises(Refusal, match=line):
+        teacher_folder("models/mine", root)
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        (lambda part: part[:8], r"model.layers.0.mlp.down_proj.weight is \[8, \d+\], config.json says \[32, \d+\]"),
+        (lambda part: part * torch.nan, "model.layers.0.mlp.down_proj.weight holds a non-finite number"),
+    ],
+    ids=["another shape", "not finite"],
+)
+def test_a_wrong_tensor_is_named_with_its_own_file_and_what_to_do(root, changed, line):
+    folder, name = root / "models/mine", "model.layers.0.mlp.down_proj.weight"
+    file = folder / read_json(folder / "model.safetensors.index.json")["weight_map"][name]
+    tensors = load_file(file)
+    save_file(tensors | {name: changed(tensors[name]).clone()}, file, metadata={"format": "pt"})
+    with pytest.raises(Refusal, match=rf"{file}: {line}: copy the folder again"):
+        load(folder)
 
 
 @pytest.mark.parametrize(
@@ -299,3 +333,19 @@ def test_the_stage_writes_the_outs_of_a_trained_teacher_and_says_what_is_not_kno
     card = (out / "artifacts/teacher/README.md").read_text()
     assert "a llama, read from a folder of its user's and not trained here" in card
     assert teacher_fingerprint(teacher(), root)["sha256"] in card
+
+
+def test_the_loads_of_experts_are_counted_on_the_validation_split_where_nothing_is_trained(monkeypatch):
+    from stages.training import rank
+
+    model = new_model(MIXTURE, seed=1)
+    batches = [torch.randint(MIXTURE.vocab_size, (2, 9), generator=torch.Generator().manual_seed(n)) for n in range(3)]
+    loads: list = []
+    validation_nats(model, batches, loads)
+    monkeypatch.setattr(rank.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(rank.dist, "all_gather_object", lambda found, own: found.__setitem__(slice(None), [own, []]))
+    (load_LE,) = rank.of_all_ranks(loads)  # the second rank had no windows
+    assert [len(load_E) for load_E in load_LE] == [MIXTURE.experts] * (MIXTURE.layers - MIXTURE.dense_layers)
+    assert {sum(load_E) for load_E in load_LE} == {3 * 2 * 8 * MIXTURE.experts_per_token}
+    validation_nats(new_model(LLAMA, seed=1), batches, none := [])
+    assert none == [[], [], []] and rank.of_all_ranks(none) == []

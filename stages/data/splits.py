@@ -73,8 +73,8 @@ def moved(splits: Splits, val_share: float, test_share: float) -> int:
 
 
 def choose(splits: Splits, max_documents: int, val_share: float, test_share: float) -> Splits:
-    """The first documents by checksum, in each split its share of max_documents (0: all)."""
-    if not max_documents:
+    """The first documents by checksum, in each split its share of max_documents; all where there are no more (or 0)."""
+    if not max_documents or sum(map(len, splits.values())) <= max_documents:
         return splits
     val = max(FEWEST_HELD_OUT, round(max_documents * val_share))
     test = max(FEWEST_HELD_OUT, round(max_documents * test_share))

@@ -35,7 +35,7 @@ def teacher_folder(path: str, root: Path) -> Path:
         raise Refusal(f"teacher.path: {path} {what} (looked in {root.resolve()}): name the folder of a model{hubs}")
     for name in (CONFIG, TOKENIZER):
         if not (folder / name).is_file():
-            raise Refusal(f"teacher.path: {path} has no {name}: save model and tokenizer there with save_pretrained")
+            raise Refusal(f"teacher.path: {path} has no {name}: {_cure(folder, path)}")
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(found.name for pattern in PICKLES for found in folder.glob(pattern))
         cure = "save the model there with save_pretrained"
@@ -47,6 +47,15 @@ def teacher_folder(path: str, root: Path) -> Path:
         raise Refusal(f"{folder / CONFIG}: model_type {kind!r} is not supported, only {', '.join(KNOWN)}")
     weight_files(folder, RESTORE)
     return folder
+
+
+def _cure(folder: Path, path: str) -> str:
+    """For a folder that lacks a file, by what is there in its place."""
+    if found := sorted(folder.glob("*.gguf")):
+        return f"name the GGUF file itself: teacher.path: {Path(path) / found[0].name}"
+    if (folder / "adapter_config.json").is_file():
+        return "it holds an adapter of a model (LoRA): merge the two (peft: merge_and_unload) and save that"
+    return "save model and tokenizer there with save_pretrained"
 
 
 def _folder_of_gguf(file: Path, path: str) -> Path:

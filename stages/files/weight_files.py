@@ -35,6 +35,10 @@ class WeightFiles:
     parameters: int  # numbers in all files: a tied head that is stored counts twice
     largest_file_bytes: int
 
+    def path_of(self, tensor: str) -> Path:
+        """The file that has it; the first one of a tensor that no index names."""
+        return self.paths[0].parent / self.map.get(tensor, self.paths[0].name)
+
     @property
     def bytes(self) -> int:
         """In memory, once it is loaded."""

@@ -27,8 +27,9 @@ Q8_0_BLOCK = 32  # numbers that share a scale: a row must be a multiple of it
 def write_gguf(folder: Path, path: Path, kind: str) -> None:
     """Writes the model of a complete folder; `kind` is one of `KINDS`. Equal folders give equal bytes.
 
-    Norms and biases stay float32, as everywhere in llama.cpp. A mixture, a tokenizer whose word pattern has no name in
-    llama.cpp, and a matrix whose rows q8_0 cannot cut into blocks, are refused.
+    Norms and biases stay float32, and a matrix whose rows q8_0 cannot cut into blocks is f16, as llama.cpp's own tools
+    leave them. A mixture, a tokenizer whose word pattern has no name in llama.cpp, and q8_0 of a model as narrow as no
+    block, are refused.
     """
     (gguf,) = extra("gguf", "gguf")
     model = hub.load(folder)
@@ -36,11 +37,12 @@ def write_gguf(folder: Path, path: Path, kind: str) -> None:
     writer = gguf.GGUFWriter(path=None, arch=architecture)
     _describe(gguf, writer, model.shape, folder.name, kind)
     add_tokenizer(writer, folder, model.shape.vocab_size)
+    if kind == "q8_0" and model.shape.width % Q8_0_BLOCK:
+        raise Refusal(f"{folder} is {model.shape.width} wide, q8_0 needs a multiple of {Q8_0_BLOCK}: f16")
     for theirs, values in _tensors(model, architecture).items():
         wanted = KINDS[kind] if values.ndim > 1 else "F32"
         if wanted == "Q8_0" and values.shape[1] % Q8_0_BLOCK:
-            rows = f"{theirs} has rows of {values.shape[1]}"
-            raise Refusal(f"{folder}: {rows}, q8_0 needs a multiple of {Q8_0_BLOCK}: f16")
+            wanted = "F16"
         quantised = getattr(gguf.GGMLQuantizationType, wanted)
         writer.add_tensor(theirs, gguf.quants.quantize(values, quantised), raw_dtype=quantised)
     with written_whole(path) as partial:

@@ -27,6 +27,7 @@ from stages.model.families.hub_layout import EMBEDDING, HEAD
 from stages.model.families.qwen3.model import Qwen3, Qwen3Shape
 from stages.model.families.registry import family_of, shape_of
 
+RESTORE = "copy the folder again"
 NO_WEIGHT = ".rotary_emb.inv_freq"  # in old files, computed anew by everyone
 
 
@@ -135,7 +136,7 @@ def load(folder: Path | str) -> Any:
     expected = {name: part.shape for name, part in family.to_hub(model).items()}
     if config.get("tie_word_embeddings"):
         _settle_head(tensors, HEAD in expected, folder / CONFIG)
-    _check_weights(tensors, expected, folder / WEIGHTS)
+    _check_weights(tensors, expected, folder, "train the model again" if "weights_sha256" in config else RESTORE)
     model.load_state_dict(family.from_hub(tensors, model), strict=True, assign=True)
     return model.requires_grad_().eval()
 
@@ -205,15 +206,15 @@ def _refuse_larger_than(tensors: dict[str, Tensor], shape: Any, path: Path) -> N
             raise Refusal(f"{path}: {field.name} ({value}) is more than {WEIGHTS} can hold")
 
 
-def _check_weights(tensors: dict[str, Tensor], expected: dict[str, torch.Size], path: Path) -> None:
+def _check_weights(tensors: dict[str, Tensor], expected: dict[str, torch.Size], folder: Path, cure: str) -> None:
+    files, unmatched = weight_files(folder), f"weights and {CONFIG} do not match: {cure}"
     if missing := sorted(expected.keys() - tensors.keys()):
-        raise Refusal(
-            f"{path} lacks {missing[0]} ({len(missing)} missing): weights and {CONFIG} do not match"
-        )
+        raise Refusal(f"{files.paths[0]} lacks {missing[0]} ({len(missing)} missing): {unmatched}")
     if unknown := sorted(tensors.keys() - expected.keys()):
-        raise Refusal(f"{path} has {unknown[0]} ({len(unknown)} unknown): weights and {CONFIG} do not match")
+        raise Refusal(f"{files.path_of(unknown[0])} has {unknown[0]} ({len(unknown)} unknown): {unmatched}")
     for name, shape in expected.items():
+        path = files.path_of(name)
         if tensors[name].shape != shape:
-            raise Refusal(f"{path}: {name} is {list(tensors[name].shape)}, {CONFIG} says {list(shape)}")
+            raise Refusal(f"{path}: {name} is {list(tensors[name].shape)}, {CONFIG} says {list(shape)}: {cure}")
         if not _is_finite(tensors[name]):
-            raise Refusal(f"{path}: {name} holds a non-finite number: train the model again")
+            raise Refusal(f"{path}: {name} holds a non-finite number: {cure}")

@@ -52,8 +52,8 @@ def make_claims(metrics: dict, timings: dict) -> list[Claim]:
 
 def quality_claims(metrics: dict) -> list[Claim]:
     """Those that depend on how good the models are."""
-    from_folder = metrics["pretrain"].get("source") == "folder"  # what counts is then what was trained here
-    stage, which = ("distill", "student") if from_folder else ("pretrain", "teacher")
+    which = model_that_was_trained(metrics)
+    stage = {"student": "distill", "teacher": "pretrain"}[which]
     lacking = lack_of_evidence(metrics[stage]["tokens"], metrics["evaluate"]["test"]["documents"], which)
     of_whole_cost = lacking if metrics["challenge"].get("teacher_cost_known", True) else (NOT_TESTABLE, UNKNOWN_COST)
     return [
@@ -62,6 +62,15 @@ def quality_claims(metrics: dict) -> list[Claim]:
         sparsity_claim(metrics, "teacher", of_whole_cost),
         sparsity_claim(metrics, "student", of_whole_cost),
     ]
+
+
+def is_from_folder(metrics: dict) -> bool:
+    return metrics["pretrain"].get("source") == "folder"
+
+
+def model_that_was_trained(metrics: dict) -> str:
+    """Whose training tokens count as evidence: the teacher's, or where it came from a folder, the student's."""
+    return "student" if is_from_folder(metrics) else "teacher"
 
 
 def lack_of_evidence(training_tokens: int, documents: int, which: str = "teacher") -> tuple[str, str] | None:
@@ -155,11 +164,12 @@ def sparsity_claim(metrics: dict, model: str, lacking: tuple[str, str] | None) -
     lost = interval_of(compared, "quality_lost_to_continued" if trained_on else "quality_lost")
     control = strongest(controls_of(name, metrics), SAME_OPERATIONS)
     verdict, why = lacking or sparsity_verdict(cut, lost, control)
-    why += f" The dense {model} with the same extra tokens: {signed(continued)} bits per byte"
+    unpruned = "unpruned" if model == "teacher" and is_from_folder(metrics) else "dense"
+    why += f" The {unpruned} {model} with the same extra tokens: {signed(continued)} bits per byte"
     why += ", and the loss is against that one." if trained_on else "."
     why += f" {strongest_control(control)}."
     kind = "mixture-of-experts teacher" if model == "teacher" else "dense student"
-    if model == "teacher" and metrics["pretrain"].get("source") == "folder":
+    if model == "teacher" and is_from_folder(metrics):
         kind = "teacher from a folder"
     return Claim(
         name=f"sparsity_{model}",

@@ -14,6 +14,7 @@ from stages.reporting.claims import (
     TOO_FEW_DOCUMENTS,
     TOO_SMALL,
     Claim,
+    model_that_was_trained,
 )
 from stages.reporting.controls import STRONGER
 from stages.reporting.wording import percent, signed_number, words
@@ -42,7 +43,7 @@ def make_page(
     seed: int,
 ) -> str:
     """The page as HTML; `conditions` are those of each stage's record."""
-    evaluated = metrics["evaluate"]
+    evaluated, teacher_cost_known = metrics["evaluate"], metrics["challenge"].get("teacher_cost_known", True)
     templates = Environment(
         loader=PackageLoader("stages.reporting"),
         autoescape=True,
@@ -53,7 +54,7 @@ def make_page(
     )
     return templates.get_template("page.html").render(
         seed=seed,
-        headline=headline(claims),
+        headline=headline(claims, teacher_cost_known),
         claims=claims,
         short=SHORT,
         signed_number=signed_number,
@@ -62,9 +63,10 @@ def make_page(
         min_documents=MIN_DOCUMENTS,
         min_repetitions=MIN_REPETITIONS,
         min_tokens=MIN_TRAINING_TOKENS,
+        trained=model_that_was_trained(metrics),
         quality=figures.quality_figure(evaluated),
         controls=figures.control_rows(metrics),
-        teacher_cost_known=metrics["challenge"].get("teacher_cost_known", True),
+        teacher_cost_known=teacher_cost_known,
         scores=figures.quality_table(evaluated),
         costs=figures.cost_table(metrics),
         training=figures.training_figures(curves),
@@ -85,14 +87,15 @@ def make_page(
     )
 
 
-def headline(claims: list[Claim]) -> str:
+def headline(claims: list[Claim], teacher_cost_known: bool = True) -> str:
     """The sentence on top: what the student keeps, whether its shape alone does better, and how many claims stand."""
     distilled, lacking = claims[0], claims[0].verdict in (TOO_SMALL, TOO_FEW_DOCUMENTS)
     line = f"{distilled.verdict.capitalize()}: a" if lacking else "A"
     line += f" student with {percent(distilled.values['parameter_share'])} of the teacher’s parameters "
     line += f"keeps {percent(distilled.values['quality_kept'])} of its quality"
     if claims[1].values.get("control_outcome") == STRONGER and not lacking:
-        line += ", but less than the same shape trained without a teacher for the cost of both"
+        cost = "the cost of both" if teacher_cost_known else "what the student alone cost"
+        line += f", but less than the same shape trained without a teacher for {cost}"
     beaten = sum(claim.verdict == "beaten" for claim in claims)
     return line + ("." if lacking else f"; {beaten} of {len(claims)} claims are beaten.")
 

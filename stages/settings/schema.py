@@ -145,7 +145,7 @@ class Profile(Section):
 
 class Export(Section):
     models: Annotated[tuple[Word, ...], Some]  # names under artifacts/, or folders
-    formats: Annotated[tuple[Literal["hf", "gguf", "onnx", "int8"], ...], Some]
+    formats: Annotated[tuple[Literal["hf", "gguf", "onnx", "onnx_genai", "int8"], ...], Some]
     vocabulary: Literal["trimmed", "whole"]  # where teacher.trim_vocabulary left rows out
     gguf_kinds: Annotated[tuple[Literal["f32", "f16", "q8_0"], ...], Some]
     prompts: Count

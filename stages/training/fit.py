@@ -133,12 +133,17 @@ def settle_cublas_workspaces() -> None:
 
 
 @torch.no_grad()
-def validation_nats(model: nn.Module, batches: list[Tensor]) -> Tensor:
-    """Sum of next-token losses in nats over the batches [B, T+1], as a float64 scalar."""
+def validation_nats(model: nn.Module, batches: list[Tensor], loads: list[list[Tensor]] | None = None) -> Tensor:
+    """Sum of next-token losses in nats over the batches [B, T+1], as a float64 scalar.
+
+    `loads`, where it is given, receives the load [E] of every MoE layer, batch by batch.
+    """
     total = torch.zeros((), dtype=torch.float64)
     for tokens_BT1 in batches:
         inputs_BT, targets_N = split_targets(tokens_BT1.to(model.head.weight.device))
-        x_BTD = model.features(inputs_BT).x_BTD
+        x_BTD, routings, _ = model.features(inputs_BT)
+        if loads is not None:
+            loads.append([routing.load_E for routing in routings])
         nats = next_token(x_BTD.flatten(0, 1), model.head.weight, targets_N, after=after_head(model))
         total += nats.double().cpu() * targets_N.numel()
     return total

@@ -15,6 +15,7 @@ from stages.model.folders import FIGURES_LATER, MODEL_CARD
 from stages.run.entry import Place
 from stages.settings.model_types import SOFTMAX_TYPE
 
+CONTEXT = "context in training, tokens"
 STRUCTURE = {  # what a reader looks for first in config.json, where the family has it
     "vocab_size": "vocabulary",
     "hidden_size": "width",
@@ -22,10 +23,12 @@ STRUCTURE = {  # what a reader looks for first in config.json, where the family 
     "num_attention_heads": "attention heads",
     "num_key_value_heads": "key/value heads",
     "intermediate_size": "MLP width",
-    "n_routed_experts": "routed experts",
+    "n_routed_experts": "routed experts",  # DeepSeek, GLM
+    "num_local_experts": "routed experts",  # Mixtral, GraniteMoE, GPT-OSS
+    "num_experts": "routed experts",  # Qwen, OLMoE
     "num_experts_per_tok": "experts per token",
     "moe_intermediate_size": "expert width",
-    "max_position_embeddings": "context in training, tokens",
+    "max_position_embeddings": CONTEXT,
 }
 NO_SOURCES: Mapping[str, str] = {}
 LICENCES = {
@@ -33,6 +36,7 @@ LICENCES = {
     "files": "The text comes from the user's own files, whose licences are not known here.",
     "huggingface": "The text is a dataset whose own card states its licence.",
 }
+OF_A_FOLDER = "Its teacher was read from a folder: what that one's licence asks for holds for this model too."
 
 
 def complete_folder(
@@ -54,19 +58,30 @@ def complete_folder(
         write_atomically(folder / file, content)
     hashes = {parent: read_json(place.read(f"artifacts/{parent}") / "config.json") for parent in parents}
     lineage = {f"weights of `{parent}`": config["weights_sha256"] for parent, config in hashes.items()} | dict(sources)
-    write_atomically(folder / MODEL_CARD, model_card(folder, name, summary, lineage, figures, read_card(data)))
+    card = model_card(folder, name, summary, lineage, figures, read_card(data), sequence_tokens)
+    write_atomically(folder / MODEL_CARD, card)
 
 
 def model_card(
-    folder: Path, name: str, summary: str, lineage: Mapping[str, str], figures: Mapping[str, float], data: dict
+    folder: Path,
+    name: str,
+    summary: str,
+    lineage: Mapping[str, str],
+    figures: Mapping[str, float],
+    data: dict,
+    sequence_tokens: int,
 ) -> str:
-    """README.md of a model folder; `lineage` has the SHA-256 of what it was made from, `data` is the data's card."""
+    """README.md of a model folder; `lineage` has the SHA-256 of what it was made from, `data` is the data's card,
+    `sequence_tokens` the length of the texts that it was trained on here."""
     config, corpus = read_json(folder / "config.json"), data["corpus"]
     hashes = {"data card (tokenizer, token shards)": data["sha256"], "tokenizer": data["tokenizer_sha256"], **lineage}
     hashes["weights of this model"] = config["weights_sha256"]
     end_of_text = read_json(folder / TOKENIZER_CONFIG)["eos_token"]
     structure = {"parameters": weight_files(folder).parameters}
     structure |= {word: config[key] for key, word in STRUCTURE.items() if key in config}
+    from_folder = bool(lineage and "teacher" in data)  # it, or what it was made from
+    if not from_folder:  # as long as its texts here were, though its shape may be one of a folder's
+        structure[CONTEXT] = min(sequence_tokens, structure[CONTEXT])
     lines = [
         "---",
         "library_name: transformers",
@@ -91,7 +106,7 @@ def model_card(
         "## Limits",
         "",
         "- A base model: it continues text. It has no chat template, follows no instructions and was not made safe.",
-        *_reading(config["max_position_embeddings"], bool(lineage and "teacher" in data)),
+        *_reading(structure[CONTEXT], from_folder),
         f"- `{end_of_text}` ends a text. A prompt that spells it is read as text, as `split_special_tokens` says.",
         *_vocabulary(data),
         *_loading(config),
@@ -99,6 +114,7 @@ def model_card(
         "## Licences",
         "",
         LICENCES[corpus["source"]],
+        *([OF_A_FOLDER] if from_folder else []),
         "Offramp's code is Apache-2.0. This card states no licence of the weights: who publishes them decides, and",
         "writes it into the metadata above.",
         "",
@@ -114,9 +130,9 @@ def _table(title: str, rows: Mapping[str, object]) -> list[str]:
 
 
 def _reading(tokens: int, from_folder: bool) -> list[str]:
-    if from_folder:  # it, or what it was made from
-        return [f"- It comes from a model that read texts unknown here, up to {tokens} tokens at a time. Whether the",
-                "  test text was among them is not known."]  # fmt: skip
+    if from_folder:
+        return ["- It comes from a model whose training texts are not known here: the test text may have been among",
+                "  them."]  # fmt: skip
     return [f"- It has read one corpus, at most {tokens} tokens at a time. Longer texts and",
             "  other kinds of text are beyond it."]  # fmt: skip
 

@@ -163,17 +163,20 @@ def run_fit(fit: Fit, rank: Rank) -> dict:
     seconds = time.monotonic() - started
     if not progress.curve:  # no step at all: a model that is there
         model = fit.model.to("cuda" if rank.accelerator == "gpu" else "cpu")
-        progress.curve = [{"step": 0, "loss": None, "validation_bits_per_byte": round(rank.validate(model, fit), 5)}]
+        loads: list[list[torch.Tensor]] = []
+        bits = round(rank.validate(model, fit, partial(validation_nats, model, loads=loads)), 5)
+        progress.curve = [{"step": 0, "loss": None, "validation_bits_per_byte": bits}]
+        progress.recent_loads = of_all_ranks(loads)
         fit.model.cpu()
     if rank.rank == 0 and not rank.few_steps:
         progress.checkpoint.wait()
         fit.finish(fit.model)
         models.save(fit.model, rank.place.write(fit.out), rank.card["end_of_text"], rank.card["tokenizer_sha256"])
-    loads = torch.tensor(progress.recent_loads).sum(0) if progress.recent_loads else torch.zeros(0)
+    load_LE = torch.tensor(progress.recent_loads).sum(0) if progress.recent_loads else torch.zeros(0)
     return {
         "validation_bits_per_byte": progress.curve[-1]["validation_bits_per_byte"],
-        "expert_load": [(load / load.sum()).tolist() for load in loads],
-        "max_violation": [max_violation(load) for load in loads],
+        "expert_load": [(load_E / load_E.sum()).tolist() for load_E in load_LE],
+        "max_violation": [max_violation(load_E) for load_E in load_LE],
         "curve": progress.curve,
         "notes": fit.notes,
         "made": how_made(fit, rank),
@@ -181,6 +184,14 @@ def run_fit(fit: Fit, rank: Rank) -> dict:
         # of the whole fit, from the steps of this process; none where all were done before
         "seconds": seconds * fit.steps / (fit.steps - continued_from) if continued_from < fit.steps else None,
     }
+
+
+def of_all_ranks(loads: list[list[torch.Tensor]]) -> list[list[list[float]]]:
+    """The loads [layers][E] that each rank saw, batch by batch, added up by rank; empty of a model without experts."""
+    own = torch.stack([torch.stack(batch) for batch in loads]).sum(0).tolist() if any(loads) else []
+    found: list = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)  # objects: a rank may have had no windows
+    return [each for each in found if each]
 
 
 def how_made(fit: Fit, rank: Rank) -> dict:
