@@ -124,6 +124,7 @@ def half_uploaded(bench: Bench, row: Row) -> None:
             kill_everything(tree)
             row.tried += 1
             index = checkpoint_of(tree)
+            assert index, "the checkpoint is gone"
             change(index.with_name(read_json(index)["parts"][1]["file"]), bench.random("half-uploaded"))
             row.message = line_with("is damaged .* its work is done again", succeeds(tree, *REPRO, "pretrain"))
             assert sha256_of(tree / "artifacts/teacher") == undisturbed
