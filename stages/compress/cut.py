@@ -104,9 +104,10 @@ def neurons_share(model: Any, keep_heads: float, parameters_share: float, total:
         few, many = (middle, many) if parameters(middle * NEURON_MULTIPLE) <= budget else (few, middle)
     if few == 0:
         least = parameters(min(NEURON_MULTIPLE, neurons))
+        enough = math.ceil(1000 * least / total) / 1000
         raise Refusal(
             f"student.parameters_share: {budget:,} parameters are too few: with keep_layers and keep_heads as they are"
-            f" and hardly a neuron the student has {least:,}: set it to {math.ceil(1000 * least / total) / 1000:g} or more,"
+            f" and hardly a neuron the student has {least:,}: set it to {enough:g} or more,"
             " or lower the two (in params.yaml, student: {parameters_share: ...})"
         )
     return few * NEURON_MULTIPLE / neurons
