@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -115,19 +116,20 @@ class Rank:
         found |= {"threads_per_rank": torch.get_num_threads(), "precision": self.precision}
         return found | {"python": platform.python_version(), "torch": str(torch.__version__)}
 
-    def validate(self, model, fit: Fit, loads: list | None = None) -> float:
+    def validate(self, model, fit: Fit, nats_of: Callable[[list[torch.Tensor]], torch.Tensor] | None = None) -> float:
         """Bits per byte of windows from all over the validation split, shared out among the ranks.
 
-        `loads`, where it is given, receives those of the experts over this rank's windows.
+        `nats_of` batches is the model's `validation_nats`, where nothing else is said.
         """
+        nats_of = nats_of or partial(validation_nats, model)
         most = min(fit.validation_sequences, self.validation_windows.count)
         tokens_BT1 = self.validation_windows.spread(limited(most, self.world_size, self.limit_val_batches))
         own_BT1, B = tokens_BT1[self.rank :: self.world_size], VALIDATION_BATCH
         batches = [own_BT1[i : i + B] for i in range(0, len(own_BT1), B)]
-        nats = validation_nats(model, batches, loads)
+        nats = nats_of(batches)
         if shards(self.strategy):  # every rank gathers the weights for each pass: those with fewer batches, too
             most_batches = math.ceil(math.ceil(len(tokens_BT1) / self.world_size) / B)
-            validation_nats(model, [tokens_BT1[:1]] * (most_batches - len(batches)))
+            nats_of([tokens_BT1[:1]] * (most_batches - len(batches)))
         nats = nats.to(model.head.weight.device, torch.float32)
         dist.all_reduce(nats)
         targets = tokens_BT1[:, 1:].numel()
@@ -162,10 +164,15 @@ def run_fit(fit: Fit, rank: Rank) -> dict:
     seconds = time.monotonic() - started
     if not progress.curve:  # no step at all: a model that is there
         model = fit.model.to("cuda" if rank.accelerator == "gpu" else "cpu")
-        loads: list[list[torch.Tensor]] = []
-        bits = round(rank.validate(model, fit, loads), 5)
+        loads: list[list[list[torch.Tensor]]] = []
+
+        def nats_of(batches):
+            loads.append([])
+            return validation_nats(model, batches, loads[-1])
+
+        bits = round(rank.validate(model, fit, nats_of), 5)
         progress.curve = [{"step": 0, "loss": None, "validation_bits_per_byte": bits}]
-        progress.recent_loads = of_all_ranks(loads)
+        progress.recent_loads = of_all_ranks(loads[0])  # a second time, if any, is of windows that were read before
         fit.model.cpu()
     if rank.rank == 0 and not rank.few_steps:
         progress.checkpoint.wait()
