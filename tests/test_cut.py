@@ -1,5 +1,6 @@
 """A student that is cut out of a dense teacher has what mattered most, meets its budget, and is what it says."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -78,8 +79,11 @@ def test_any_budget_is_met_to_eight_neurons_or_refused(tmp_path_factory, share, 
 
 
 def test_a_budget_that_embedding_and_attention_exceed_is_refused_with_what_they_need():
-    with pytest.raises(Refusal, match=r"^student.parameters_share: 3,\d+ parameters are too few: .* has 16,928: raise"):
+    line = r"^student.parameters_share: 3,\d+ parameters are too few: .* has 16,928: set it to (\S+) or more"
+    with pytest.raises(Refusal, match=line) as refusal:
         cut_student(teacher_of(), 0.1, 1.0, 1.0, [TOKENS_BT1])
+    enough = float(re.search(line, str(refusal.value))[1])
+    assert cut_student(teacher_of(), enough, 1.0, 1.0, [TOKENS_BT1])[1]["neurons"] == 8
 
 
 def test_a_mixture_is_not_cut():

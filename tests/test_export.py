@@ -142,7 +142,8 @@ def test_int8_writes_the_likeliest_tokens_by_its_own_logits(root, tmp_path):
         ids = [*ids, token]
 
 
-RELATIVES = {"qwen3": {}, "tied llama": {"kind": "llama", "tied": True}, "mistral": {"kind": "mistral"}}
+RELATIVES = {"qwen3": {}, "tied llama": {"kind": "llama", "tied": True}, "mistral": {"kind": "mistral"},
+             "qwen2": {"kind": "qwen2", "heads": 2}}  # fmt: skip
 
 
 @pytest.mark.parametrize("changes", RELATIVES.values(), ids=RELATIVES)

@@ -68,6 +68,8 @@ KINDS = {
         "added_tokens": [*LEVELLED["added_tokens"], added(NEXT, "<tool>", special=False, rstrip=True)]},
     "falcon": LEVELLED | {"pre_tokenizer": LEVEL | {"add_prefix_space": True}},
     "llama2": LLAMA | {"normalizer": sequence("normalizers", PREPEND, TO_SPACE), "post_processor": BOS},
+    "trained": LLAMA | {"normalizer": sequence("normalizers", PREPEND, TO_SPACE), "added_tokens": [
+        *LLAMA["added_tokens"], *(added(LLAMA["model"]["vocab"][token], token) for token in byte_tokens())]},
     "mistral": LLAMA | {"pre_tokenizer": METASPACE, "post_processor": BOS},
     "old": LLAMA | {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "add_prefix_space": True}},
     "gemma": LLAMA | {"normalizer": TO_SPACE,
@@ -75,7 +77,7 @@ KINDS = {
     "unigram": LLAMA | {"pre_tokenizer": METASPACE,
                         "model": {"type": "Unigram", "unk_id": 0, "vocab": PIECES, "byte_fallback": True}},
 }  # fmt: skip
-PREFIXED = ("falcon", "llama2", "mistral", "old", "unigram")
+PREFIXED = ("falcon", "llama2", "trained", "mistral", "old", "unigram")
 SPELT = ["<|endoftext|>", "</s>", "<s>", "<tool> ", "\n\n", "▁", "<0x41>", "def first", "  re", "12", "ü", "e\u0301",
          "中", " ", "\r\n", "\0", "'ll"]  # fmt: skip
 TEXTS = st.lists(st.one_of(st.sampled_from(SPELT), st.text(max_size=5)), max_size=8).map("".join)
@@ -100,7 +102,8 @@ def test_every_text_comes_back_byte_by_byte_and_spells_no_special_token(read, ki
     assert tokenizer.prefix_bytes == (kind in PREFIXED)
     assert tokenizer.bytes_of(ids)[tokenizer.prefix_bytes :] == text.encode()
     assert tokenizer.encode(text) == ids
-    assert not set(ids) & {token["id"] for token in KINDS[kind]["added_tokens"] if token["special"]}
+    special = {token["id"] for token in KINDS[kind]["added_tokens"] if token["special"]}
+    assert not set(ids) & (special - {id for id in tokenizer._byte_ids if kind == "trained"})
 
 
 @given(data=st.binary(max_size=30), kind=st.sampled_from(sorted(KINDS)))
@@ -115,6 +118,7 @@ def test_words_are_split_as_the_library_splits_them(read, tmp_path):
 
     for kind, content in KINDS.items():
         theirs = Tokenizer.from_str(json.dumps(content))
+        theirs.encode_special_tokens = True  # a text that spells one is text
         for text in ("def first(12): return 'll\n", "a  re", "中12 fi<0x41>", "x\n\n\ny ü"):
             assert read[kind].encode(text) == theirs.encode(text, add_special_tokens=False).ids, (kind, text)
 

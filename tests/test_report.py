@@ -646,6 +646,7 @@ def test_of_a_teacher_from_a_folder_nothing_is_claimed_that_needs_what_it_cost(t
     assert "without what the teacher took elsewhere" in found["sparsity_teacher"]["why"]
     assert "<td class=n>0 here</td>" in page and "and unknown</td>" in page and "Expert load" not in page
     assert "what its training took before is unknown" in page and "in neither" in page
+    assert "for what is known of the cost" in page and "for the whole cost" not in page
     assert "A verdict needs a student trained on" in page and "The unpruned teacher with the same extra" in page
     evaluated = evaluation()
     evaluated["controls"]["student"]["scratch_student"] = ahead(-0.02)

@@ -9,6 +9,7 @@ allows. Shapes: L layers, B sequences, T tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -40,7 +41,7 @@ def cut_student(
     total, influence_L = parameters_of(teacher.shape), layer_influence(teacher, batches)
     layers = most_important(influence_L, max(1, round(keep_layers * len(influence_L)))).tolist()
     shorter = with_layers(teacher, layers)
-    shares = {"heads": keep_heads, "neurons": neurons_share(shorter, keep_heads, int(parameters_share * total))}
+    shares = {"heads": keep_heads, "neurons": neurons_share(shorter, keep_heads, parameters_share, total)}
     student = prune(shorter, shares, importance(shorter, batches, SCORES))
     places = family_of(student.shape).prunable(student)
     kept = {kind: next(place.units for place in places if place.kind == kind) for kind in shares}
@@ -85,8 +86,10 @@ def with_layers(model: Any, layers: list[int]) -> Any:
     return shorter.requires_grad_().train(model.training)
 
 
-def neurons_share(model: Any, keep_heads: float, budget: int) -> float:
-    """The largest share of the neurons with which the model has at most so many parameters; multiples of eight stay."""
+def neurons_share(model: Any, keep_heads: float, parameters_share: float, total: int) -> float:
+    """The largest share of the neurons with which the model has at most so much of `total` parameters; multiples of
+    eight stay."""
+    budget = int(parameters_share * total)
     places = family_of(model.shape).prunable(model)
     neurons = next(place.units for place in places if place.kind == "neurons")
 
@@ -101,9 +104,11 @@ def neurons_share(model: Any, keep_heads: float, budget: int) -> float:
         few, many = (middle, many) if parameters(middle * NEURON_MULTIPLE) <= budget else (few, middle)
     if few == 0:
         least = parameters(min(NEURON_MULTIPLE, neurons))
+        enough = math.ceil(1000 * least / total) / 1000
         raise Refusal(
             f"student.parameters_share: {budget:,} parameters are too few: with keep_layers and keep_heads as they are"
-            f" and hardly a neuron the student has {least:,}: raise it, or lower the two"
+            f" and hardly a neuron the student has {least:,}: set it to {enough:g} or more,"
+            " or lower the two (in params.yaml, student: {parameters_share: ...})"
         )
     return few * NEURON_MULTIPLE / neurons
 

@@ -209,14 +209,20 @@ def _end_of_text(ids: dict[str, int], wanted: str | int | None, path: Path) -> i
 
 
 def _cleaned(content: dict, vocab_size: int) -> dict:
-    """Without NFC, added marks, cut texts, chance, spaces that added tokens swallow, and marks beyond the embedding."""
+    """Without NFC, added marks, cut texts, chance, spaces that added tokens swallow, and marks beyond the embedding.
+
+    Byte tokens are no special ones, though the library's trainers make them such: their bytes are of text.
+    """
+    model = content["model"] | ({"dropout": None} if "dropout" in content["model"] else {})
+    pieces = (piece if isinstance(piece, str) else piece[0] for piece in model["vocab"])  # Unigram: with their scores
+    bytes_of_model = {piece for piece in pieces if model.get("byte_fallback") and _BYTE.fullmatch(piece)}
     added = [
         token if token["special"] else token | {"lstrip": False, "rstrip": False}
         for token in content["added_tokens"]
-        if not token["special"] or token["id"] < vocab_size or token["content"] in ENDS_OF_TEXT
+        if (not token["special"] or token["id"] < vocab_size or token["content"] in ENDS_OF_TEXT)
+        and token["content"] not in bytes_of_model
     ]
     post = content["post_processor"]
-    model = content["model"] | ({"dropout": None} if "dropout" in content["model"] else {})
     return content | {
         "truncation": None,
         "padding": None,

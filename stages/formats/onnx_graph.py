@@ -36,9 +36,10 @@ def write_onnx(folder: Path, path: Path) -> None:
     _, _, transformers = extra("onnx", "onnx", "onnxscript", "transformers")
     if (kind := read_json(folder / "config.json")["model_type"]) not in transformers.CONFIG_MAPPING:
         raise Refusal(f"{folder}: no ONNX of model_type {kind!r}: its graph comes from transformers, which lacks it")
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, experts_implementation="batched_mm"  # the one that ONNX has operators for
-    ).eval()
+    with _silent():
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, experts_implementation="batched_mm"  # the one that ONNX has operators for
+        ).eval()
     longest = model.config.max_position_embeddings
     shapes = {INPUT: {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=longest)}}
     example = torch.zeros(2, min(8, longest), dtype=torch.long)
@@ -54,9 +55,10 @@ def write_onnx(folder: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def _silent():
-    """The exporter prints its progress, and warnings that are about itself."""
+    """transformers shows a bar; the exporter prints its progress, and warnings that are about itself."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    nowhere = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         warnings.simplefilter("ignore")
         yield
 

@@ -116,12 +116,13 @@ def cost_table(metrics: dict) -> Table:
     )
 
 
-def training_figures(curves: dict) -> list[Figure]:
+def training_figures(curves: dict, teacher_cost_known: bool = True) -> list[Figure]:
     drawn = []
+    cost = "the whole cost" if teacher_cost_known else "what is known of the cost"
     for title, stages in (
         ("teacher, student and its controls", ("pretrain", "distill")),
         ("recoveries and their controls", ("sparsify",)),
-        ("trained from nothing for the whole cost", ("challenge",)),
+        (f"trained from nothing for {cost}", ("challenge",)),
     ):
         for key, label in (("loss", "training loss"), ("validation_bits_per_byte", "validation bits per byte")):
             lines = [

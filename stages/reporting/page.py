@@ -69,7 +69,7 @@ def make_page(
         teacher_cost_known=teacher_cost_known,
         scores=figures.quality_table(evaluated),
         costs=figures.cost_table(metrics),
-        training=figures.training_figures(curves),
+        training=figures.training_figures(curves, teacher_cost_known),
         experts=figures.expert_figures(metrics["pretrain"]),
         checkpointing=figures.checkpointing_figure(evaluated, timings),
         policies=figures.checkpointing_table(evaluated, timings),

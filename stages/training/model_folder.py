@@ -15,7 +15,6 @@ from stages.model.folders import FIGURES_LATER, MODEL_CARD
 from stages.run.entry import Place
 from stages.settings.model_types import SOFTMAX_TYPE
 
-CONTEXT = "context in training, tokens"
 STRUCTURE = {  # what a reader looks for first in config.json, where the family has it
     "vocab_size": "vocabulary",
     "hidden_size": "width",
@@ -28,8 +27,9 @@ STRUCTURE = {  # what a reader looks for first in config.json, where the family 
     "num_experts": "routed experts",  # Qwen, OLMoE
     "num_experts_per_tok": "experts per token",
     "moe_intermediate_size": "expert width",
-    "max_position_embeddings": CONTEXT,
+    "max_position_embeddings": "context in training, tokens",
 }
+CONTEXT = STRUCTURE["max_position_embeddings"]
 NO_SOURCES: Mapping[str, str] = {}
 LICENCES = {
     "stdlib": "The text is Python's standard library: PSF-2.0, and the licences that some of its files name.",

@@ -163,10 +163,15 @@ def run_fit(fit: Fit, rank: Rank) -> dict:
     seconds = time.monotonic() - started
     if not progress.curve:  # no step at all: a model that is there
         model = fit.model.to("cuda" if rank.accelerator == "gpu" else "cpu")
-        loads: list[list[torch.Tensor]] = []
-        bits = round(rank.validate(model, fit, partial(validation_nats, model, loads=loads)), 5)
+        loads: list[list[list[torch.Tensor]]] = []
+
+        def nats_of(batches):
+            loads.append([])
+            return validation_nats(model, batches, loads[-1])
+
+        bits = round(rank.validate(model, fit, nats_of), 5)
         progress.curve = [{"step": 0, "loss": None, "validation_bits_per_byte": bits}]
-        progress.recent_loads = of_all_ranks(loads)
+        progress.recent_loads = of_all_ranks(loads[0])  # a second time, if any, is of windows that were read before
         fit.model.cpu()
     if rank.rank == 0 and not rank.few_steps:
         progress.checkpoint.wait()
