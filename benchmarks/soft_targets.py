@@ -279,10 +279,11 @@ def prepared(corpora: Iterable[str], kept: Path) -> dict[str, Path]:
             continue
         fresh = kept / f"{name}.new"
         shutil.rmtree(fresh, ignore_errors=True)
-        checkout(fresh, "smollm", {"params.yaml": {"init: teacher ": "init: pruned "}})
+        checkout(fresh)
         (fresh / "models").symlink_to(ROOT / "models")
         sheet = yaml.safe_load((fresh / "params.yaml").read_text())
-        sheet["corpus"] = OmegaConf.to_container(sweep.corpora[name], resolve=True)
+        sheet["distill"]["init"] = "pruned"
+        sheet |= {"scale": "smollm", "corpus": OmegaConf.to_container(sweep.corpora[name], resolve=True)}
         (fresh / "params.yaml").write_text(yaml.safe_dump(sheet, sort_keys=False))
         for word in ("config", "prepare"):
             stage(fresh, word)
