@@ -9,13 +9,14 @@ of dense models. All but hf need extras. Each form's size, bits
 per byte, greedy continuations and speed stand beside the model's own, measured in the same run.
 """
 
+import functools
 import math
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from operator import eq
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,7 @@ def can_have(write: Callable, *what: Any) -> bool:
     return True
 
 
-@cache
+@functools.cache
 def say_left_out(reason: str) -> None:
     """Once, though the reason may be the same for every kind of GGUF."""
     print(f"export: left out: {reason}", flush=True)
