@@ -70,9 +70,10 @@ def _source_for(student: Any, teacher: Any) -> DenseSource:
     ours, theirs = student.shape, teacher.shape
     source = family_of(theirs).dense_source
     if source is None or not family_of(ours).dense_target:
+        words = "pruned (a student cut out of it) or random" if family_of(theirs).dense_target else "random"
         raise Refusal(
             f"distill.init = teacher: a {family_of(ours).name} student cannot start from a {family_of(theirs).name}"
-            " teacher: set distill.init to random"
+            f" teacher: set distill.init to {words}"
         )
     if reason := source.unfit(teacher):
         raise Refusal(
