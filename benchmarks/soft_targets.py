@@ -276,6 +276,8 @@ def page(bench: Bench, named: dict[str, Pair]) -> str:
         " intervals by bootstrap over documents, of one run each)."
     )
     rates = f"Rates {muon:g} and {adamw:g} for both, but where a row says otherwise."
+    if waiting := [name for name, pair in named.items() if not all(map(bench.found, pair))]:
+        rates += f" Not measured yet: {'; '.join(waiting)}. The same command continues."
     return "\n".join(
         [
             f"# Where soft targets pay\n\n{what}\n\n{listed(conditions())}\n",
@@ -330,16 +332,14 @@ def main(arguments: list[str]) -> None:
     named = pairs((plain.optimizer.muon_learning_rate, plain.optimizer.adamw_learning_rate))
     corpora = list(dict.fromkeys(pair.soft.corpus for pair in named.values()))
     bench = Bench(plain, load(folder), prepared(corpora, KEPT), KEPT)
-    wanted = [*corpora, *rated(), *(cell for pair in named.values() for cell in pair)]
-    for cell in wanted:
+    cells = dict.fromkeys([*rated(), *(cell for pair in named.values() for cell in pair)])
+    one_start_after_another = sorted(cells, key=lambda cell: (cell.seed, cell.documents, cell.corpus))
+    for cell in (*corpora, *one_start_after_another):
         if time.monotonic() < end:
             bench.measure(cell)
     text = page(bench, named)
     print(text)
-    if all(map(bench.found, wanted)):
-        write_atomically(ROOT / "benchmarks/soft_targets.md", text)
-    else:
-        print("not all is measured yet: the same command continues")
+    write_atomically(ROOT / "benchmarks/soft_targets.md", text)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,11 @@ def test_what_was_measured_is_not_measured_again(bench, measured, monkeypatch):
 
 
 def test_the_page_names_the_rates_and_no_two_rows_are_of_one_pair(bench, measured):
-    assert "Rates 0.01 and 0.001 " in page(bench, {"few": Pair(measured, measured.data_alone())})
+    here = {"few": Pair(measured, measured.data_alone())}
+    assert "Rates 0.01 and 0.001 " in page(bench, here) and "Not measured" not in page(bench, here)
+    other = replace(measured, seed=2)
+    told = page(bench, here | {"other": Pair(other, other.data_alone())})
+    assert "Not measured yet: other. The same command continues." in told and "| other |" not in told
     named = pairs(RATES)
     assert len(set(named.values())) == len(named) and all(pair.soft.rates == RATES for pair in named.values())
     assert not any(pair.alone.divergence for pair in named.values()) and len(set(rated())) == len(rated())
