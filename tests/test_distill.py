@@ -105,7 +105,7 @@ def test_a_dense_teacher_of_its_own_family_is_cut_and_a_mixture_is_not(root, lla
     with pytest.raises(Refusal, match="distill.init = pruned: no student is cut out of a deepseek_v3 teacher"):
         cells(root, with_values(tiny_settings, "distill", init="pruned"))
     assert list(cells(llama, with_values(tiny_settings, "distill", init="random")))[:2] == ["student", "control"]
-    with pytest.raises(Refusal, match=r"from a qwen3 teacher: set distill.init to pruned \(a student cut out"):
+    with pytest.raises(Refusal, match=r"from a llama teacher: set distill.init to pruned \(a student cut out"):
         cells(llama, with_values(tiny_settings, "distill", init="teacher"))
 
 

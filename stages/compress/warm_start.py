@@ -72,8 +72,8 @@ def _source_for(student: Any, teacher: Any) -> DenseSource:
     if source is None or not family_of(ours).dense_target:
         words = "pruned (a student cut out of it) or random" if family_of(theirs).dense_target else "random"
         raise Refusal(
-            f"distill.init = teacher: a {family_of(ours).name} student cannot start from a {family_of(theirs).name}"
-            f" teacher: set distill.init to {words}"
+            f"distill.init = teacher: a {family_of(ours).name} student cannot start from a"
+            f" {getattr(theirs, 'kind', family_of(theirs).name)} teacher: set distill.init to {words}"
         )
     if reason := source.unfit(teacher):
         raise Refusal(

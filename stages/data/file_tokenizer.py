@@ -66,9 +66,10 @@ class FileTokenizer:
             raise Refusal(f"{path} has no token for the byte 0x{lacking[0]:02X}: a text that has it would be lost")
         added = {token["content"]: token for token in self.content["added_tokens"]}
         self._bytes = self._bytes_of_ids(ids, added)
-        # Unigram looks for its pieces anywhere in a text, also for those that are special
-        unigram = bare["model"].get("type") == "Unigram"
-        self._marks = sorted((text for text, token in added.items() if token["special"] and unigram), reverse=True)
+        self._marks: list[str] = []
+        if bare["model"].get("type") == "Unigram":  # it looks for its pieces anywhere, also for special ones and bytes
+            special = {text for text, token in added.items() if token["special"]}
+            self._marks = sorted(special | set(byte_tokens()), reverse=True)
         apart = [ODD_BYTES.pattern[1:-1], *([SPACE + "+"] if self._spaced else []), *map(re.escape, self._marks)]
         self._apart = re.compile(f"({'|'.join(apart)})")
 
