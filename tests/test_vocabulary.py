@@ -267,10 +267,10 @@ def test_a_student_cut_out_of_the_teacher_keeps_its_own_rows_and_gets_the_teache
 
 def test_a_model_that_the_teachers_rows_mean_nothing_in_is_refused_in_one_line():
     whole = strong(QWEN3, 1)
-    small = replace(QWEN3, vocab_size=len(KEEP))
+    small, width = replace(QWEN3, vocab_size=len(KEEP)), QWEN3.width
     lines = {
-        replace(small, width=2 * small.width): f"the model's width is {2 * small.width}, the teacher's {small.width}",
-        small: r"the model's embedding did not start from the teacher's \(mean cosine of their rows -?0.\d\d, bel",
+        replace(small, width=2 * width): f"the width of the model is {2 * width}, the teacher's {width}",
+        small: r"the embedding of the model did not start from the teacher's \(mean cosine of their rows -?0.\d\d",
         replace(MIXTURE, vocab_size=len(KEEP)): "the model is of the family deepseek_v3, the teacher of qwen3",
     }
     for shape, line in lines.items():

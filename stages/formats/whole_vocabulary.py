@@ -42,7 +42,7 @@ class WholeVocabulary:
 
     def write(self, folder: Path, target: Path, sequence_tokens: int) -> None:
         """A complete folder as `folder` is, but for its vocabulary; `sequence_tokens` was trained on."""
-        model = restored(hub.load(folder), self.teacher, self.kept)
+        model = restored(hub.load(folder), self.teacher, self.kept, folder.name)
         content, end = self.tokenizer.to_json(), self.tokenizer.end_of_text
         target.mkdir(parents=True)
         hub.save(model, target, end, hashlib.sha256(content.encode()).hexdigest())

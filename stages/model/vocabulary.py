@@ -32,29 +32,30 @@ def with_rows(model: Any, kept: list[int]) -> Any:
 
 
 @torch.no_grad()
-def restored(model: Any, teacher: Any, kept: list[int]) -> Any:
+def restored(model: Any, teacher: Any, kept: list[int], name: str = "the model") -> Any:
     """The model with the teacher's vocabulary: its own rows for the kept tokens, for all others the teacher's.
 
-    A model that does not read and write the teacher's residual stream is refused: the rows mean nothing in it.
+    A model that does not read and write the teacher's residual stream is refused: the rows mean nothing in it. `name`
+    is for the message.
     """
     ours, theirs = family_of(model.shape).name, family_of(teacher.shape).name
     if ours != theirs:
-        raise Refusal(f"no whole vocabulary: the model is of the family {ours}, the teacher of {theirs}")
+        raise Refusal(f"no whole vocabulary: {name} is of the family {ours}, the teacher of {theirs}")
     if model.shape.width != teacher.shape.width:
         raise Refusal(
-            f"no whole vocabulary: the model's width is {model.shape.width}, the teacher's {teacher.shape.width}"
+            f"no whole vocabulary: the width of {name} is {model.shape.width}, the teacher's {teacher.shape.width}"
         )
     rows_K, rows = torch.tensor(kept), {}
-    for name in ("embedding", "head"):
-        own_KD, whole_VD = getattr(model, name).weight, getattr(teacher, name).weight.clone()
+    for part in ("embedding", "head"):
+        own_KD, whole_VD = getattr(model, part).weight, getattr(teacher, part).weight.clone()
         cosine = F.cosine_similarity(own_KD, whole_VD[rows_K]).mean().item()
         if cosine < LEAST_COSINE:
             raise Refusal(
-                f"no whole vocabulary: the model's {name} did not start from the teacher's (mean cosine of their rows"
-                f" {cosine:.2f}, below {LEAST_COSINE}), so that the teacher's other rows mean nothing in it"
+                f"no whole vocabulary: the {part} of {name} did not start from the teacher's (mean cosine of their"
+                f" rows {cosine:.2f}, below {LEAST_COSINE}), so that the teacher's other rows mean nothing in it"
             )
         whole_VD[rows_K] = own_KD
-        rows[name] = whole_VD
+        rows[part] = whole_VD
     return _rebuilt(model, rows)
 
 
