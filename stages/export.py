@@ -112,7 +112,7 @@ def main(settings, place: Place, run) -> dict:
             source, measured_by = folder, yardstick
             if whole is not None:
                 source, measured_by = Path(scratch) / folder.name, in_whole_ids(yardstick, whole)
-                if not can_have(set(), whole.write, folder, source, settings.sequence_tokens):
+                if not can_have(whole.write, folder, source, settings.sequence_tokens):
                     continue
             for form, measured in forms(source, out, e, measured_by, known):
                 print(f"export: {folder.name} as {form}: {measured.bytes:,} bytes", flush=True)
