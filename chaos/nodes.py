@@ -6,6 +6,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from chaos.bench import Bench, Row, in_sheet, remove_results
@@ -74,7 +75,7 @@ def node_lost(bench: Bench, row: Row) -> None:
         left = trees[1 - lost]
         with in_sheet(trees[0], engine(port)):
             running = start_both(trees, port)
-            wait_for(lambda trees=trees: checkpoint_of(trees[0]), running[0], trees[0])
+            wait_for(partial(checkpoint_of, trees[0]), running[0], trees[0])
             row.tried += 1
             row.lost.append(time.time() - last_saved(trees[0]))
             kill_everything(trees[lost])
@@ -110,9 +111,9 @@ def half_a_checkpoint(bench: Bench, row: Row) -> None:
         row.tried += 1
         for tree in trees:
             kill_everything(tree)
-        state = checkpoint_of(trees[0]).parent
-        copy = (trees[1] / state.relative_to(trees[0])).with_name(f"{state.name}-node1")
-        shutil.copytree(state, copy, dirs_exist_ok=True)
+        (index,) = trees[0].glob(".runs/resume/*/teacher.json")
+        copy = (trees[1] / index.relative_to(trees[0])).parent.with_name(f"{index.parent.name}-node1")
+        shutil.copytree(index.parent, copy, dirs_exist_ok=True)
         truncate(next(copy.glob("teacher-*.pt")), bench.random("half-a-checkpoint"))
         row.message = line_with("continues after step", finish_both(trees, port))
     bench.finish(trees[0], row)
