@@ -36,6 +36,10 @@ def flip_a_bit(path: Path, rng: random.Random) -> None:
     path.write_bytes(content)
 
 
+def remove(path: Path, _: random.Random) -> None:
+    path.unlink()
+
+
 def damaged(bench: Bench, row: Row, path: str, reader: str | None) -> None:
     """A stage by hand refuses the file by name; `dvc repro` brings it back."""
     name = f"damaged-{path.replace('/', '-')}"
@@ -116,7 +120,7 @@ def half_uploaded(bench: Bench, row: Row) -> None:
         remove_results(tree, "pretrain")
         succeeds(tree, *REPRO, "pretrain")
         undisturbed = sha256_of(tree / "artifacts/teacher")
-        for change in (truncate, lambda path, _: path.unlink()):
+        for change in (truncate, remove):
             shutil.rmtree(tree / ".runs/resume")
             remove_results(tree, "pretrain")
             process = start(tree, *REPRO, "pretrain")
@@ -124,7 +128,7 @@ def half_uploaded(bench: Bench, row: Row) -> None:
             kill_everything(tree)
             row.tried += 1
             index = checkpoint_of(tree)
-            assert index, "the checkpoint is gone"
+            assert index
             change(index.with_name(read_json(index)["parts"][1]["file"]), bench.random("half-uploaded"))
             row.message = line_with("is damaged .* its work is done again", succeeds(tree, *REPRO, "pretrain"))
             assert sha256_of(tree / "artifacts/teacher") == undisturbed

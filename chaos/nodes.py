@@ -111,11 +111,9 @@ def half_a_checkpoint(bench: Bench, row: Row) -> None:
         row.tried += 1
         for tree in trees:
             kill_everything(tree)
-        index = checkpoint_of(trees[0])
-        assert index, "the checkpoint is gone"
-        state = index.parent
-        copy = (trees[1] / state.relative_to(trees[0])).with_name(f"{state.name}-node1")
-        shutil.copytree(state, copy, dirs_exist_ok=True)
+        (index,) = trees[0].glob(".runs/resume/*/teacher.json")
+        copy = (trees[1] / index.relative_to(trees[0])).parent.with_name(f"{index.parent.name}-node1")
+        shutil.copytree(index.parent, copy, dirs_exist_ok=True)
         truncate(next(copy.glob("teacher-*.pt")), bench.random("half-a-checkpoint"))
         row.message = line_with("continues after step", finish_both(trees, port))
     bench.finish(trees[0], row)

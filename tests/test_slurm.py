@@ -5,6 +5,7 @@
 Each test trains one model, tiny, and holds its bytes against those of this machine alone.
 """
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -13,15 +14,17 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks.checkout import environment, prepared
 from benchmarks.slurm_cluster import Cluster, slurm, why_not
+from chaos.commands import is_running, processes_of
 from stages.files.artifacts import read_json, sha256_of
 
 pytestmark = [pytest.mark.nodes, pytest.mark.skipif(bool(why_not()), reason=f"no SLURM: {why_not()}")]
 SECONDS = 300
-STEPS = 12
+STEPS = 40
 TEACHER = "artifacts/teacher/model.safetensors"
 IN_TWO_NODES = ("engine=slurm", "engine.nodes=2", "engine.cpus_per_node=1", "engine.options.partition=usual")
 
@@ -72,6 +75,18 @@ def saved_step(tree: Path) -> int:
     return max(steps, default=0)
 
 
+@contextlib.contextmanager
+def at_rest(tree: Path):
+    """The ranks stand still meanwhile: none comes to its end before SLURM has acted."""
+    ranks = [process for process in processes_of(tree) if is_running(process, "stages.training.rank")]
+    for rank in ranks:
+        rank.suspend()
+    yield
+    for rank in ranks:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.resume()
+
+
 def test_two_nodes_end_on_the_bytes_of_one_machine(tree, cluster, of_one_machine):
     running = pretrain(tree, cluster, "nodes", *IN_TWO_NODES)
     said = running.communicate(timeout=SECONDS)[0]
@@ -84,7 +99,10 @@ def test_a_preempted_job_is_requeued_and_continues_to_the_same_bytes(tree, clust
     running = pretrain(tree, cluster, "preempted", *IN_TWO_NODES, "trainer.checkpoint_every_seconds=0")
     step = until(lambda: saved_step(tree), "no checkpoint", running)
     assert step < STEPS
-    cluster.says("sbatch", "--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap=srun sleep 1")
+    with at_rest(tree):
+        cluster.says("sbatch", "--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap=srun sleep 1")
+        acted = r"PreemptTime=\d|Restarts=1"
+        until(lambda: re.search(acted, cluster.says("scontrol", "show", "job")), "not preempted", running)
     said = running.communicate(timeout=SECONDS)[0]
     assert running.returncode == 0, said + cluster.says("scontrol", "show", "job")
     assert "teacher: continues after step" in said
@@ -99,7 +117,9 @@ def test_a_job_that_its_time_limit_ended_is_continued_by_the_same_command_to_the
     running = pretrain(tree, cluster, "limited", *words)
     assert until(lambda: saved_step(tree), "no checkpoint", running) < STEPS
     (number,) = cluster.says("squeue", "--noheader", "--format=%i").split()
-    cluster.says("scontrol", "update", f"JobId={number}", "EndTime=now")  # as if the ten minutes were over
+    with at_rest(tree):  # SLURM looks every half a minute
+        cluster.says("scontrol", "update", f"JobId={number}", "EndTime=now")  # as if the ten minutes were over
+        until(lambda: "JobState=RUNNING" not in cluster.says("scontrol", "show", "job", number), "not ended", running)
     said = running.communicate(timeout=SECONDS)[0]
     assert running.returncode == 1 and "Traceback" not in said, said
     assert f"pretrain: job {number} of SLURM ended (TIMEOUT)" in said
