@@ -2,8 +2,15 @@
 
 import socket
 
+import pytest
+
 from stages import doctor
 from stages.files.artifacts import ROOT
+
+
+@pytest.fixture(autouse=True)
+def no_arguments(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["doctor"])  # here they are pytest's
 
 
 def test_what_is_here_is_named_and_what_only_some_engines_need_is_no_fault(capsys, monkeypatch):

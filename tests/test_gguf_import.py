@@ -9,6 +9,7 @@ from test_file_tokenizer import ROWS, SPACED, SPECIAL, bpe
 
 from stages.data.hub_tokenizer import load_hub_tokenizer
 from stages.data.shards import byte_alphabet
+from stages.data.teacher_folder import teacher_folder
 from stages.files.artifacts import Refusal
 from stages.formats import gguf_import
 from stages.formats.gguf_import import CLASSES, folder_from_gguf
@@ -209,3 +210,19 @@ def test_a_damaged_file_and_an_unreadable_quantisation_are_refused(tmp_path, mon
     monkeypatch.setattr(gguf.quants, "dequantize", unknown)
     with pytest.raises(Refusal, match="is F32, which the package gguf cannot turn into numbers"):
         folder_from_gguf(path, tmp_path / "folder")
+
+
+def test_a_teacher_s_file_becomes_a_folder_once_and_again_when_it_has_changed(tmp_path, capsys):
+    def seen():
+        folder = teacher_folder("m.gguf", tmp_path)
+        return folder, "becomes the folder m" in capsys.readouterr().out
+
+    written(whole_file("llama"), tmp_path / "m.gguf")
+    assert [seen() for _ in range(2)] == [(tmp_path / "m", True), (tmp_path / "m", False)]
+    assert (tmp_path / "m/config.json").exists()
+    written(whole_file("qwen3"), tmp_path / "m.gguf")
+    assert seen()[1] and "Qwen3" in (tmp_path / "m/config.json").read_text()
+    (tmp_path / "m.gguf").write_bytes(b"GGUF, cut short")
+    for _ in range(2):
+        with pytest.raises(Refusal, match="^teacher.path = m.gguf: gguf_import: .*is no whole GGUF file"):
+            teacher_folder("m.gguf", tmp_path)

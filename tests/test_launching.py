@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from stages.training import environment as variables
 from stages.training import launch as launching
 from stages.training.job import Job, name_of
 from stages.training.launch import launch
+from stages.training.launchers.torchrun import Line
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}  # of /proc/net
@@ -179,7 +181,7 @@ def test_a_training_stage_told_to_stop_before_its_ranks_are_there_says_so_at_onc
     stage, torchrun = starting
     for pid in (torchrun, stage.pid):  # a terminal tells both
         os.kill(pid, number)
-    told = stage.communicate(timeout=10)[1]
+    told = stage.communicate(timeout=60)[1]
     assert stage.returncode == 130
     assert "interrupted; the same command continues" in told and "Traceback" not in told
     assert not alive(torchrun)
@@ -188,9 +190,18 @@ def test_a_training_stage_told_to_stop_before_its_ranks_are_there_says_so_at_onc
 def test_a_torchrun_killed_before_its_ranks_are_there_is_told_in_one_line(starting):
     stage, torchrun = starting
     os.kill(torchrun, signal.SIGKILL)
-    told = stage.communicate(timeout=10)[1]
+    told = stage.communicate(timeout=60)[1]
     assert stage.returncode == 1
     assert "offramp: torchrun ended with code -9 before it could start a rank" in told and "Traceback" not in told
+
+
+def test_a_message_that_torchrun_did_not_read_is_not_sent_again_when_the_line_is_closed():
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    line = Line(ours)
+    with pytest.raises(BrokenPipeError):
+        line.send({"ranks": 2})
+    line.close()
 
 
 ALONE = """

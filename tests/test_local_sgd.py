@@ -1,6 +1,6 @@
 """Machines that train by themselves and average what they have become: what they send, and what a stopped run keeps.
 
-The ranks are real and joined by gloo, but forks of this process (tests/forked_ranks.py).
+The ranks are real and joined by gloo, but forks of one process (tests/forked_ranks.py).
 """
 
 import shutil

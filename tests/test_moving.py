@@ -134,10 +134,10 @@ def test_the_order_of_windows_is_one_number_however_many_ranks_read_them():
 
 
 class ForkedRanks:
-    """A launcher of so many forked ranks."""
+    """A launcher of so many forked ranks, which are told to stop at a step."""
 
-    def __init__(self, ranks: int):
-        self.ranks = ranks
+    def __init__(self, ranks: int, stop: int):
+        self.ranks, self.stop = ranks, stop
 
     def __enter__(self):
         return self
@@ -149,10 +149,14 @@ class ForkedRanks:
         return {"ranks": self.ranks, "accelerator": "none", "precision": "32-true", "threads_per_rank": 1}
 
     def run(self, job: Path) -> int:
+        stop = self.stop
+
         def in_rank(_):
             from stages.training import rank
 
             warnings.filterwarnings("ignore")
+            steps = iter(range(1, 100))
+            rank.Rank.wish_to_stop = lambda _: rank.INTERRUPTED if next(steps) == stop else 0.0
             sys.argv = ["rank", str(job)]
             rank.main()
 
@@ -174,8 +178,6 @@ class FollowedRun(SilentRun):
 def test_a_run_stopped_under_one_strategy_goes_on_under_another_and_says_so_in_its_record(
     tmp_path, tiny_settings, monkeypatch, capfd
 ):
-    from stages.training.rank import INTERRUPTED, Rank
-
     settings = with_values(tiny_settings, "pretrain", steps=6, validate_every_steps=6).model_copy(
         update={"sequence_tokens": 32, "callbacks": {}, "logger": {}}
     )
@@ -184,9 +186,7 @@ def test_a_run_stopped_under_one_strategy_goes_on_under_another_and_says_so_in_i
     def pretrained(root: Path, strategy: str, ranks: int, stop: int = 0, move: bool = False):
         if not (root / "artifacts").exists():
             write_data(root / "artifacts/data")
-        steps = iter(range(1, 100))
-        monkeypatch.setattr(Rank, "wish_to_stop", lambda _: INTERRUPTED if next(steps) == stop else 0.0)
-        monkeypatch.setattr(launching, "placed", lambda *_: ForkedRanks(ranks))
+        monkeypatch.setattr(launching, "placed", lambda *_: ForkedRanks(ranks, stop))
         chosen = with_values(settings, "trainer", strategy=strategy, ranks=ranks, move=move)
         sections = {*pretrain.SECTIONS, "callbacks", "logger", "engine"}
         chosen = type(chosen).model_construct(sections, **dict(chosen))

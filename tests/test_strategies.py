@@ -1,6 +1,6 @@
 """Strategies that share the model out: the loss of DDP, and a state that any strategy and number of ranks goes on from.
 
-The ranks are real and joined by gloo, but forks of this process (tests/forked_ranks.py).
+The ranks are real and joined by gloo, but forks of one process (tests/forked_ranks.py).
 """
 
 import shutil
@@ -12,7 +12,7 @@ from forked_ranks import in_ranks
 from safetensors.torch import load_file
 from test_evaluate import with_values, write_data
 
-from stages import pretrain
+from stages import pretrain, training
 from stages.files.artifacts import Refusal, read_json, sha256_of, write_json
 from stages.run.entry import Place
 from stages.training.callbacks import ExactResume
@@ -49,13 +49,17 @@ def root(tmp_path_factory) -> Path:
     return root
 
 
-def train(root: Path, settings, place: str, states: list[Path], stop: int | None = None) -> list:
-    """What the teacher's fit gives on rank zero of this place, for one state after another; `stop` it after a step."""
+def train(root: Path, settings, place: str, states: list[Path], stop: int | None = None, first=lambda: None) -> list:
+    """What the teacher's fit gives on rank zero of this place, for one state after another.
+
+    `stop` it after a step; `first` is called in each rank before.
+    """
     strategy, ranks, of_machine = (PLACES | MORE_PLACES)[place]
     settings = with_values(settings, "trainer", strategy=strategy)
 
     def in_rank(_):
         warnings.filterwarnings("ignore")
+        first()
         return [_fit(root, settings, state, stop) for state in states]
 
     for state in states:
@@ -134,51 +138,51 @@ def test_muon_takes_the_same_steps_where_the_model_is_shared_out(root, settings)
     assert len({sha256_of(weights(state)) for state in states.values()}) == 1
 
 
+def validates_one_sequence_at_a_time():
+    """2 batches for one of four ranks, 1 for the others."""
+    training.fit.VALIDATION_BATCH = training.rank.VALIDATION_BATCH = 1
+
+
 def test_a_clipped_gradient_differs_in_the_last_bit_and_ranks_with_fewer_validation_batches_wait_for_none(
-    root, settings, monkeypatch
+    root, settings
 ):
-    for module in ("rank", "fit"):
-        monkeypatch.setattr(f"stages.training.{module}.VALIDATION_BATCH", 1)  # 2 batches for one of four ranks, 1 for 3
     settings = with_values(settings, "trainer", gradient_clip_val=0.1)
     bits = {}
     for place in ("ddp 4", "fsdp2 4"):
-        (result,) = train(root, settings, place, [root / "clipped" / place])
+        (result,) = train(root, settings, place, [root / "clipped" / place], first=validates_one_sequence_at_a_time)
         bits[place] = result["validation_bits_per_byte"]
     assert bits["fsdp2 4"] == pytest.approx(bits["ddp 4"], rel=1e-5)
     assert farthest(root / "clipped/ddp 4", root / "clipped/fsdp2 4") < 1e-4
 
 
-def dies_after(step: int):
-    """ExactResume, which saves after each step until this one, and ends there as a killed rank does."""
+def dies_at_step_3():
+    """ExactResume saves after each step before, and ends there as a killed rank does."""
     saves = ExactResume.after_step
 
     def after_step(self, trainer, module):
-        if module.progress.step == step:
+        if module.progress.step == 3:
             raise Refusal("killed")
         saves(self, trainer, module)
         module.saves.part.wait()
         module.progress.checkpoint.wait()
 
-    return after_step
+    ExactResume.after_step = after_step
 
 
 @pytest.fixture
-def in_parts(root, settings, monkeypatch, tmp_path) -> Path:
+def in_parts(root, settings, tmp_path) -> Path:
     """The state of two ranks, killed when the parts of step 1 are the checkpoint and those of step 2 are on disk."""
     settings = with_values(settings, "trainer", checkpoint_every_seconds=0.0)
-    with monkeypatch.context() as patch:
-        patch.setattr(ExactResume, "after_step", dies_after(3))
-        assert train(root, settings, "fsdp2 2", [tmp_path / "state"]) == ["killed"]
+    assert train(root, settings, "fsdp2 2", [tmp_path / "state"], first=dies_at_step_3) == ["killed"]
     names = [path.name for path in (tmp_path / "state").glob("*.pt")]
     assert sorted(names) == [f"teacher.{rank}of2-{step}.pt" for rank in (0, 1) for step in (1, 2)]
     assert read_json(tmp_path / "state/teacher.json")["step"] == 1
     return tmp_path / "state"
 
 
-def test_ranks_of_several_machines_write_one_file(root, settings, monkeypatch, tmp_path):
+def test_ranks_of_several_machines_write_one_file(root, settings, tmp_path):
     settings = with_values(settings, "trainer", checkpoint_every_seconds=0.0)
-    monkeypatch.setattr(ExactResume, "after_step", dies_after(3))
-    assert train(root, settings, "hsdp 2x1", [tmp_path]) == ["killed"]
+    assert train(root, settings, "hsdp 2x1", [tmp_path], first=dies_at_step_3) == ["killed"]
     assert sorted(path.name for path in tmp_path.glob("teacher*")) == ["teacher-2.pt", "teacher.json"]
 
 

@@ -80,7 +80,8 @@ def teacher(**changes) -> SimpleNamespace:
     [
         ("none", "models/other", "teacher.path: models/other does not exist (looked in "),
         ("none", "models/mine/config.json", "teacher.path: models/mine/config.json is a file (looked in "),
-        ("none", "models/mine.gguf", "teacher.path = models/mine.gguf: a GGUF file becomes a folder first: pyth"),
+        ("none", "models/none.gguf", "teacher.path: models/none.gguf does not exist (looked in "),
+        ("none", "models/mine.gguf", "teacher.path = models/mine.gguf: "),
         ("config.json", "models/mine", "teacher.path: models/mine has no config.json: save model and tokenizer"),
         ("tokenizer.json", "models/mine", "teacher.path: models/mine has no tokenizer.json: save model and tokenizer"),
         ("*.safetensors", "models/mine", "teacher.path: models/mine has no *.safetensors: pytorch_model.bin may be"),
@@ -88,6 +89,7 @@ def teacher(**changes) -> SimpleNamespace:
 )
 def test_a_path_that_is_no_model_is_refused_in_one_line(root, damage, path, line):
     (root / "models/mine/pytorch_model.bin").write_bytes(b"a pickle")
+    (root / "models/mine.gguf").write_bytes(b"beside a folder that was not made of it")
     for file in (root / "models/mine").glob(damage):
         file.unlink()
     with pytest.raises(Refusal) as refusal:

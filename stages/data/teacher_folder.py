@@ -1,4 +1,5 @@
 """A teacher that is there already: the Hugging Face folder that `teacher.path` names, as `config` and `prepare` see it.
+For a GGUF file that is the folder beside it, which is made where it is missing or older.
 
     folder = teacher_folder("models/mine", root)     # refused where it lacks what a teacher needs
     tokenizer = teacher_tokenizer(folder, None)
@@ -6,10 +7,12 @@
 Of the weights only the headers are read here, and nothing in the folder is executed or unpickled.
 """
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.files.artifacts import Refusal, read_json
+from stages.files.artifacts import ROOT, Refusal, read_json, write_json
 from stages.files.weight_files import PICKLES, refuse_foreign, weight_files
 
 if TYPE_CHECKING:
@@ -17,17 +20,14 @@ if TYPE_CHECKING:
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 RESTORE = "copy the file to the folder again"
+GGUF_SOURCE = ".gguf_source"  # in a folder made of a GGUF file: the state of that file
 
 
 def teacher_folder(path: str, root: Path) -> Path:
     """The folder, relative to the project's root or absolute."""
     folder = root / Path(path).expanduser()
     if path.endswith(".gguf"):
-        into = folder.with_suffix("").name
-        raise Refusal(
-            f"teacher.path = {path}: a GGUF file becomes a folder first: python -m stages.formats.gguf_import {path}"
-            f" models/{into}, then teacher.path=models/{into}"
-        )
+        folder = _folder_of_gguf(folder, path)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         hubs = "; models are not fetched from a hub" if not folder.exists() else ""
@@ -42,6 +42,26 @@ def teacher_folder(path: str, root: Path) -> Path:
         raise Refusal(f"teacher.path: {path} has no *.safetensors: {why}")
     refuse_foreign(config_of(folder), folder / CONFIG)
     weight_files(folder, RESTORE)
+    return folder
+
+
+def _folder_of_gguf(file: Path, path: str) -> Path:
+    """The folder beside the file; another process makes it, as only that needs the packages."""
+    folder, mark = file.with_suffix(""), file.with_suffix("") / GGUF_SOURCE
+    if not file.is_file():
+        raise Refusal(f"teacher.path: {path} does not exist (looked in {file.parent.resolve()})")
+    if folder.exists() and not mark.exists():
+        raise Refusal(f"teacher.path = {path}: {folder} is there and was not made of it: name that folder, or move it")
+    state = [file.stat().st_size, file.stat().st_mtime_ns]
+    if not mark.exists() or read_json(mark) != state:
+        folder.mkdir(exist_ok=True)
+        write_json(mark, None)  # a folder that is half made is made again
+        print(f"teacher.path: {path} becomes the folder {folder.name}, in float32", flush=True)
+        command = [sys.executable, "-m", "stages.formats.gguf_import", str(file.resolve()), str(folder.resolve())]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise Refusal(f"teacher.path = {path}: {done.stderr.strip().splitlines()[-1]}")
+        write_json(mark, state)
     return folder
 
 

@@ -31,10 +31,11 @@ class Line:
     """One end of the socket."""
 
     def __init__(self, end: socket.socket):
-        self.socket, self.file = end, end.makefile("rw")
+        self.socket, self.file = end, end.makefile("r")
 
     def send(self, message: Any) -> None:
-        print(json.dumps(message), file=self.file, flush=True)
+        """Not by a file: one that the other side did not read to its end would be sent again by `close`, and fail."""
+        self.socket.sendall(f"{json.dumps(message)}\n".encode())
 
     def receive(self) -> Any:
         """The next message; None where the other side is gone."""
