@@ -327,17 +327,18 @@ def main(arguments: list[str]) -> None:
     keep_freed_memory()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     plain = settings.validate(compose(["scale=smollm", "distill.init=pruned"]))
-    folder = ROOT / plain.teacher.path
+    folder = ROOT / str(plain.teacher.path)
     if not (folder / "config.json").exists():
         sys.exit(f"benchmarks.soft_targets: {plain.teacher.path} is not there: run make smollm")
     named = pairs((plain.optimizer.muon_learning_rate, plain.optimizer.adamw_learning_rate))
     corpora = list(dict.fromkeys(pair.soft.corpus for pair in named.values()))
     bench = Bench(plain, load(folder), prepared(corpora, KEPT), KEPT)
     cells = dict.fromkeys([*rated(), *(cell for pair in named.values() for cell in pair)])
-    one_start_after_another = sorted(cells, key=lambda cell: (cell.seed, cell.documents, cell.corpus))
-    for cell in (*corpora, *one_start_after_another):
+    by_start = sorted(cells, key=lambda cell: (cell.seed, cell.documents, cell.corpus))
+    wanted: list[Cell | str] = [*corpora, *by_start]
+    for one in wanted:
         if time.monotonic() < end:
-            bench.measure(cell)
+            bench.measure(one)
     text = page(bench, named)
     print(text)
     write_atomically(ROOT / "benchmarks/soft_targets.md", text)
