@@ -96,6 +96,7 @@ def pairs(rates: Rates) -> dict[str, Pair]:
         f"{FEW} documents": few,
         f"{FEW} documents, T = 2": replace(few, temperature=2.0),
         f"{FEW} documents, reverse KL": replace(few, divergence="reverse_kl"),
+        "96 steps": replace(usual, steps=96),
     }
     against = {name: Pair(cell, cell.data_alone()) for name, cell in found.items()}
     for name, soft, lower in (("as in `scale: smollm`", usual, LOWER), (f"{FEW} documents", few, LOWEST)):
@@ -271,9 +272,9 @@ def page(bench: Bench, named: dict[str, Pair]) -> str:
     tokens = usual.batch_sequences * bench.plain.sequence_tokens
     what = (
         "Written by `python -m benchmarks.soft_targets`. Half of SmolLM2-135M's body, cut out of it (`scale: smollm`),"
-        f" then trained for 24 steps of {tokens:,} tokens with its targets or on the data alone. Bits per byte of the"
-        " beginnings of the test documents; a gain is what soft targets take off them, paired by document (95%"
-        " intervals by bootstrap over documents, of one run each)."
+        f" then trained for 24 steps of {tokens:,} tokens, if a row has no other number, with its targets or on the"
+        " data alone. Bits per byte of the beginnings of the test documents; a gain is what soft targets take off them,"
+        " paired by document (95% intervals by bootstrap over documents, of one run each)."
     )
     rates = f"Rates {muon:g} and {adamw:g} for both, but where a row says otherwise."
     if waiting := [name for name, pair in named.items() if not all(map(bench.found, pair))]:
@@ -333,11 +334,11 @@ def main(arguments: list[str]) -> None:
     corpora = list(dict.fromkeys(pair.soft.corpus for pair in named.values()))
     bench = Bench(plain, load(folder), prepared(corpora, KEPT), KEPT)
     cells = dict.fromkeys([*rated(), *(cell for pair in named.values() for cell in pair)])
-    one_start_after_another = sorted(cells, key=lambda cell: (cell.seed, cell.documents, cell.corpus))
-    wanted: list[Cell | str] = [*corpora, *one_start_after_another]
-    for cell in wanted:
+    by_start = sorted(cells, key=lambda cell: (cell.seed, cell.documents, cell.corpus))
+    wanted: list[Cell | str] = [*corpora, *by_start]
+    for one in wanted:
         if time.monotonic() < end:
-            bench.measure(cell)
+            bench.measure(one)
     text = page(bench, named)
     print(text)
     write_atomically(ROOT / "benchmarks/soft_targets.md", text)
