@@ -24,7 +24,8 @@ OUTS = [out for stage in PIPELINE["stages"].values() for out in stage["outs"]]
 
 
 def run(root: Path, *command: str, columns: int = 200) -> str:
-    theirs = environment(DVC_SITE_CACHE_DIR=str(root / ".dvc/site"), COLUMNS=str(columns))
+    site = root.with_name(f"{root.name}-site")  # git, which adds all, must not see its files come and go
+    theirs = environment(DVC_SITE_CACHE_DIR=str(site), COLUMNS=str(columns))
     done = subprocess.run(command, cwd=root, env=theirs, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
