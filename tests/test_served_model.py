@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from chaos.commands import free_port
 from stages.data import shards
 from stages.files.artifacts import ROOT, sha256_of
 from stages.model import generation
@@ -61,9 +61,7 @@ def logged(tmp_path_factory):
 
 class Server:
     def __init__(self, uri, model_id, log):
-        with socket.socket() as held:
-            held.bind(("127.0.0.1", 0))
-            self.port = held.getsockname()[1]
+        self.port = free_port()
         command = [str(Path(sys.executable).with_name("mlflow")), "models", "serve", "--env-manager", "local",
                    "-m", f"models:/{model_id}", "-p", str(self.port), "--timeout", str(LIMIT_S)]
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

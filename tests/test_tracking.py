@@ -4,7 +4,6 @@ import http.server
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 from test_served_model import save_tiny_student
 
+from chaos.commands import free_port
 from stages.files.artifacts import ROOT, sha256_of
 from stages.tracking import identity, mirror, records, redaction, servers
 from stages.tracking import record as tracking
@@ -210,10 +210,8 @@ def test_a_model_of_a_running_stage_waits_for_all_of_its_results(made, no_mirror
 
 
 def test_an_unreachable_server_does_not_raise_and_nothing_is_lost(made, monkeypatch, capfd):
-    with socket.socket() as closed:  # a port that nothing listens on
-        closed.bind(("127.0.0.1", 0))
-        port = closed.getsockname()[1]
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{SECRET}@127.0.0.1:{port}")
+    nowhere = f"127.0.0.1:{free_port()}"  # where nothing listens
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{SECRET}@{nowhere}")
     folder = record(made)
     waited, deadline = "", time.monotonic() + 60
     while "sync" not in waited and time.monotonic() < deadline:

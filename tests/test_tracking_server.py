@@ -25,6 +25,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from chaos.commands import free_port
 from stages.data import shards
 from stages.files.artifacts import ROOT, sha256_of
 from stages.model import hub as models
@@ -35,12 +36,6 @@ from stages.tracking import record as tracking
 mlflow = pytest.importorskip("mlflow")
 STEPS = 300  # of two numbers: more than one batch
 REQUEST = re.compile(rb"(GET|POST|PUT|PATCH|DELETE) (\S+) HTTP/1\.1\r\n")
-
-
-def free_port():
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return held.getsockname()[1]
 
 
 def wait_until(condition, seconds=120):
