@@ -10,7 +10,6 @@ the model's own, measured in the same run. Where the vocabulary was trimmed, exp
 teacher's (stages/formats/whole_vocabulary.py).
 """
 
-import functools
 import math
 import statistics
 import tempfile
@@ -112,7 +111,7 @@ def main(settings, place: Place, run) -> dict:
             source, measured_by = folder, yardstick
             if whole is not None:
                 source, measured_by = Path(scratch) / folder.name, in_whole_ids(yardstick, whole)
-                if not can_have(whole.write, folder, source, settings.sequence_tokens):
+                if not can_have(set(), whole.write, folder, source, settings.sequence_tokens):
                     continue
             for form, measured in forms(source, out, e, measured_by, known):
                 print(f"export: {folder.name} as {form}: {measured.bytes:,} bytes", flush=True)
@@ -162,7 +161,7 @@ def in_whole_ids(yardstick: Yardstick, whole: WholeVocabulary) -> Yardstick:
 
 def forms(folder: Path, out: Path, e: Any, yardstick: Yardstick, known: dict | None) -> Iterator[tuple[str, Form]]:
     """Each form, written and measured; one that this model cannot have is named and left out."""
-    model, name = hub.load(folder), folder.name
+    model, name, told = hub.load(folder), folder.name, set[str]()
     own = written_by(model, yardstick)
     out.mkdir(parents=True, exist_ok=True)
     if "hf" in e.formats:
@@ -174,45 +173,41 @@ def forms(folder: Path, out: Path, e: Any, yardstick: Yardstick, known: dict | N
 
         for kind in e.gguf_kinds:
             path = out / f"{name}-{kind}.gguf"
-            if can_have(write_gguf, folder, path, kind):
+            if can_have(told, write_gguf, folder, path, kind):
                 written = written_by_llama_cpp(path, yardstick)
                 yield f"gguf {kind}", measure(path, load_gguf(folder, path), model, yardstick, own, written, False)
     if "onnx" in e.formats:
         from stages.formats.onnx_graph import OnnxModel, write_onnx
 
         path = out / f"{name}.onnx"
-        if can_have(write_onnx, folder, path):
+        if can_have(told, write_onnx, folder, path):
             yield "onnx", measure(path, OnnxModel(path, cores()).logits, model, yardstick, own, None)
     if "onnx_genai" in e.formats:
         from stages.formats.onnx_genai import GenAiModel, write_onnx_genai
 
-        if can_have(write_onnx_genai, folder, out / "onnx_genai"):
+        if can_have(told, write_onnx_genai, folder, out / "onnx_genai"):
             graph = GenAiModel(out / "onnx_genai")
             written = written_by_greedy(graph, yardstick)
             yield "onnx_genai", measure(out / "onnx_genai", graph.logits, model, yardstick, own, written)
     if "int8" in e.formats:
         from stages.formats.int8_folder import Int8Model, write_int8
 
-        if can_have(write_int8, folder, out / "int8"):
+        if can_have(told, write_int8, folder, out / "int8"):
             small = Int8Model(out / "int8")
             written = written_by_greedy(small, yardstick)
             yield "int8", measure(out / "int8", small.logits, model, yardstick, own, written)
 
 
-def can_have(write: Callable, *what: Any) -> bool:
-    """Writes a form; where the model has none of that kind, says why."""
+def can_have(told: set[str], write: Callable, *what: Any) -> bool:
+    """Writes a form; where the model has none of that kind, says why, but not what it has `told` of another kind."""
     try:
         write(*what)
     except Refusal as refusal:
-        say_left_out(str(refusal))
+        if str(refusal) not in told:
+            print(f"export: left out: {refusal}", flush=True)
+        told.add(str(refusal))
         return False
     return True
-
-
-@functools.cache
-def say_left_out(reason: str) -> None:
-    """Once, though the reason may be the same for every kind of GGUF."""
-    print(f"export: left out: {reason}", flush=True)
 
 
 # ---- measuring
